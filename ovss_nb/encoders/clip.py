@@ -9,10 +9,12 @@ __all__ = ['DENSE', 'resize_positions', 'values', 'value_block', 'vv_attention',
 # %% ../../nbs/11_clip.ipynb #4d5ddb9f
 import difflib
 from pathlib import Path
+from pickle import UnpicklingError
 import open_clip
 import torch
 from fastcore.basics import patch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from .base import Encoder, ImageFeatures, loda_pool
@@ -76,7 +78,8 @@ def load_clip(
     try:
         built = open_clip.create_model(model, None if random else pretrained, force_quick_gelu=quick, pretrained_text=False, require_pretrained=not random)
         return built, open_clip.get_tokenizer(model)
-    except (RuntimeError, OSError, ValueError) as e:   # no network, no cached copy, a file of another network
+    # What open_clip lets through: no network, no cached copy, another network's file (it asserts widths), a file that is no checkpoint.
+    except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
         if pretrained and Path(pretrained).is_file(): raise ValueError(f"{pretrained} does not fit {model}: {e}") from e
         raise ValueError(f"Cannot get {model} with the weights {pretrained!r}; are you offline? "
             f"Download the checkpoint where there is a network and pass the file: pretrained='path/to/weights.safetensors'. ({e})") from e

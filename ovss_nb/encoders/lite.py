@@ -118,7 +118,7 @@ class LiteEncoder(Encoder):
         return ImageFeatures(dense, self.embed(self.network.classifier(features.mean((2, 3)))))
 
     def layers(self, images, indices):
-        "Outputs of the seven stages (0-based): strides 2, 4, 8, 16, 16, 32, 32."
+        "Outputs of the five stages (0-based), the last before each halving: strides 2, 4, 8, 16, 32."
         return self.network.forward_intermediates(images, indices=list(indices), norm=False, intermediates_only=True)
 
     def text(self, prompts): return self.words(prompts)
