@@ -67,7 +67,7 @@ def evaluate(
     progress:bool=True,
 ) -> dict: # confusion: Confusion, names, images, images_per_class, tag_accuracy
     "Segment every image of a labelled set and count."
-    vocabulary = Vocabulary.of(vocabulary if vocabulary is not None else dataset.names)
+    vocabulary = Vocabulary.of(vocabulary if vocabulary is not None else dataset.names[0 if background else 1:])
     expected = len(dataset.names) - (not background)
     if len(vocabulary) != expected:
         raise ValueError(f"the vocabulary has {len(vocabulary)} names, the data set {expected} classes"

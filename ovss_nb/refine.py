@@ -284,7 +284,7 @@ def dense_crf(
     field = densecrf.DenseCRF2D(width, height, len(kept))
     field.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities[kept].astype(np.float32) + 1e-8), dtype=np.float32).reshape(len(kept), -1))
     field.addPairwiseGaussian(sxy=config.gaussian_sxy, compat=config.gaussian_compat)
-    field.addPairwiseBilateral(sxy=config.bilateral_sxy, srgb=config.bilateral_srgb, rgbim=np.ascontiguousarray(image), compat=config.bilateral_compat)
+    field.addPairwiseBilateral(sxy=config.bilateral_sxy, srgb=config.bilateral_srgb, rgbim=np.array(image, order="C"), compat=config.bilateral_compat)
     refined[kept] = np.asarray(field.inference(config.iterations)).reshape(len(kept), height, width)
     return refined
 

@@ -7,6 +7,7 @@ __all__ = ['default_palette', 'SegmentationError', 'Segmentation']
 
 # %% ../nbs/04_segmentation.ipynb #c92c1dd3
 import json
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -76,7 +77,9 @@ class Segmentation:
         if not self.names: raise SegmentationError("names is empty: give at least one")
         for name in self.names:
             if not isinstance(name, str) or not name.strip(): raise SegmentationError(f"{name!r} is not a name: give non-empty text")
-            if self.names.count(name) > 1: raise SegmentationError(f"The name {name!r} occurs {self.names.count(name)} times: names must differ")
+        if len(set(self.names)) < len(self.names):
+            double = Counter(self.names).most_common(1)[0]
+            raise SegmentationError("The name {!r} occurs {} times: names must differ".format(*double))
         labels = _array(self.labels)
         if labels.ndim != 2 or labels.size == 0: raise SegmentationError(f"labels must be a non-empty H x W array, not of shape {labels.shape}")
         if labels.dtype.kind not in "iu": raise SegmentationError(f"labels must be integers, not {labels.dtype}: convert with labels.astype(int)")
@@ -131,23 +134,21 @@ def _percent(fraction:float) -> str: return f"{100 * fraction:.0f} %" if fractio
 
 # %% ../nbs/04_segmentation.ipynb #852d98c3
 def _borders(labels:np.ndarray, width:int) -> np.ndarray:
-    "`H x W` booleans: pixels within `width` of a pixel with another label."
-    edge, near = np.zeros(labels.shape, bool), labels
-    right, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
-    edge[:, 1:] |= right; edge[:, :-1] |= right
-    edge[1:] |= down; edge[:-1] |= down
-    for _ in range(width - 1): # one pixel wider on each side
-        wide = edge.copy()
-        wide[:, 1:] |= edge[:, :-1]; wide[:, :-1] |= edge[:, 1:]
-        wide[1:] |= edge[:-1]; wide[:-1] |= edge[1:]
-        edge = wide
-    return edge
+    "`H x W` booleans: the pixels at which another label begins, from the left or from above, as lines `width` pixels wide."
+    line = np.zeros(labels.shape, bool)
+    line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    line[1:] |= labels[1:] != labels[:-1]
+    for _ in range(width - 1):
+        thin = line.copy()
+        line[:, 1:] |= thin[:, :-1]
+        line[1:] |= thin[:-1]
+    return line
 
 def _legend(entries:list, width:int) -> Image.Image:
-    "A strip of colour swatches with text, wrapped to `width` pixels (wider if one entry needs it). `entries`: pairs of RGB colour and text."
-    size = min(max(width // 34, 12), 40)
+    "A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it). `entries`: triples of RGB colour, name, area."
+    size = min(max(width // 38, 12), 40)
     font, pad = ImageFont.load_default(size), size // 2
-    lengths = [size + pad + int(font.getlength(text)) + 1 for _, text in entries]
+    lengths = [size + pad + int(font.getlength(f"{name} {area}")) + 1 for _, name, area in entries]
     width, x, y, places = max(width, max(lengths) + 2 * pad), pad, pad, []
     for length in lengths:
         if x > pad and x + length + pad > width: x, y = pad, y + size + pad
@@ -155,9 +156,10 @@ def _legend(entries:list, width:int) -> Image.Image:
         x += length + 2 * pad
     strip = Image.new("RGB", (width, y + size + pad), "white")
     draw = ImageDraw.Draw(strip)
-    for (colour, text), (x, y) in zip(entries, places):
+    for (colour, name, area), (x, y) in zip(entries, places):
         draw.rounded_rectangle((x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour))
-        draw.text((x + size + pad, y + size / 2), text, font=font, fill=(30, 30, 30), anchor="lm")
+        draw.text((x + size + pad, y + size / 2), name, font=font, fill=(30, 30, 30), anchor="lm")
+        draw.text((x + size + pad + font.getlength(name + " "), y + size / 2), area, font=font, fill=(130, 130, 130), anchor="lm")
     return strip
 
 @patch
@@ -174,13 +176,11 @@ def overlay(self:Segmentation,
     picture = colours
     if photo is not None:
         picture = (photo * np.float32(1 - opacity) + colours * np.float32(opacity) + np.float32(.5)).astype(np.uint8)
-        if outline:
-            edge = _borders(self.labels, max(1, round(max(self.labels.shape) / 600)))
-            picture[edge] = colours[edge]
+    if outline: picture[_borders(self.labels, max(1, round(max(self.labels.shape) / 600)))] = 255
     picture = Image.fromarray(picture)
     if not legend: return picture
     present = sorted(((area, k) for k, area in enumerate(self.areas().values()) if area > 0), key=lambda pair: -pair[0])
-    strip = _legend([(self.palette[k], f"{self.names[k]} {_percent(area)}") for area, k in present], picture.width)
+    strip = _legend([(self.palette[k], self.names[k], _percent(area)) for area, k in present], picture.width)
     sheet = Image.new("RGB", (strip.width, picture.height + strip.height), "white")
     sheet.paste(picture, ((strip.width - picture.width) // 2, 0))
     sheet.paste(strip, (0, picture.height))

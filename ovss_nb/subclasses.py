@@ -77,7 +77,7 @@ def subclass_maps(
         best = torch.maximum(best, (column @ patches.T).masked_fill(~real[:, None], -torch.inf))
     return best
 
-# %% ../nbs/20_subclasses.ipynb #49a2d373
+# %% ../nbs/20_subclasses.ipynb #85fc16f6
 def superclass_scores(
     pooled:torch.Tensor, # d, the image vector; need not be normalised
     class_embeddings:torch.Tensor, # K x d unit-norm
@@ -86,7 +86,7 @@ def superclass_scores(
     check_shapes(pooled=(pooled, "d"), class_embeddings=(class_embeddings, "K d"))
     return class_embeddings.float() @ (pooled.float()/(pooled.float().norm() + 1e-8))
 
-# %% ../nbs/20_subclasses.ipynb #a2c4e860
+# %% ../nbs/20_subclasses.ipynb #08a391ed
 def selection_threshold(
     scores:torch.Tensor, # K class scores
     top:int=10, # how many of the best to look at; fewer if there are fewer classes
@@ -97,7 +97,7 @@ def selection_threshold(
     best = scores.float().topk(min(top, len(scores))).values
     return (best.mean() + best.std()).item() if len(best) > 1 else best.item()
 
-# %% ../nbs/20_subclasses.ipynb #66bf2c52
+# %% ../nbs/20_subclasses.ipynb #5317b009
 def select_classes(
     scores:torch.Tensor, # K class scores
     background_index:int|None=None, # class that is never selected
@@ -117,7 +117,7 @@ def select_classes(
         selected.append(index)
     return selected
 
-# %% ../nbs/20_subclasses.ipynb #54263be7
+# %% ../nbs/20_subclasses.ipynb #0b3d1ac5
 def merge_masks(
     masks:np.ndarray, # n x H x W bool
     class_indices:list[int], # n class indices, one per mask

@@ -48,6 +48,7 @@ class TextBank:
     names:tuple[str, ...] # K class names, in the vocabulary's order
     words:tuple[tuple[str, ...], ...] # per class its words, in order
     templates:tuple[str, ...] # sentences that each word was put into
+    background:tuple[str, ...] = () # which names are background
 
     def __len__(self) -> int: return len(self.names)
 
@@ -92,4 +93,4 @@ def encode_text(
     for k, words in enumerate(vocabulary.words):
         mask[k, :len(words)] = True
         embeddings[k, :len(words)] = torch.stack([vectors[o] for o in words])
-    return TextBank(embeddings, mask, vocabulary.names, vocabulary.words, sentences)
+    return TextBank(embeddings, mask, vocabulary.names, vocabulary.words, sentences, vocabulary.background)

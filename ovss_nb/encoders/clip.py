@@ -81,7 +81,7 @@ def load_clip(
     # What open_clip lets through: no network, no cached copy, another network's file (it asserts widths), a file that is no checkpoint.
     except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
         if pretrained and Path(pretrained).is_file(): raise ValueError(f"{pretrained} does not fit {model}: {e}") from e
-        raise ValueError(f"Cannot get {model} with the weights {pretrained!r}; are you offline? "
+        raise ValueError(f"Cannot get {model} (weights {pretrained!r}) or its tokenizer; are you offline? "
             f"Download the checkpoint where there is a network and pass the file: pretrained='path/to/weights.safetensors'. ({e})") from e
 
 # %% ../../nbs/11_clip.ipynb #73fec138

