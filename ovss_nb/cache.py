@@ -22,7 +22,7 @@ def atomic_path(
     "Write to the path this yields; on success it is moved to `path` (replacing a file there), on any exception it is removed."
     path = Path(path)
     if not path.parent.is_dir(): raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist: create it first")
-    temporary = path.with_name(f".{path.stem[:64]}-{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:32]}-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "r+b") as file: os.fsync(file.fileno())

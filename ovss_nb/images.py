@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 # %% ../nbs/02_images.ipynb #d4e4fec5
 MAX_PIXELS = 178_956_970
 
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError, OverflowError,
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 class ImageError(ValueError):

@@ -20,19 +20,19 @@ def _label_dtype(classes:int) -> torch.dtype:
     "The smallest of int16 and int32 that holds the label of every class."
     return torch.int16 if classes <= 2**15 else torch.int32
 
-def _argmax_by_class(
+def _argmax_in_groups(
     scores:torch.Tensor, # K x h x w, float32, finite
     size:tuple[int, int], # height and width of the labels
 ) -> torch.Tensor: # H x W labels
-    "Upsample one class after another and keep a running maximum."
-    labels, best = torch.zeros(size, dtype=_label_dtype(len(scores)), device=scores.device), None
-    for k in range(len(scores)):
-        value = F.interpolate(scores[None, k:k+1], size=size, mode="bilinear", align_corners=False)[0, 0]
-        if best is None: best = value
+    "Upsample a few classes at a time (10 MB of values) and keep a running maximum."
+    group = max(1, 2_500_000//(size[0]*size[1]))
+    for k in range(0, len(scores), group):
+        value, label = F.interpolate(scores[None, k:k+group], size=size, mode="bilinear", align_corners=False)[0].max(0)
+        if k == 0: best, labels = value, label
         else:
-            labels.masked_fill_(value > best, k)
+            labels = torch.where(value > best, label.add_(k), labels)
             torch.maximum(best, value, out=best)
-    return labels
+    return labels.to(_label_dtype(len(scores)))
 
 # %% ../nbs/21_refine.ipynb #e28e7414
 def _axis_weights(
@@ -85,7 +85,7 @@ def _survivors(
     corners:torch.Tensor, # n x 4 rows of the four corners of each cell
     winners:torch.Tensor, # n x 4 best class at each corner
     most:int, # give up once there are more survivors than this
-    block:int=2**17, # scores looked at together
+    block:int=2**15, # scores looked at together
 ): # (cell, class, values M x 4) of all survivors, ordered by cell then class; None if there are too many
     "The classes that can be best somewhere in a cell: those that no corner winner beats at all four corners."
     found, total = [], 0
@@ -119,15 +119,13 @@ def _fill(
         row, column = cell[part]//len(columns.low), cell[part] % len(columns.low)
         turn = torch.arange(int(count[part[0]]), device=k.device)[:, None]
         index = first[part] + torch.minimum(turn, count[part]-1)   # survivor x cell
-        a, b = columns.a[:, column], columns.b[:, column]
-        upper = mix(corner[0][index][:, None], a, corner[1][index][:, None], b)   # survivor x column x cell
-        lower = mix(corner[2][index][:, None], a, corner[3][index][:, None], b)
-        a, b = rows.a[:, None, row], rows.b[:, None, row]
-        best = mix(upper[0], a, lower[0], b)   # row x column x cell
-        label = k[index[0]].expand(best.shape)
-        for t in range(1, len(index)):
-            value = mix(upper[t], a, lower[t], b)
-            label = torch.where(value > best, k[index[t]], label)
+        top, bottom, left, right = rows.a[:, None, row], rows.b[:, None, row], columns.a[:, column], columns.b[:, column]
+        best = torch.full((rows.span, columns.span, len(part)), -torch.inf, device=k.device)
+        label = torch.zeros_like(best, dtype=k.dtype)
+        for i in index:
+            topleft, topright, bottomleft, bottomright = corner[:, i]
+            value = mix(mix(topleft, left, topright, right), top, mix(bottomleft, left, bottomright, right), bottom)   # row x column x cell
+            label = torch.where(value > best, k[i], label)
             torch.maximum(best, value, out=best)
         canvas[:, :, cell[part]] = label
 
@@ -150,7 +148,7 @@ def upsample_argmax(
     if scores.amin() == -torch.inf: scores = scores.clamp(min=torch.finfo(torch.float32).min/4)
     (classes, h, w), device = scores.shape, str(scores.device)
     mix = _mixing_rule(device)
-    if mix is None or classes == 1 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w: return _argmax_by_class(scores, size)
+    if mix is None or classes == 1 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w: return _argmax_in_groups(scores, size)
     rows, columns = _Cells(h, size[0], device), _Cells(w, size[1], device)
     places = scores.flatten(1).T.contiguous()
     corners = torch.stack([(y[:, None]*w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)], 1)
@@ -159,7 +157,7 @@ def upsample_argmax(
     open_cells = (winners != winners[:, :1]).any(1).nonzero()[:, 0]
     if len(open_cells):
         survivors = _survivors(places, corners[open_cells], winners[open_cells], most=classes*len(corners)//4)
-        if survivors is None: return _argmax_by_class(scores, size)
+        if survivors is None: return _argmax_in_groups(scores, size)
         _fill(canvas, (open_cells[survivors[0]], *survivors[1:]), rows, columns, mix)
     canvas = canvas.view(rows.span, columns.span, h+1, w+1).permute(2, 0, 3, 1).reshape((h+1)*rows.span, (w+1)*columns.span)
     return canvas[rows.where][:, columns.where]

@@ -148,7 +148,9 @@ def _legend(entries:list, width:int) -> Image.Image:
     "A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it). `entries`: triples of RGB colour, name, area."
     size = min(max(width // 38, 12), 40)
     font, pad = ImageFont.load_default(size), size // 2
-    lengths = [size + pad + int(font.getlength(f"{name} {area}")) + 1 for _, name, area in entries]
+    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries] # the font draws single lines only
+    behind = [size + pad + round(font.getlength(name)) + size // 3 for _, name, _ in entries] # where the area stands
+    lengths = [at + round(font.getlength(area)) for at, (*_, area) in zip(behind, entries)]
     width, x, y, places = max(width, max(lengths) + 2 * pad), pad, pad, []
     for length in lengths:
         if x > pad and x + length + pad > width: x, y = pad, y + size + pad
@@ -156,10 +158,10 @@ def _legend(entries:list, width:int) -> Image.Image:
         x += length + 2 * pad
     strip = Image.new("RGB", (width, y + size + pad), "white")
     draw = ImageDraw.Draw(strip)
-    for (colour, name, area), (x, y) in zip(entries, places):
+    for (colour, name, area), at, (x, y) in zip(entries, behind, places):
         draw.rounded_rectangle((x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour))
         draw.text((x + size + pad, y + size / 2), name, font=font, fill=(30, 30, 30), anchor="lm")
-        draw.text((x + size + pad + font.getlength(name + " "), y + size / 2), area, font=font, fill=(130, 130, 130), anchor="lm")
+        draw.text((x + at, y + size / 2), area, font=font, fill=(130, 130, 130), anchor="lm")
     return strip
 
 @patch

@@ -11,12 +11,13 @@ from ovss_nb.encoders.clip import CLIPEncoder, count_tokens, load_clip, resize_p
 
 GOLDEN = Path(__file__).parent/"golden"
 WIDTH, HEADS, LAYERS, PATCH, DIM = 48, 3, 7, 8, 20
+WORDS = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)   # a text tower for CLIP's real tokenizer
 SIZES = [(32, 32), (48, 72), (16, 40)]   # native, larger, smaller than native on one side
 
 def tiny(seed=0, quick_gelu=True, embed_dim=DIM, text=None, **vision):
     "An open_clip model in which every parameter is random, so that a forgotten one shows."
     vision = dict(image_size=32, patch_size=PATCH, width=WIDTH, layers=LAYERS, head_width=WIDTH//HEADS) | vision
-    text = text or dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)
+    text = text or dict(context_length=8, vocab_size=10, width=32, heads=2, layers=1)   # most tests never read
     model = open_clip.CLIP(embed_dim, vision, text, quick_gelu=quick_gelu).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -155,7 +156,7 @@ def test_layers_equal_plain_algebra():
 def test_bf16_is_close():
     x = images(48, 72)
     for way in ("tokens", "value", "vv"):
-        a, b = (CLIPEncoder(tiny(), dense=way, precision=o, device="cpu", tokenizer=open_clip.SimpleTokenizer()) for o in ("fp32", "bf16"))
+        a, b = (CLIPEncoder(tiny(text=WORDS), dense=way, precision=o, device="cpu", tokenizer=open_clip.SimpleTokenizer()) for o in ("fp32", "bf16"))
         assert b.dtype == torch.bfloat16 and b.dense(x).dtype == torch.float32
         assert F.cosine_similarity(a.dense(x), b.dense(x), dim=1).min() > .98
         assert F.cosine_similarity(a.text(["a cat"]), b.text(["a cat"])).min() > .98
@@ -206,7 +207,7 @@ def test_ebseg_surgery(case):
 # ---- text
 
 def test_text_equals_open_clip():
-    model, tokenizer = tiny(), open_clip.SimpleTokenizer()
+    model, tokenizer = tiny(text=WORDS), open_clip.SimpleTokenizer()
     prompts = ["a photo of a cat.", "rocket", "cat &amp; dog", "crème brûlée", "!"]
     vectors = CLIPEncoder(model, device="cpu", tokenizer=tokenizer).text(prompts)
     assert torch.allclose(vectors, F.normalize(model.encode_text(tokenizer(prompts)), dim=-1), atol=1e-6)
@@ -217,13 +218,13 @@ def test_token_counts_equal_the_tokenizers_own():
     assert count_tokens(tokenizer, prompts) == [len(tokenizer.encode(o)) + 2 for o in prompts]
 
 def test_a_prompt_too_long_is_named():
-    encoder = CLIPEncoder(tiny(), device="cpu", tokenizer=open_clip.SimpleTokenizer())
+    encoder = CLIPEncoder(tiny(text=WORDS), device="cpu", tokenizer=open_clip.SimpleTokenizer())
     assert encoder.text(["dog "*75]).shape == (1, DIM)
     with pytest.raises(ValueError, match="78 tokens.*at most 77.*dog dog"): encoder.text(["cat", "dog "*76])
 
 def test_short_context():
     "A context other than the tokenizer's default of 77 is the model's to decide."
-    model = tiny(text=dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
+    model = tiny(text=WORDS | dict(context_length=12))
     encoder = CLIPEncoder(model, device="cpu", tokenizer=open_clip.SimpleTokenizer())
     assert encoder.text(["dog "*10]).shape == (1, DIM)
     with pytest.raises(ValueError, match="13 tokens.*at most 12"): encoder.text(["dog "*11])
@@ -231,7 +232,7 @@ def test_short_context():
 # ---- loading and mistakes
 
 CONFIG = dict(embed_dim=DIM, vision_cfg=dict(image_size=32, patch_size=PATCH, width=WIDTH, layers=LAYERS, head_width=WIDTH//HEADS),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+    text_cfg=WORDS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -242,21 +243,21 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_checkpoint_file(folder, suffix):
-    state, path = tiny(seed=7).state_dict(), folder/f"weights.{suffix}"
+    state, path = tiny(seed=7, text=WORDS).state_dict(), folder/f"weights.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     x = images(48, 72)
     encoder = CLIPEncoder("ovss-test-quick", path, dense="tokens", device="cpu")
-    assert torch.equal(encoder.dense(x), CLIPEncoder(tiny(seed=7), dense="tokens", device="cpu").dense(x))
+    assert torch.equal(encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense="tokens", device="cpu").dense(x))
     assert encoder.text(["cat"]).shape == (1, DIM)
     # The same weights under another activation are another encoder.
     assert CLIPEncoder("ovss-test", path, device="cpu").fingerprint != encoder.fingerprint
 
 def test_local_folder(tmp_path):
     (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=CONFIG | dict(quick_gelu=True), preprocess_cfg=dict(mean=[.5, .5, .5], std=[.25, .25, .25]))))
-    save_file(tiny(seed=7).state_dict(), tmp_path/"open_clip_model.safetensors")
+    save_file(tiny(seed=7, text=WORDS).state_dict(), tmp_path/"open_clip_model.safetensors")
     encoder, x = CLIPEncoder(f"local-dir:{tmp_path}", dense="tokens", device="cpu"), images(32, 32)
     assert encoder.mean == (.5, .5, .5) and encoder.std == (.25, .25, .25)
-    assert torch.equal(encoder.dense(x), CLIPEncoder(tiny(seed=7), dense="tokens", device="cpu").dense(x))
+    assert torch.equal(encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense="tokens", device="cpu").dense(x))
     (tmp_path/"open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="Cannot get local-dir"): load_clip(f"local-dir:{tmp_path}")   # never random by accident
 

@@ -67,8 +67,8 @@ def test_large_vocabulary_and_wide_labels():
 
 def test_both_ways_are_taken(monkeypatch):
     "Smooth maps never reach the plain way; noise does; and without an exact rule everything does."
-    calls, plain = [], refine._argmax_by_class
-    monkeypatch.setattr(refine, "_argmax_by_class", lambda scores, size: (calls.append(len(scores)), plain(scores, size))[1])
+    calls, plain = [], refine._argmax_in_groups
+    monkeypatch.setattr(refine, "_argmax_in_groups", lambda scores, size: (calls.append(len(scores)), plain(scores, size))[1])
     upsample_argmax(smooth_maps(50, 20, 20, 2), (320, 320)); assert not calls
     upsample_argmax(torch.randn(50, 20, 20), (320, 320)); assert calls == [50]
     monkeypatch.setattr(refine, "_mixing_rule", lambda device: None)

