@@ -81,7 +81,9 @@ def create(
 DEFAULT_SYSTEM = "maskclip" # best of the offline ones by the table in the README
 
 @lru_cache(maxsize=2)
-def _system(name:str, encoder:str): return create(name, encoder)
+def _system(name:str, encoder:str):
+    from ovss_nb.refine import crf_available   # brings torch, which listing systems does not need
+    return create(name, encoder, crf=crf_available())
 
 def segment(
     image, # path, bytes, PIL image, array or tensor

@@ -7,6 +7,8 @@ __all__ = ['PNP_CRF', 'SIMSEG_CRF', 'upsample_argmax', 'min_max', 'threshold', '
            'erode', 'CRFConfig', 'crf_available', 'surviving_classes', 'dense_crf', 'binary_crf']
 
 # %% ../nbs/21_refine.ipynb #14d9cf9a
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
@@ -20,21 +22,40 @@ def _label_dtype(classes:int) -> torch.dtype:
     "The smallest of int16 and int32 that holds the label of every class."
     return torch.int16 if classes <= 2**15 else torch.int32
 
+# %% ../nbs/21_refine.ipynb #27314315
+@contextmanager
+def _one_thread():
+    "Run each of torch's CPU operations in one thread inside this block, also in Python threads started there."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/21_refine.ipynb #f8cccf41
 def _argmax_in_groups(
     scores:torch.Tensor, # K x h x w, float32, finite
     size:tuple[int, int], # height and width of the labels
 ) -> torch.Tensor: # H x W labels
-    "Upsample a few classes at a time (10 MB of values) and keep a running maximum."
-    group = max(1, 2_500_000//(size[0]*size[1]))
-    for k in range(0, len(scores), group):
-        value, label = F.interpolate(scores[None, k:k+group], size=size, mode="bilinear", align_corners=False)[0].max(0)
-        if k == 0: best, labels = value, label
-        else:
-            labels = torch.where(value > best, label.add_(k), labels)
-            torch.maximum(best, value, out=best)
-    return labels.to(_label_dtype(len(scores)))
+    "Upsample a few classes at a time (5 MB of values per thread) and keep a running maximum."
+    group = max(1, 1_250_000//(size[0]*size[1]))
+    def merge(best, label, value, other):
+        label = torch.where(value > best, other, label)
+        return torch.maximum(best, value, out=best), label
+    def share(first, last):
+        for k in range(first, last, group):
+            value, label = F.interpolate(scores[None, k:min(k+group, last)], size=size, mode="bilinear", align_corners=False)[0].max(0)
+            label = label.add_(k).to(_label_dtype(len(scores)))
+            found = (value, label) if k == first else merge(*found, value, label)
+        return found
+    # At least 16 classes a thread; a GPU is parallel by itself.
+    threads = min(torch.get_num_threads(), -(-len(scores)//16)) if scores.device.type == "cpu" else 1
+    if threads == 1: return share(0, len(scores))[1]
+    bounds = [len(scores)*t//threads for t in range(threads+1)]
+    with _one_thread(), ThreadPoolExecutor(threads) as pool: first, *others = pool.map(share, bounds, bounds[1:])
+    for other in others: first = merge(*first, *other)
+    return first[1]
 
-# %% ../nbs/21_refine.ipynb #e28e7414
+# %% ../nbs/21_refine.ipynb #e16d49d9
 def _axis_weights(
     places:int, # length of the coarse axis
     pixels:int, # length of the fine axis
@@ -48,7 +69,7 @@ def _axis_weights(
     low = near - (weights[(near-1) % 3, at] > 0).long()
     return low, weights[low % 3, at], weights[(low+1) % 3, at]
 
-# %% ../nbs/21_refine.ipynb #fd7547d7
+# %% ../nbs/21_refine.ipynb #cfc53a24
 @lru_cache
 def _mixing_rule(
     device:str, # as in `str(tensor.device)`
@@ -65,7 +86,7 @@ def _mixing_rule(
         line = mix(scores[:, :, x], xa, scores[:, :, x+1], xb)
         if torch.equal(mix(line[:, y], ya, line[:, y+1], yb), naive[:, rows][:, :, columns]): return mix
 
-# %% ../nbs/21_refine.ipynb #b0e0fe9d
+# %% ../nbs/21_refine.ipynb #284918e4
 class _Cells:
     "The cells of one axis: `low`, `high` (n+1) bounding places; `a`, `b` (span x n+1) weights; `where` (pixels) position of each pixel among cells of `span` pixels."
     def __init__(self, places:int, pixels:int, device:str="cpu"):
@@ -79,13 +100,13 @@ class _Cells:
         self.a, self.b = torch.zeros(2, self.span, places+1, device=device)
         self.a[offset, cell], self.b[offset, cell] = a, b
 
-# %% ../nbs/21_refine.ipynb #cfc53a24
+# %% ../nbs/21_refine.ipynb #97284bd6
 def _survivors(
     places:torch.Tensor, # (h*w) x K scores, one row per place
     corners:torch.Tensor, # n x 4 rows of the four corners of each cell
     winners:torch.Tensor, # n x 4 best class at each corner
     most:int, # give up once there are more survivors than this
-    block:int=2**15, # scores looked at together
+    block:int=2**17, # scores looked at together
 ): # (cell, class, values M x 4) of all survivors, ordered by cell then class; None if there are too many
     "The classes that can be best somewhere in a cell: those that no corner winner beats at all four corners."
     found, total = [], 0
@@ -103,7 +124,7 @@ def _survivors(
         if total > most: return None
     return tuple(torch.cat(part) for part in zip(*found))
 
-# %% ../nbs/21_refine.ipynb #6c86f2b5
+# %% ../nbs/21_refine.ipynb #1c47678e
 def _fill(
     canvas:torch.Tensor, # rows x columns x cells labels, written in place
     survivors:tuple, # (cell, class, values) as from `_survivors`, with `cell` an index into `canvas`
@@ -123,13 +144,34 @@ def _fill(
         best = torch.full((rows.span, columns.span, len(part)), -torch.inf, device=k.device)
         label = torch.zeros_like(best, dtype=k.dtype)
         for i in index:
-            topleft, topright, bottomleft, bottomright = corner[:, i]
+            topleft, topright, bottomleft, bottomright = corner[:, i]   # each one value per cell
             value = mix(mix(topleft, left, topright, right), top, mix(bottomleft, left, bottomright, right), bottom)   # row x column x cell
             label = torch.where(value > best, k[i], label)
             torch.maximum(best, value, out=best)
         canvas[:, :, cell[part]] = label
 
-# %% ../nbs/21_refine.ipynb #0fb11db5
+# %% ../nbs/21_refine.ipynb #17f0ffab
+def _argmax_by_cells(
+    scores:torch.Tensor, # K x h x w, float32, finite
+    size:tuple[int, int], # height and width of the labels
+    mix, # the mixing rule
+) -> torch.Tensor|None: # H x W labels; None where too many classes survive
+    "Interpolate in each cell the classes that can win there, and only those."
+    (classes, h, w), device = scores.shape, str(scores.device)
+    rows, columns = _Cells(h, size[0], device), _Cells(w, size[1], device)
+    places = scores.flatten(1).T.contiguous()
+    corners = torch.stack([(y[:, None]*w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)], 1)
+    winners = places.argmax(1)[corners]
+    canvas = winners[:, 0].to(_label_dtype(classes)).expand(rows.span, columns.span, -1).contiguous()
+    disputed = (winners != winners[:, :1]).any(1).nonzero()[:, 0]
+    if len(disputed):
+        survivors = _survivors(places, corners[disputed], winners[disputed], most=classes*len(corners)//4)
+        if survivors is None: return None
+        _fill(canvas, (disputed[survivors[0]], *survivors[1:]), rows, columns, mix)
+    canvas = canvas.view(rows.span, columns.span, h+1, w+1).permute(2, 0, 3, 1).reshape((h+1)*rows.span, (w+1)*columns.span)
+    return canvas[rows.where][:, columns.where]
+
+# %% ../nbs/21_refine.ipynb #3636240e
 def upsample_argmax(
     scores:torch.Tensor, # K x h x w, any float type, any device; `-inf` switches a class off
     size:tuple[int, int], # height and width of the labels, in pixels
@@ -143,26 +185,19 @@ def upsample_argmax(
     if scores.ndim != 3 or 0 in scores.shape: raise ValueError(f"scores must be K x h x w with no empty side, got {tuple(scores.shape)}")
     size = int(size[0]), int(size[1])
     if min(size) < 1: raise ValueError(f"size must be (height, width) of at least one pixel, got {size}")
-    scores = scores.detach().float().contiguous()
-    if not scores.amax() < torch.inf: raise ValueError("scores hold NaN or +inf; mend them before asking for labels (-inf is allowed and switches a class off)")
-    if scores.amin() == -torch.inf: scores = scores.clamp(min=torch.finfo(torch.float32).min/4)
-    (classes, h, w), device = scores.shape, str(scores.device)
-    mix = _mixing_rule(device)
-    if mix is None or classes == 1 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w: return _argmax_in_groups(scores, size)
-    rows, columns = _Cells(h, size[0], device), _Cells(w, size[1], device)
-    places = scores.flatten(1).T.contiguous()
-    corners = torch.stack([(y[:, None]*w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)], 1)
-    winners = places.argmax(1)[corners]
-    canvas = winners[:, 0].to(_label_dtype(classes)).expand(rows.span, columns.span, -1).contiguous()
-    open_cells = (winners != winners[:, :1]).any(1).nonzero()[:, 0]
-    if len(open_cells):
-        survivors = _survivors(places, corners[open_cells], winners[open_cells], most=classes*len(corners)//4)
-        if survivors is None: return _argmax_in_groups(scores, size)
-        _fill(canvas, (open_cells[survivors[0]], *survivors[1:]), rows, columns, mix)
-    canvas = canvas.view(rows.span, columns.span, h+1, w+1).permute(2, 0, 3, 1).reshape((h+1)*rows.span, (w+1)*columns.span)
-    return canvas[rows.where][:, columns.where]
+    with _one_thread():
+        # Many short steps: a second thread would cost more than it saves.
+        scores = scores.detach().float().contiguous()
+        low, high = scores.aminmax()
+        if not high < torch.inf: raise ValueError("scores hold NaN or +inf; mend them before asking for labels (-inf is allowed and switches a class off)")
+        if low == -torch.inf: scores = scores.clamp(min=torch.finfo(torch.float32).min/4)
+        classes, h, w = scores.shape
+        mix = _mixing_rule(str(scores.device))
+        plain = mix is None or classes == 1 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w
+        labels = None if plain else _argmax_by_cells(scores, size, mix)
+    return _argmax_in_groups(scores, size) if labels is None else labels
 
-# %% ../nbs/21_refine.ipynb #17f0ffab
+# %% ../nbs/21_refine.ipynb #08c7cba1
 def min_max(
     maps:torch.Tensor, # ... x h x w
 ) -> torch.Tensor: # the same shape
@@ -170,7 +205,7 @@ def min_max(
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return torch.where(high > low, (maps-low)/(high-low), torch.zeros_like(maps))
 
-# %% ../nbs/21_refine.ipynb #aaa37720
+# %% ../nbs/21_refine.ipynb #7e8451f7
 def threshold(
     maps:torch.Tensor, # ... x h x w
     value:float, # in (0, 1], on the min-max scale
@@ -179,7 +214,7 @@ def threshold(
     if not 0 < value <= 1: raise ValueError(f"the threshold lies on the min-max scale, above 0 and at most 1; got {value}")
     return min_max(maps) >= value
 
-# %% ../nbs/21_refine.ipynb #44a752cb
+# %% ../nbs/21_refine.ipynb #f4f15667
 def gaussian_blur(
     maps:torch.Tensor, # ... x h x w
     sigma:float, # standard deviation in pixels
@@ -189,7 +224,7 @@ def gaussian_blur(
     down, across = (torch.as_tensor(ndimage.gaussian_filter1d(np.eye(n), sigma, axis=0)).to(maps) for n in maps.shape[-2:])
     return down @ maps @ across.mT
 
-# %% ../nbs/21_refine.ipynb #227f24e8
+# %% ../nbs/21_refine.ipynb #c572808e
 def add_background(
     scores:torch.Tensor, # K x h x w
     threshold:float, # the score that another class must exceed
@@ -199,7 +234,7 @@ def add_background(
     if not 0 <= index <= len(scores): raise ValueError(f"the background goes to a position between 0 and {len(scores)}, got {index}")
     return torch.cat([scores[:index], torch.full_like(scores[:1], threshold), scores[index:]])
 
-# %% ../nbs/21_refine.ipynb #96df954a
+# %% ../nbs/21_refine.ipynb #f51fc001
 def _morphology(mask:np.ndarray, size:int, iterations:int, largest:bool) -> np.ndarray:
     if mask.dtype != bool or mask.ndim != 2: raise ValueError(f"expected a boolean H x W mask, got {mask.dtype} {mask.shape}; compare it with a threshold first")
     if size < 1 or size % 2 == 0 or iterations < 0: raise ValueError(f"size must be odd and iterations at least 0, got size={size}, iterations={iterations}")
@@ -224,7 +259,7 @@ def erode(
     "Shrink a mask: a pixel stays set if the whole square around it is, as far as it lies in the image (OpenCV's `erode`)."
     return _morphology(mask, size, iterations, False)
 
-# %% ../nbs/21_refine.ipynb #00e0572b
+# %% ../nbs/21_refine.ipynb #c2bcbb31
 @dataclass(frozen=True)
 class CRFConfig:
     "Widths and strengths of a dense CRF; the defaults are those of PnP-OVSS (SYSTEMS 6.5 step 5 and section 7)."
@@ -244,7 +279,7 @@ def crf_available() -> bool:
     except MissingExtra: return False
     return True
 
-# %% ../nbs/21_refine.ipynb #dfcf098e
+# %% ../nbs/21_refine.ipynb #9352af31
 def surviving_classes(
     probabilities:np.ndarray, # K x H x W
     top:int=1, # a class must be among this many best at one pixel at least
@@ -286,7 +321,7 @@ def dense_crf(
     refined[kept] = np.asarray(field.inference(config.iterations)).reshape(len(kept), height, width)
     return refined
 
-# %% ../nbs/21_refine.ipynb #f51fc001
+# %% ../nbs/21_refine.ipynb #cad0ecba
 def binary_crf(
     image:np.ndarray, # H x W x 3 uint8 RGB
     probability:np.ndarray, # H x W in [0, 1]: how likely a pixel belongs to the class

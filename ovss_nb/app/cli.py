@@ -59,10 +59,10 @@ def save_result(result:Segmentation, stem:str, folder:Path) -> dict:
 
 # %% ../../nbs/app/50_cli.ipynb #b91f00aa
 DEMO = {
-    "chelsea.png": "cat,blanket",
-    "coffee.png": "espresso,spoon,wooden table",
-    "rocket.jpg": "missile,sky",
-    "motorcycle_left.png": "motorcycle,garage,tool",
+    "chelsea.png": "cat,background",
+    "coffee.png": "cup of coffee,wooden table",
+    "motorcycle_left.png": "motorcycle,shelf,floor",
+    "rocket.jpg": "missile,crane,sky",
     "horse.png": "horse,paper",
 }
 
@@ -134,11 +134,10 @@ def _segment(a) -> int:
     else:
         vocabulary = parse_classes(a.classes)
         pictures = [(path, vocabulary) for path in a.files]
-    if a.system in ("simseg", "llm_supervised") and "crf" not in knobs:
-        from ovss_nb.refine import crf_available
+    from ovss_nb.refine import crf_available   # brings torch, which the lists do not need
+    if "crf" not in knobs:
         knobs["crf"] = crf_available()
-        if not knobs["crf"]: print("dense CRF: off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)")
-    elif a.system == "maskclip": print("dense CRF: off (this system uses none)")
+        print("dense CRF: " + ("on" if knobs["crf"] else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"))
     system = create(a.system, a.encoder, **knobs)
     start = time.perf_counter()
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"

