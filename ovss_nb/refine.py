@@ -37,15 +37,19 @@ def _argmax_in_groups(
     size:tuple[int, int], # height and width of the labels
 ) -> torch.Tensor: # H x W labels
     "Upsample a few classes at a time (5 MB of values per thread) and keep a running maximum."
-    group = max(1, 1_250_000//(size[0]*size[1]))
+    group = 3 if len(scores) == 3 else max(1, 1_250_000//(size[0]*size[1]))
     def merge(best, label, value, other):
         label = torch.where(value > best, other, label)
         return torch.maximum(best, value, out=best), label
     def share(first, last):
-        for k in range(first, last, group):
-            value, label = F.interpolate(scores[None, k:min(k+group, last)], size=size, mode="bilinear", align_corners=False)[0].max(0)
+        k, found = first, None
+        while k < last:
+            part = min(group, last-k)
+            part -= part == 3 and len(scores) != 3
+            value, label = F.interpolate(scores[None, k:k+part], size=size, mode="bilinear", align_corners=False)[0].max(0)
             label = label.add_(k).to(_label_dtype(len(scores)))
-            found = (value, label) if k == first else merge(*found, value, label)
+            found = merge(*found, value, label) if found else (value, label)
+            k += part
         return found
     # At least 16 classes a thread; a GPU is parallel by itself.
     threads = min(torch.get_num_threads(), -(-len(scores)//16)) if scores.device.type == "cpu" else 1
@@ -193,7 +197,7 @@ def upsample_argmax(
         if low == -torch.inf: scores = scores.clamp(min=torch.finfo(torch.float32).min/4)
         classes, h, w = scores.shape
         mix = _mixing_rule(str(scores.device))
-        plain = mix is None or classes == 1 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w
+        plain = mix is None or classes <= 3 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w
         labels = None if plain else _argmax_by_cells(scores, size, mix)
     return _argmax_in_groups(scores, size) if labels is None else labels
 

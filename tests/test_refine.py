@@ -40,7 +40,7 @@ SIZES = [((30, 40), (480, 640)), ((17, 23), (301, 407)), ((24, 24), (336, 336)),
 @pytest.mark.parametrize("places,size", SIZES)
 @pytest.mark.parametrize("kind", ["smooth", "rough", "noise"])
 def test_labels_equal_the_naive_ones(places, size, kind):
-    for classes, seed in ((1, 0), (2, 1), (37, 2)):
+    for classes, seed in ((1, 0), (2, 1), (3, 3), (4, 4), (37, 2)):
         sigma = {"smooth": 2.5, "rough": 0.8}.get(kind)
         scores = smooth_maps(classes, *places, sigma, seed) if sigma else torch.randn(classes, *places, generator=torch.Generator().manual_seed(seed))
         assert_same(scores, size)
@@ -58,6 +58,18 @@ def test_close_classes_need_the_exact_arithmetic():
     scores = base * (1 + nudges * torch.finfo(torch.float32).eps)
     if refine._mixing_rule("cpu") is not None: assert refine.upsample_argmax(scores, (320, 320)).unique().numel() == 12
     assert_same(scores, (320, 320))
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    "Torch interpolates three channels differently in one thread; no share of the classes may notice."
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for classes in 3, 7, 19, 35, 83:
+            for seed in range(3): assert_same(torch.randn(classes, 30, 40, generator=torch.Generator().manual_seed(seed)), (480, 640))
+            assert_same(smooth_maps(classes, 30, 40, 2), (480, 640))
+        assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
 
 def test_large_vocabulary_and_wide_labels():
     assert_same(smooth_maps(847, 30, 40, 2), (480, 640))
