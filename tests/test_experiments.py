@@ -48,3 +48,11 @@ def test_evaluate_without_shared_data(tmp_path, monkeypatch):
     (root/"classes.txt").write_text("cat\ncoffee cup\n")
     metrics = run("evaluate", tmp_path, monkeypatch, data=str(root), vocabulary="")
     assert metrics["images"] == 2 and metrics["pixel_accuracy"] > 0.7
+
+
+def test_benchmark(tmp_path, monkeypatch):
+    "At a tiny size the ratios mean nothing, but labels must still be equal and every section must run."
+    metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1)
+    rows = metrics["upsample_argmax"]
+    assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
+    assert metrics["dense_crf"]
