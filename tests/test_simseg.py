@@ -95,6 +95,25 @@ def test_end_to_end_labels_are_the_recorded_ones(encoder, golden):
     assert len(np.unique(labels)) == 3   # both classes and background: the comparison has something to compare
 
 
+def test_systems_equal_the_recorded_segmentation(encoder, golden):
+    "The whole of `SimSeg.labels`, and LLM supervision with each class as its own subclass, on the recorded image, texts and stand-in CRF."
+    from ovss_nb.systems.base import EncodedImage
+    from ovss_nb.systems.llm_supervised import LLMSupervised, SubclassText
+    from ovss_nb.systems.simseg import SimSeg
+    from ovss_nb.text import TextBank
+    from ovss_nb.vocabulary import Vocabulary
+    names = ["background", *(f"class {k}" for k in range(1, 14))]
+    vocabulary = Vocabulary(names)
+    bank = TextBank(golden["out.class_embeddings"][:, None], torch.ones(14, 1, dtype=torch.bool), vocabulary.names, vocabulary.words, ("{}",), vocabulary.background)
+    image = EncodedImage(np.zeros((70, 110, 3), np.uint8), encoder.encode(golden["in.image"]))
+    with patch("ovss_nb.systems.simseg.binary_crf", lambda image, probability: probability > 0.5):
+        for system, text in ((SimSeg(encoder), bank), *((LLMSupervised(encoder, ensemble=o), SubclassText(bank, bank)) for o in ("paper", "repo", "mean", "max"))):
+            scores = system.scores(image, text)
+            close(scores, golden["mid.similarity_6x6"])
+            close(system.class_scores(image, text), golden["mid.scores"])
+            assert np.array_equal(system.labels(image, text, scores, vocabulary), golden["out.pred_after_fake_crf"].numpy())
+
+
 def checkpoint(encoder): return {next(v + k[len(p):] for p, v in PREFIXES.items() if k.startswith(p)): t.contiguous() for k, t in encoder.state_dict().items()}
 
 

@@ -77,7 +77,7 @@ class SimSeg(System):
         drawn = self.select(class_scores, background)
         if background is None and not drawn: drawn = [int(class_scores.argmax())]   # every pixel needs a name
         side = [o*self.encoder.stride for o in scores.shape[-2:]]
-        small = np.asarray(Image.fromarray(image.image).resize(side[::-1], Image.Resampling.BICUBIC))
+        small = np.asarray(Image.fromarray(image.image).resize(side[::-1], self.encoder.resample))
         masks = np.zeros((len(drawn), *image.size), bool)
         for mask, k in zip(masks, drawn):
             found = torch.from_numpy(draw_mask(scores[k], small, self.config)).float()
