@@ -20,7 +20,7 @@ def parse_classes(
     text:str, # "cat,sofa", "animal:cat|dog,background", a shipped vocabulary or a file
 ) -> Vocabulary:
     "The vocabulary meant by a command-line argument. Raises VocabularyError."
-    if text in list_vocabularies() or Path(text).is_file(): return Vocabulary.of(text)
+    if text in list_vocabularies() or text.endswith(".txt") or Path(text).is_file(): return Vocabulary.of(text)
     entries = {}
     for entry in text.split(","):
         name, _, words = (o.strip() for o in entry.partition(":"))
