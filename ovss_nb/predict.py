@@ -46,15 +46,12 @@ def _look_up(name:str, table:dict, kind:str) -> tuple:
 
 def create_encoder(
     spec:str="lite", # "lite", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
-    device:str|None=None, # default: the first GPU if there is one
+    device:str="auto", # the first accelerator there is, or the one named
     **knobs, # passed on, e.g. dense="value" for clip
 ):
     "Build an encoder from a short description. Raises ValueError for an unknown one, MissingExtra for a missing package."
     kind, _, rest = spec.partition(":")
     module = import_module(_look_up(kind, ENCODERS, "encoder")[0])
-    if device is None:
-        import torch
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "lite":
         if rest: raise ValueError(f"the lite encoder has no variants, so ask for 'lite', not {spec!r}")
         return module.LiteEncoder(device=device, **knobs)
@@ -62,12 +59,13 @@ def create_encoder(
     if kind == "clip":
         model, _, pretrained = rest.partition("/")
         return module.CLIPEncoder(model, pretrained or None, device=device, **knobs)
-    return module.SimSegEncoder.from_checkpoint(rest, **knobs).to(device)
+    encoder = module.SimSegEncoder.from_checkpoint(rest, **knobs)
+    return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))
 
 def create(
     name:str, # one of `list_systems()`
     encoder="lite", # a description for `create_encoder`, or an encoder
-    device:str|None=None,
+    device:str="auto",
     cache=True, # keep text embeddings on disk: True for the default place, a `Cache`, or None
     **knobs, # of the system's configuration
 ):

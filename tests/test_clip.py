@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from ovss_nb.encoders.clip import CLIPEncoder, count_tokens, load_clip, resize_positions
+from ovss_nb.encoders.base import resize_positions
+from ovss_nb.encoders.clip import CLIPEncoder, count_tokens, load_clip
 
 GOLDEN = Path(__file__).parent/"golden"
 WIDTH, HEADS, LAYERS, PATCH, DIM = 48, 3, 7, 8, 20

@@ -7,12 +7,11 @@ __all__ = ['IMAGE_SHA256', 'TEXT_SHA256', 'checked', 'load_efficientnet_lite0', 
 
 # %% ../../nbs/12_lite.ipynb #c00977e5
 import hashlib
-from functools import cache
 from pathlib import Path
 import timm
 import torch
 from torch.nn import functional as F
-from .base import Encoder, ImageFeatures
+from .base import choose_device, Encoder, ImageFeatures
 from ..extras import require
 
 # %% ../../nbs/12_lite.ipynb #c80714d7
@@ -82,7 +81,7 @@ class LiteEncoder(Encoder):
     def __init__(self,
         temperature:float=1.0, # of the class probabilities; below 1 is sharper
         top:int=10, # classes averaged per location
-        device:str="cpu",
+        device:str="auto",
     ):
         super().__init__()
         self.network, self.words = load_efficientnet_lite0(), SentenceEncoder()
@@ -92,7 +91,7 @@ class LiteEncoder(Encoder):
         with torch.inference_mode():
             names = self.words([f"a photo of a {o}." for o in open_clip.IMAGENET_CLASSNAMES])
         self.register_buffer("class_embeddings", names.clone()) # 1000 x 384
-        self.to(device).eval().requires_grad_(False)
+        self.to(choose_device(device)).eval().requires_grad_(False)
 
     def embed(self, logits:torch.Tensor) -> torch.Tensor:
         "ConSE: ... x 1000 class logits to ... x 384, the probability-weighted mean of the likeliest classes' embeddings."
