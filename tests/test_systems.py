@@ -72,18 +72,15 @@ def test_same_input_same_labels(system):
 
 
 def test_second_vocabulary_costs_a_fifth(encoder):
-    "Encoding happens once: with the text bank made, another vocabulary on the same image is at least five times cheaper than the first call."
+    "The image is encoded once: another vocabulary, its words encoded included, is at least five times cheaper than the first call."
     system = create("maskclip", encoder, cache=None)
-    first_words, second_words = ["cat", "blanket"], ["dog", "curtain"]
-    system.encode_text(second_words)
     first, second = [], []
     for _ in range(5):
         system._banks.clear()
-        begin = time.perf_counter(); encoded = system.encode_image(PHOTOS/"chelsea.png"); system.segment(encoded, first_words)
-        first.append(time.perf_counter() - begin)
-        system.encode_text(second_words)
-        begin = time.perf_counter(); system.segment(encoded, second_words)
-        second.append(time.perf_counter() - begin)
+        start = time.perf_counter(); encoded = system.encode_image(PHOTOS/"chelsea.png"); system.segment(encoded, ["cat", "blanket"])
+        first.append(time.perf_counter() - start)
+        start = time.perf_counter(); system.segment(encoded, ["dog", "curtain"])
+        second.append(time.perf_counter() - start)
     assert min(first) >= 5*min(second), (first, second)
 
 
