@@ -30,7 +30,8 @@ def test_evaluate(system, knobs, tmp_path, monkeypatch):
     metrics = run("evaluate", tmp_path, monkeypatch, system=system, knobs=knobs, data=str(DATA/"voc2012-val-subset"), vocabulary="VOC-21", limit=8)
     assert metrics["images"] == 8 and metrics["config"]["templates"] == "single"
     # Eight animal photographs: a labelling by chance over 21 names would stay far below this.
-    assert metrics["miou_present"] > 0.08 and metrics["tag_accuracy"] in (None, pytest.approx(metrics["tag_accuracy"]))
+    assert metrics["miou_present"] > 0.08
+    assert metrics["tag_accuracy"] is None if system == "maskclip" else metrics["tag_accuracy"] >= 0.25   # maskclip scores no whole images
     assert metrics["miou_seen"] <= metrics["miou_present"]
 
 

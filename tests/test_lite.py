@@ -1,5 +1,4 @@
 "The lite encoder's image network equals the published one, computed here from the package's own tensors."
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F

@@ -1,7 +1,6 @@
 "The library is what the notebooks export, imports go down the floors, importing is cheap, and the wheel carries its data."
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys

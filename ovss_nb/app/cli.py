@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
 import argparse, html, json, sys, time
-from importlib.resources import files
+from difflib import get_close_matches
 from pathlib import Path
 from ..cache import atomic_path
 from ..extras import MissingExtra, require
@@ -21,6 +21,7 @@ def parse_classes(
 ) -> Vocabulary:
     "The vocabulary meant by a command-line argument. Raises VocabularyError."
     if text in list_vocabularies() or text.endswith(".txt") or Path(text).is_file(): return Vocabulary.of(text)
+    if get_close_matches(text, list_vocabularies(), cutoff=0.8): return Vocabulary.of(text)   # raises: a misspelt list, not a word
     entries = {}
     for entry in text.split(","):
         name, _, words = (o.strip() for o in entry.partition(":"))

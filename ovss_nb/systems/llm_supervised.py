@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from ..prompts import load_subclasses, list_subclasses
 from ..subclasses import subclass_maps
-from .base import EncodedImage, System
+from .base import EncodedImage
 from .simseg import SimSeg, SimSegConfig
 from ..text import TextBank
 from ..vocabulary import Vocabulary

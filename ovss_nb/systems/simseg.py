@@ -6,13 +6,12 @@
 __all__ = ['SimSegConfig', 'draw_mask', 'SimSeg']
 
 # %% ../../nbs/systems/32_simseg.ipynb #737f9fd8
-import warnings
 from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from ..refine import CRFConfig, binary_crf, dilate, erode, min_max, upsample_argmax
+from ..refine import binary_crf, dilate, erode, min_max, upsample_argmax
 from ..subclasses import merge_masks, select_classes, superclass_scores
 from .base import Config, EncodedImage, System
 from ..text import TextBank
