@@ -8,7 +8,6 @@ __all__ = ['PREFIXES', 'load_bert_tokenizer', 'SimSegEncoder', 'read_simseg_weig
 # %% ../../nbs/13_simseg_encoder.ipynb #078d14c8
 import hashlib, math, pickle
 from pathlib import Path
-import numpy as np
 import timm
 import torch
 from fastcore.basics import patch
@@ -17,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.nn import functional as F
 from .base import Encoder, loda_pool, resize_positions
 from ..extras import require
 
