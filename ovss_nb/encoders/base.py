@@ -106,14 +106,15 @@ class Encoder(nn.Module):
         image:np.ndarray, # H x W x 3 uint8 RGB
         size:int|tuple[int, int]|None=None, # pixels: a (height, width), or one number; default: the encoder's own
         keep_aspect:bool=False, # one number means the shorter side rather than both
+        longest:int|None=None, # limit of the longer side with `keep_aspect`; default: four times `size`, the papers' 2560 for 640
     ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
         "Resize, scale and normalise one image."
         size = size or self.size
         height, width = image.shape[:2]
         if isinstance(size, int):
-            short = min(height, width)
-            # A panorama is not allowed to grow without bound: four times the shorter side is the limit.
-            size = tuple(min(4*size, size*side/short) for side in (height, width)) if keep_aspect else (size, size)
+            # A panorama is not allowed to grow without bound.
+            scale = min(size/min(height, width), (longest or 4*size)/max(height, width))
+            size = (scale*height, scale*width) if keep_aspect else (size, size)
         size = [max(1, round(side/self.stride))*self.stride for side in size]
         resized = np.asarray(Image.fromarray(image).resize((size[1], size[0]), self.resample))
         x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32)/255

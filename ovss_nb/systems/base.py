@@ -6,7 +6,7 @@
 __all__ = ['Config', 'EncodedImage', 'System']
 
 # %% ../../nbs/systems/30_base.ipynb #be2b7ad7
-import dataclasses
+import dataclasses, json
 from dataclasses import dataclass
 from difflib import get_close_matches
 import numpy as np
@@ -25,6 +25,7 @@ class Config:
     "The knobs that every system has; each system adds its own. Frozen, so that a result can be traced to one configuration."
     size:int = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`)
     keep_aspect:bool = False # false squashes the image to a square, as SimSeg does
+    longest:int|None = None # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
     templates:str = "single" # prompt templates: see `ovss_nb.text`
 
     def to_dict(self) -> dict:
@@ -47,6 +48,7 @@ class EncodedImage:
     "An image (H x W x 3, uint8) with its features; what `System.encode_image` returns and `System.segment` reuses."
     image:np.ndarray # H x W x 3 uint8 RGB
     features:ImageFeatures # of a batch of one
+    resolution:tuple[int, int]|None = None # height and width of what the scores cover, where that is not the encoder's input (sliding windows)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,7 +75,7 @@ class System:
         "Load and encode one image: the costly part, done once. Takes a path, bytes, PIL image, array or tensor."
         if isinstance(image, EncodedImage): return image
         pixels = load_image(image)
-        return EncodedImage(pixels, self.encoder.encode(self.encoder.preprocess(pixels, self.config.size, self.config.keep_aspect)))
+        return EncodedImage(pixels, self.encoder.encode(self.encoder.preprocess(pixels, self.config.size, self.config.keep_aspect, self.config.longest)))
 
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
@@ -84,6 +86,10 @@ class System:
             while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
             self._banks[vocabulary] = encode_text(self.encoder, vocabulary, templates=self.config.templates, cache=self.cache)
         return self._banks[vocabulary]
+
+    def describe(self) -> dict:
+        "What a score must be printed with, ready for JSON: the system, its encoder's weights and every knob."
+        return dict(system=type(self).__name__, encoder=self.encoder.name, fingerprint=self.encoder.fingerprint, config=json.loads(json.dumps(self.config.to_dict())))
 
     def scores(self, image:EncodedImage, text:TextBank) -> torch.Tensor:
         "K x h x w scores at the system's own resolution."

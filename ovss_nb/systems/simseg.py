@@ -75,7 +75,7 @@ class SimSeg(System):
         class_scores, background = self.class_scores(image, text), vocabulary.background_index
         drawn = self.select(class_scores, background)
         if background is None and not drawn: drawn = [int(class_scores.argmax())]   # every pixel needs a name
-        side = [o*self.encoder.stride for o in scores.shape[-2:]]
+        side = image.resolution or [o*self.encoder.stride for o in scores.shape[-2:]]
         small = np.asarray(Image.fromarray(image.image).resize(side[::-1], self.encoder.resample))
         masks = np.zeros((len(drawn), *image.size), bool)
         for mask, k in zip(masks, drawn):
