@@ -263,7 +263,7 @@ def evaluate(
     lock = nullfolder = None
     if run_dir is not None:
         run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir/".lock")
+        lock = FileLock(run_dir/"images.lock")   # `.lock` may be held by who runs this notebook
         try: lock.acquire(timeout=0)
         except Timeout: raise EvaluationError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
     else: nullfolder = tempfile.TemporaryDirectory()

@@ -197,7 +197,8 @@ def _results(pool, items, workers:int, retries:int):
                     slot.deaths += 1
                     if slot.deaths <= retries: slot.worker, slot.ready = pool.start(slot.n), False; continue
                     what = f"item {slot.position}" if slot.ready else "build()"
-                    error = WorkerDied(f"The worker died on {what}, {slot.deaths} times, the last time with {e}. If memory ran out (SIGKILL), use fewer workers or smaller items")
+                    error = WorkerDied(f"The worker died on {what}, {slot.deaths} times, the last time with {e}. "
+                                       "If memory ran out (SIGKILL), use fewer workers or smaller items")
                     if not slot.ready: raise error from None
                     done.append((slot.position, None, error))
                     slot.worker = slot.position = None
@@ -213,19 +214,21 @@ def spread(
     workers:int=1, # how many at once
     *,
     ray:str|None=None, # None: processes here; "local": a Ray started here; else the address of a Ray cluster, e.g. "auto"
-    devices:list|None=None, # CUDA ids; worker n sees devices[n % len(devices)] only; an empty list hides all. With Ray, None gives each worker a GPU if there are any
+    devices:list|None=None, # CUDA ids; worker n sees devices[n % len(devices)] only, none of an empty list. With Ray, None: a GPU each, if there are any
     threads:int=1, # of OpenMP, MKL and OpenBLAS in each worker; 1 so that results do not depend on the number of workers
     retries:int=2, # how often an item is tried again whose worker has died
 ): # generator of (position, result, error) in the order they finish
     """Apply `build()` to every item, each exactly once, on several workers.
 
-    An exception that the call raises is the `error` of its item; a worker that dies over an item `retries + 1` times gives `WorkerDied`; the rest go on. What `build` raises is raised here,
-    with the worker's traceback as a note. `build`, items and results must be picklable (by cloudpickle, so lambdas and functions of a notebook are). Closing the generator ends the workers.
+    An exception that the call raises is the `error` of its item; an item over which workers die `retries + 1` times gets `WorkerDied`;
+    the rest go on. What `build` raises is raised here. Exceptions carry the worker's traceback as a note. `build`, items and results must
+    be picklable (by cloudpickle, so lambdas and functions of a notebook are). Closing the generator ends the workers.
     Raises ValueError for arguments out of range and `MissingExtra` without Ray.
     """
     if not callable(build): raise ValueError(f"build must be a function that returns a function, not {build!r}")
     for name, value, least in (("workers", workers, 1), ("threads", threads, 1), ("retries", retries, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
     if isinstance(devices, str): raise ValueError(f"devices must be a list of CUDA ids, e.g. [0, 1], not {devices!r}")
     environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     visible = [{}] if devices is None else [{"CUDA_VISIBLE_DEVICES": str(o)} for o in devices] or [{"CUDA_VISIBLE_DEVICES": ""}]

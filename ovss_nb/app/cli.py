@@ -9,6 +9,7 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 import argparse, html, json, sys, time
 from difflib import get_close_matches
 from pathlib import Path
+from .experiments import add_commands, command
 from ..cache import atomic_path
 from ..extras import MissingExtra, require
 from ..predict import DEFAULT_SYSTEM, create, list_encoders, list_systems, segment_files
@@ -99,14 +100,27 @@ def main(arguments:list[str]|None=None) -> int:
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
     own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one name per line")
-    for command in (demo, own):
-        command.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
-        command.add_argument("--encoder", default="lite", help="lite, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
-        command.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
-        command.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
+    for verb in (demo, own):
+        verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
+        verb.add_argument("--encoder", default="lite", help="lite, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
+        verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
+        verb.add_argument("--resize", default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
+        verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
     verbs.add_parser("systems", help="list the systems")
     verbs.add_parser("encoders", help="list the encoders")
     verbs.add_parser("vocabularies", help="list the class lists that ship with the package")
+    data = verbs.add_parser("data", help="labelled data sets").add_subparsers(dest="task", required=True)
+    data.add_parser("list", help="list the protocols under which a set can be scored")
+    check = data.add_parser("check", help="is a download whole, and what it says it is?")
+    check.add_argument("source", type=Path, metavar="DIR")
+    check.add_argument("--decode", action="store_true", help="decode every photograph too, not only its header")
+    prepare = data.add_parser("prepare", help="convert a download to a plain folder: images/, masks/ of class indices, classes.txt; goes on where it was stopped")
+    prepare.add_argument("source", type=Path, metavar="DIR")
+    prepare.add_argument("target", type=Path, metavar="TARGET")
+    for task in (check, prepare):
+        task.add_argument("--as", dest="protocol", required=True, metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`")
+        task.add_argument("--layout", help="where several layouts lie side by side: which one")
+    add_commands(verbs)
     a = parser.parse_args(arguments)
     try:
         if a.verb == "vocabularies":
@@ -115,10 +129,26 @@ def main(arguments:list[str]|None=None) -> int:
         if a.verb in ("systems", "encoders"):
             for name, what in (list_systems() if a.verb == "systems" else list_encoders()).items(): print(f"{name:16} {what}")
             return 0
-        return _segment(a)
+        if a.verb == "data": return _data(a)
+        return _segment(a) if a.verb in ("demo", "segment") else command(a)
     except (ValueError, MissingExtra) as e:
         print(f"ovss-nb: {e}", file=sys.stderr)
         return 2
+
+def _data(a) -> int:
+    from ovss_nb.prepare import prepare
+    from ovss_nb.protocols import PROTOCOLS, check, open_dataset   # they read all class lists, which other verbs do not need
+    if a.task == "list":
+        for o in PROTOCOLS.values(): print(f"{o.name:14} {o.classes:4} classes  {o.family:13}  background {o.decided}")
+        return 0
+    if a.task == "check":
+        report = check(a.source, a.protocol, a.layout, a.decode)
+        print(report)
+        return 0 if report.ok else 1
+    done = prepare(open_dataset(a.source, a.protocol, a.layout), a.target)
+    print(f"{a.target}: {done['written']} written, {done['kept']} kept, {len(done['skipped'])} skipped")
+    for stem, why in done["skipped"].items(): print(f"skipped: {stem}: {why}", file=sys.stderr)
+    return 1 if done["skipped"] else 0
 
 def _knob(text:str) -> tuple[str, object]:
     "KNOB=VALUE with the value read as JSON where it is JSON (numbers, true, null), else as text."
@@ -139,7 +169,7 @@ def _segment(a) -> int:
     if "crf" not in knobs:
         knobs["crf"] = crf_available()
         print("dense CRF: " + ("on" if knobs["crf"] else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"))
-    system = create(a.system, a.encoder, **knobs)
+    system = create(a.system, a.encoder, resize=a.resize, **knobs)
     start = time.perf_counter()
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
     failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note)

@@ -1,0 +1,12 @@
+"Marks, and the reason for which GPU tests are skipped."
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs an experiment notebook at full size on a CUDA device; `pytest -m gpu` runs these alone")
+
+
+def pytest_runtest_setup(item):
+    if not item.get_closest_marker("gpu"): return
+    import torch
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; the same notebook runs at tiny size in test_experiments.py")
