@@ -1,4 +1,4 @@
-"The fourteen protocols: every layout with known labels, every way in which a download goes wrong, and the project's own data."
+"The fourteen protocols of the papers (MESS has tests of its own): every layout with known labels, every way in which a download goes wrong, and the project's own data."
 import json, pickle
 from dataclasses import replace
 from pathlib import Path
@@ -129,18 +129,19 @@ def test_layout(tmp_path, row):
 def test_every_layout_is_tested():
     "No layout of any protocol without a row above; COCO's folders have two spellings."
     tested = {(name, label.split("/", 1)[1]) for name, _, label, *_ in LAYOUTS}
-    for name, p in PROTOCOLS.items():
-        rows = [label for known, label in tested if known == name]
+    for name in NAMES:
+        p, rows = PROTOCOLS[name], [label for known, label in tested if known == name]
         for layout in p.layouts:
             folder, ending = layout.labels.split("{stem}") if "{stem}" in layout.labels else (layout.labels, "")
             assert any(folder in row and row.endswith(ending) for row in rows), (name, layout.name)
 
 def test_records():
-    assert list_protocols() and sorted(PROTOCOLS) == sorted(NAMES)
+    assert sorted(list_protocols("trained") + list_protocols("training-free")) == sorted(NAMES) and set(NAMES) < set(list_protocols()) == set(PROTOCOLS)
     assert [protocol(o).classes for o in NAMES] == [20, 21, 21, 59, 60, 459, 150, 847, 151, 171, 81, 172, 19, 11]
     assert [protocol(o).background for o in NAMES] == [None, 0, 20, None, 0, None, None, None, 0, None, 0, 0, None, None]
     assert [protocol(o).expected[0] for o in NAMES] == [1449]*3 + [5104]*3 + [2000]*3 + [5000]*3 + [500, 233]
-    for name, p in PROTOCOLS.items():
+    for name in NAMES:
+        p = PROTOCOLS[name]
         facts = json.loads(json.dumps(p.describe()))
         assert facts["protocol"] == name and facts["names"] == list(p.vocabulary.names) and facts["source"].startswith("http")
         assert facts["background"]["scored"] == (p.background is not None) and facts["background"]["decided"]

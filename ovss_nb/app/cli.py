@@ -139,7 +139,7 @@ def _data(a) -> int:
     from ovss_nb.prepare import prepare
     from ovss_nb.protocols import PROTOCOLS, check, open_dataset   # they read all class lists, which other verbs do not need
     if a.task == "list":
-        for o in PROTOCOLS.values(): print(f"{o.name:14} {o.classes:4} classes  {o.family:13}  background {o.decided}")
+        for o in PROTOCOLS.values(): print(f"{o.name:24} {o.classes:4} classes  {o.family:13}  background {o.decided}")
         return 0
     if a.task == "check":
         report = check(a.source, a.protocol, a.layout, a.decode)
