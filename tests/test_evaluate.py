@@ -265,3 +265,26 @@ def test_what_is_no_system(dataset):
 def test_limit_is_spread_over_the_set(tmp_path, dataset):
     evaluate(Stripes(), dataset, limit=3, run_dir=tmp_path/"run", progress=False)
     assert [record["i"] for record in read_records(tmp_path/"run")] == [0, 6, 11]
+
+
+class Many:
+    "Large images made as they are asked for."
+    names = NAMES
+    def __init__(self, count): self.stems = [str(n) for n in range(count)]
+    def __len__(self): return len(self.stems)
+    def image(self, i): return np.full((1000, 1000, 3), i % 256, np.uint8)
+    def labels(self, i): return np.zeros((1000, 1000), np.uint8)
+
+
+@pytest.mark.parametrize("readers", [0, 1])
+def test_memory_does_not_grow_with_the_set(monkeypatch, readers):
+    "Ten times the images, the same peak: three megabytes each, so that holding on to them would show."
+    import tracemalloc
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    peaks = []
+    for count in (6, 60):
+        tracemalloc.start()
+        evaluate(Stripes(), Many(count), readers=readers, progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 10_000_000
