@@ -260,14 +260,14 @@ def evaluate(
     picked = list(range(len(dataset))) if not limit or limit >= len(dataset) else sorted({int(o) for o in np.linspace(0, len(dataset) - 1, limit).round()})
     stems = hashlib.sha256("\n".join(dataset.stems[i] for i in picked).encode()).hexdigest()
     facts = dict(data=dataset.describe() if hasattr(dataset, "describe") else {}, vocabulary=dict(title=vocabulary.title, names=list(vocabulary.names)))
-    lock = nullfolder = None
+    lock = scratch = None
     if run_dir is not None:
         run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir/"images.lock")   # `.lock` may be held by who runs this notebook
         try: lock.acquire(timeout=0)
         except Timeout: raise EvaluationError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
-    else: nullfolder = tempfile.TemporaryDirectory()
-    home = run_dir or Path(nullfolder.name)
+    else: scratch = tempfile.TemporaryDirectory()
+    home = run_dir or Path(scratch.name)
     journal = bar = None
     try:
         journal = _Journal(run_dir/"images.jsonl" if run_dir else None)
@@ -319,7 +319,7 @@ def evaluate(
         if bar is not None: bar.close()
         if journal: journal.close()
         if lock: lock.release()
-        if nullfolder: nullfolder.cleanup()
+        if scratch: scratch.cleanup()
 
 # %% ../nbs/41_evaluate.ipynb #dfd7dadc
 class StoredPredictions:

@@ -62,10 +62,13 @@ def test_evaluate_without_shared_data(tmp_path, monkeypatch):
 
 def test_benchmark(tmp_path, monkeypatch):
     "At a tiny size the ratios mean nothing, but labels must still be equal and every section must run."
-    metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1)
+    tiny = dict(clip_models=[["ViT-S-16", 64]], cost_model=["ViT-S-16", 64], crf_targets=[[48, 64, 21, 2]], metric_classes=[21], text_model="ViT-S-16",
+                text_vocabulary="VOC-21", text_prompts=2, workers=[1, 2], worker_images=4, worker_repeats=1)
+    metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1, **tiny)
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
-    assert metrics["dense_crf"]
+    assert all(metrics[section] for section in ("image_to_labels", "vocabulary_cost", "dense_crf", "dense_crf_targets", "confusion", "targets"))
+    assert metrics["text_bank"]["encoded_again"] == 0 and all(row["equal_counts"] for row in metrics["workers"])
 
 
 @pytest.mark.gpu
