@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ovss_nb.evaluate._Shard': ('evaluate.html#_shard', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._Shard.__call__': ('evaluate.html#_shard.__call__', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._Shard.__init__': ('evaluate.html#_shard.__init__', 'ovss_nb/evaluate.py'),
+                                  'ovss_nb.evaluate._check_threshold': ('evaluate.html#_check_threshold', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._count_behind': ('evaluate.html#_count_behind', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._difference': ('evaluate.html#_difference', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._folded': ('evaluate.html#_folded', 'ovss_nb/evaluate.py'),

@@ -175,7 +175,8 @@ class Evaluation:
     def metrics(self) -> dict:
         "Everything, ready for JSON; independent of the order in which images were counted."
         number = lambda o: None if np.isnan(o) else float(o)
-        found = dict(images=self.images, bad_images=len(self.bad)) | self.confusion.summary() | dict(tag_accuracy=self.tag_accuracy)
+        threshold = self.facts.get("system", {}).get("config", {}).get("background_threshold")
+        found = dict(images=self.images, bad_images=len(self.bad), background_threshold=threshold) | self.confusion.summary() | dict(tag_accuracy=self.tag_accuracy)
         if self.boundary is not None:
             found |= dict(boundary_miou_present=number(mean_iou(*self.boundary.T)), boundary_iou=list(map(number, boundary_iou(self.boundary))))
         found |= {key: dict(zip(self.names, found[key])) for key in ("iou", "accuracy", "boundary_iou") if key in found}
@@ -197,9 +198,9 @@ def _follow(parent):
 def _image_ahead(i): return import_module("ovss_nb.evaluate")._held["count"].image(i)
 def _count_behind(i): return import_module("ovss_nb.evaluate")._held["count"].kept(i)
 
-def _overlapped(judge:_Judge, todo:list[int], readers:int) -> Iterator[dict]:
-    "Records of `todo`, with reading and counting in `readers` processes beside the model."
-    count, waiting, images, behind = judge.count, iter(todo), deque(), deque()
+def _overlapped(judge:_Judge, items:list[int], readers:int) -> Iterator[dict]:
+    "Records of `items`, with reading and counting in `readers` processes beside the model."
+    count, waiting, images, behind = judge.count, iter(items), deque(), deque()
     with ProcessPoolExecutor(readers, initializer=_hold, initargs=(count,), env=dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")) as pool:
         def read_ahead():
             for i in islice(waiting, max(0, 2*readers - len(images))): images.append((i, pool.submit(_image_ahead, i)))
@@ -225,6 +226,13 @@ class _Shard:
         judge = _Judge(self.build(), self.count)
         description = judge.describe()
         return lambda i: (description, None if i is None else judge(i))
+
+def _check_threshold(data:dict, system:dict):
+    "A protocol that states a background threshold is only scored with that threshold."
+    rule, used = data.get("background"), system.get("config", {}).get("background_threshold")
+    wanted = rule.get("threshold") if isinstance(rule, dict) else None
+    if wanted is not None and wanted != used:
+        raise EvaluationError(f"the protocol decides the background by a threshold of {wanted}, the system by {used}: create it with background_threshold={wanted}")
 
 def evaluate(
     system, # from `create`; with `workers` a callable that builds one, e.g. `partial(create, "maskclip")`
@@ -275,7 +283,9 @@ def evaluate(
         count = _Count(dataset, vocabulary, boundary, pending, home/"predictions" if save_predictions else None)
         names = list(vocabulary.names) if classes == len(vocabulary) else [*vocabulary.names[:classes - 1], "background"]
         found = Evaluation(facts, names, Confusion(classes, count.ignore), np.zeros((classes, 3), np.int64) if boundary else None, np.zeros(classes, int))
-        start = lambda description: journal.start(facts | dict(system=description, words=[list(o) for o in vocabulary.words], images=len(picked), stems=stems, boundary=boundary))
+        def start(description):
+            _check_threshold(facts["data"], description)
+            journal.start(facts | dict(system=description, words=[list(o) for o in vocabulary.words], images=len(picked), stems=stems, boundary=boundary))
         judge = None
         if not workers:
             judge = _Judge(system, count)
@@ -283,24 +293,25 @@ def evaluate(
         done = set()
         for record in journal.records: found.add(record); done.add(record["i"])
         bar = tqdm(total=len(picked), initial=len(done), desc=facts["system"].get("system") if judge else "workers", disable=not progress, unit="image")
-        todo, shown = [i for i in picked if i not in done], 0.0
+        remaining, shown = [i for i in picked if i not in done], 0.0
 
         def results() -> Iterator[dict]:
-            nonlocal todo
             if not workers:
-                kept = [i for i in todo if (pending/f"{i}.npz").exists()]   # labelled before a kill, not yet counted
-                for i in kept: yield count.kept(i)
-                todo = [i for i in todo if i not in set(kept)]
-                if readers and todo: yield from _overlapped(judge, todo, min(readers, len(todo)))
-                else: yield from map(judge, todo)
+                kept = [i for i in remaining if (pending/f"{i}.npz").exists()]   # labelled before a kill, not yet counted
+                yield from map(count.kept, kept)
+                unseen = sorted(set(remaining) - set(kept))
+                if readers and unseen: yield from _overlapped(judge, unseen, min(readers, len(unseen)))
+                else: yield from map(judge, unseen)
                 return
-            asked = todo or [None]
+            asked, fatal = remaining or [None], []
             for position, result, error in spread(_Shard(build, count), asked, workers, ray=ray, devices=devices, threads=threads):
-                if isinstance(error, WorkerDied) and asked[position] is not None: yield count.bad(asked[position], error); continue
+                # Kept back until some worker has said what system this is: the journal begins with that.
+                if isinstance(error, WorkerDied) and asked[position] is not None: fatal.append(count.bad(asked[position], error)); continue
                 if error: raise error
                 facts["system"], record = result
                 start(facts["system"])
                 if record is not None: yield record
+            yield from fatal
 
         for record in results():
             journal.append(record); found.add(record)
@@ -321,7 +332,7 @@ def evaluate(
         if lock: lock.release()
         if scratch: scratch.cleanup()
 
-# %% ../nbs/41_evaluate.ipynb #dfd7dadc
+# %% ../nbs/41_evaluate.ipynb #08bcfa3f
 class StoredPredictions:
     "Label maps saved by `evaluate(..., save_predictions=True)`, in the place of a system."
     def __init__(self,

@@ -160,7 +160,7 @@ def read_matlab_labels(
         raise LabelFileError(f"{path}: LabelMap must hold whole numbers in 0..65535: take the original")
     return np.ascontiguousarray(whole)
 
-# %% ../nbs/40_label_files.ipynb #37924b02
+# %% ../nbs/40_label_files.ipynb #2636459b
 @lru_cache
 def _ade20k_table() -> np.ndarray:
     "What the 6,656 possible class numbers of a raw file mean: 0..846, or 65535."
@@ -184,7 +184,7 @@ def read_ade20k_full(
         raise LabelFileError(f"{path} has colours that stand for no class (red is not a multiple of ten): take the *_seg.png of ADE20K_2021_17_01")
     return _ade20k_table()[red // 10 * np.uint16(256) + green]
 
-# %% ../nbs/40_label_files.ipynb #7ca6db52
+# %% ../nbs/40_label_files.ipynb #33cbe25c
 CAMVID_COLOURS = {
     "Animal": (64, 128, 64), "Archway": (192, 0, 128), "Bicyclist": (0, 128, 192), "Bridge": (0, 128, 64), "Building": (128, 0, 0),
     "Car": (64, 0, 128), "CartLuggagePram": (64, 0, 192), "Child": (192, 128, 64), "Column_Pole": (192, 192, 128), "Fence": (64, 64, 128),
@@ -201,7 +201,7 @@ CAMVID_CLASSES = {
     "car": ["Car", "OtherMoving", "SUVPickupTruck", "Train", "Truck_Bus"], "pedestrian": ["Pedestrian", "Animal", "CartLuggagePram", "Child"],
     "bicyclist": ["Bicyclist", "MotorcycleScooter"]}
 
-# %% ../nbs/40_label_files.ipynb #27b98b43
+# %% ../nbs/40_label_files.ipynb #e33bdca2
 def _camvid_codes() -> tuple[np.ndarray, np.ndarray]:
     "The 32 colours as 24-bit numbers, sorted, and the class of each."
     classes = {name: k for k, names in enumerate(CAMVID_CLASSES.values()) for name in names} | {"Void": 255}
@@ -226,7 +226,7 @@ def read_camvid_colours(
                              "take the original PNG, neither recompressed nor resized")
     return np.where(foreign, np.uint8(255), classes[at])
 
-# %% ../nbs/40_label_files.ipynb #15f75132
+# %% ../nbs/40_label_files.ipynb #a75f9ded
 def _coco_classes() -> dict[int, int]:
     "COCO's category ids 1..90 (with gaps) -> 1..80."
     return {value + 1: k for value, k in label_map("COCO-Object-81").mapping.items() if k}
@@ -266,7 +266,7 @@ def read_coco_instances(
     except (OSError, ValueError) as e: raise LabelFileError(f"{path} cannot be read ({e}): check the path, or complete the download") from None
     return _coco_file(os.fspath(path), facts.st_size, facts.st_mtime_ns)
 
-# %% ../nbs/40_label_files.ipynb #89aee8b4
+# %% ../nbs/40_label_files.ipynb #950e8117
 def _run_lengths(code:str) -> list[int]:
     "The counts in a compressed run-length code (COCO's `maskApi`). ValueError if it is cut or has foreign characters."
     runs, value, shift = [], 0, 0
@@ -298,7 +298,7 @@ def _object_mask(segmentation, height:int, width:int) -> np.ndarray:
         raise ValueError("a polygon needs x, y, x, y, ... of at least three points within the picture")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([o.tolist() for o in polygons], height, width))).astype(bool)
 
-# %% ../nbs/40_label_files.ipynb #d9e4de9c
+# %% ../nbs/40_label_files.ipynb #af062bee
 def coco_instance_labels(
     annotations, # path of instances_*.json, or what `read_coco_instances` returned
     image_id:int, # COCO's number of the picture, e.g. 139 for 000000000139.jpg

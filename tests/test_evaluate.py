@@ -288,3 +288,34 @@ def test_memory_does_not_grow_with_the_set(monkeypatch, readers):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 10_000_000
+
+
+class Mortal(Stripes):
+    "Dies over one image, however often."
+    def segment(self, image, words):
+        if image[0, 0, 2] == 0: os.kill(os.getpid(), signal.SIGKILL)
+        return super().segment(image, words)
+
+
+def test_an_image_that_kills_every_worker_is_named_and_stays_so(tmp_path, monkeypatch, dataset):
+    "Even if it is the first, before any worker has answered: the journal keeps it, and going on does not try it again."
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    found = evaluate(Mortal, dataset, workers=1, run_dir=tmp_path/"run", max_bad=0.1, progress=False)
+    assert found.images == 11 and [bad["stem"] for bad in found.bad.values()] == ["000"] and "died" in found.bad[0]["reason"]
+    again = evaluate(Stripes, dataset, workers=1, run_dir=tmp_path/"run", max_bad=0.1, progress=False)
+    assert counts(again) == counts(found) and again.bad == found.bad
+
+
+class Thresholded:
+    "What `create(..., background_threshold=0.2)` says of itself."
+    def __init__(self, system): self.system = system
+    def encode_image(self, image): return image
+    def segment(self, image, words): return self.system.segment(image, words)
+    def describe(self): return dict(system="Stripes", config=dict(background_threshold=0.2))
+
+
+def test_background_threshold_is_printed_and_must_be_the_protocols(monkeypatch, dataset):
+    facts = dataset.describe()
+    monkeypatch.setattr(dataset, "describe", lambda: facts | dict(background=dict(threshold=0.2)))
+    assert evaluate(Thresholded(Stripes()), dataset, progress=False).metrics()["background_threshold"] == 0.2
+    with pytest.raises(EvaluationError, match="threshold of 0.2, the system by None"): evaluate(Stripes(), dataset, progress=False)

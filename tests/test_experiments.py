@@ -39,9 +39,11 @@ def test_evaluate(system, knobs, tmp_path, monkeypatch):
 @pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
 def test_every_way_of_running_counts_the_same(tmp_path, monkeypatch):
     "A real system through the notebook: overlapped with a reader, and on two workers. VOC-20 leaves the background out."
-    common = dict(data=str(DATA/"voc2012-val-subset"), protocol="VOC-20", resize="square:224", limit=6, boundary=True)
+    common = dict(data=str(DATA/"voc2012-val-subset"), protocol="VOC-20", resize="protocol", limit=6, boundary=True)
     found = [run("evaluate", tmp_path/str(n), monkeypatch, **common, **way) for n, way in enumerate((dict(readers=1), dict(workers=2)))]
     assert found[0] == found[1] and found[0]["classes"] == 20 and "background" not in found[0]["iou"] and 0 < found[0]["boundary_miou_present"] < 1
+    config = found[0]["system"]["config"]
+    assert (config["size"], config["keep_aspect"], config["longest"]) == (640, True, 2560)   # the rule of the trained family
 
 
 def test_evaluate_without_shared_data(tmp_path, monkeypatch):
