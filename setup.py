@@ -19,8 +19,8 @@ setup(name=meta["lib_name"], version=version, description=meta["description"], l
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     python_requires=">=" + meta["min_python"],
     # `data/` stands beside the library in a checkout and inside it, as `ovss_nb.data`, once installed.
-    packages=find_packages(include=["ovss_nb*"]) + ["ovss_nb.data", "ovss_nb.data.vocabularies", "ovss_nb.data.prompts", "ovss_nb.data.labels"],
+    packages=find_packages(include=["ovss_nb*"]) + ["ovss_nb.data", "ovss_nb.data.vocabularies", "ovss_nb.data.prompts", "ovss_nb.data.labels", "ovss_nb.data.weights"],
     package_dir={"ovss_nb": "ovss_nb", "ovss_nb.data": "data"},
-    package_data={"ovss_nb.data": ["*"], "ovss_nb.data.vocabularies": ["*"], "ovss_nb.data.prompts": ["*"], "ovss_nb.data.labels": ["*"]},
+    package_data={"ovss_nb.data": ["*"], "ovss_nb.data.vocabularies": ["*"], "ovss_nb.data.prompts": ["*"], "ovss_nb.data.labels": ["*"], "ovss_nb.data.weights": ["*"]},
     install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["ovss_nb = ovss_nb._modidx:d"]})

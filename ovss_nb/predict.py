@@ -19,7 +19,8 @@ from .vocabulary import Vocabulary
 
 # %% ../nbs/42_predict.ipynb #4b1470ce
 ENCODERS = {
-    "lite": ("ovss_nb.encoders.lite", "offline: EfficientNet-Lite0 class probabilities in MiniLM's words (ConSE); knows ImageNet's classes"),
+    "lite": ("ovss_nb.encoders.lite", "offline: ConSE, and a local head and a ViT trained on captions; or lite:WEIGHTS, a file made by train_lite.ipynb"),
+    "conse": ("ovss_nb.encoders.lite", "offline and untrained: EfficientNet-Lite0 class probabilities in MiniLM's words; knows ImageNet's classes"),
     "clip": ("ovss_nb.encoders.clip", "clip:MODEL/PRETRAINED, e.g. clip:ViT-B-16/openai or clip:ViT-B-16//path/to/weights: any open_clip ViT"),
     "simseg": ("ovss_nb.encoders.simseg", "simseg:CHECKPOINT, e.g. simseg:simseg.vit-s.pth: the authors' released ViT + BERT"),
 }
@@ -45,16 +46,17 @@ def _look_up(name:str, table:dict, kind:str) -> tuple:
     raise ValueError(f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are: {', '.join(table)}")
 
 def create_encoder(
-    spec:str="lite", # "lite", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
+    spec:str="lite", # "lite", "conse", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
     device:str="auto", # the first accelerator there is, or the one named
     **knobs, # passed on, e.g. dense="value" for clip
 ):
     "Build an encoder from a short description. Raises ValueError for an unknown one, MissingExtra for a missing package."
     kind, _, rest = spec.partition(":")
     module = import_module(_look_up(kind, ENCODERS, "encoder")[0])
-    if kind == "lite":
-        if rest: raise ValueError(f"the lite encoder has no variants, so ask for 'lite', not {spec!r}")
-        return module.LiteEncoder(device=device, **knobs)
+    if kind == "lite": return module.LiteEncoder(rest or None, device=device, **knobs)
+    if kind == "conse":
+        if rest: raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not {spec!r}")
+        return module.ConSEEncoder(device=device, **knobs)
     if not rest: raise ValueError(f"say which {kind} model: {ENCODERS[kind][1]}")
     if kind == "clip":
         model, _, pretrained = rest.partition("/")

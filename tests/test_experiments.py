@@ -65,12 +65,27 @@ def test_evaluate_without_shared_data(tmp_path, monkeypatch):
 def test_benchmark(tmp_path, monkeypatch):
     "At a tiny size the ratios mean nothing, but labels must still be equal and every section must run."
     tiny = dict(clip_models=[["ViT-S-16", 64]], cost_model=["ViT-S-16", 64], crf_targets=[[48, 64, 21, 2]], metric_classes=[21], text_model="ViT-S-16",
-                text_vocabulary="VOC-21", text_prompts=2, workers=[1, 2], worker_images=4, worker_repeats=1)
+                text_vocabulary="VOC-21", text_prompts=2, lite_against="ViT-S-16", lite_sizes=[64], workers=[1, 2], worker_images=4, worker_repeats=1)
     metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1, **tiny)
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
-    assert all(metrics[section] for section in ("image_to_labels", "vocabulary_cost", "dense_crf", "dense_crf_targets", "confusion", "targets"))
+    assert all(metrics[section] for section in ("image_to_labels", "vocabulary_cost", "dense_crf", "dense_crf_targets", "confusion", "lite_encoder", "targets"))
     assert metrics["text_bank"]["encoded_again"] == 0 and all(row["equal_counts"] for row in metrics["workers"])
+
+
+@pytest.mark.skipif(not (DATA/"flickr8k-224").exists(), reason="needs the captioned pictures in ../shared/data")
+def test_train_lite(tmp_path, monkeypatch):
+    "At a tiny size: both parts learn, the weights load, and a second call finds the work done. A misspelt loss is refused."
+    import csv
+    from ovss_nb.encoders.lite import LiteEncoder
+    tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=120, size=96, window=2, batch=[16, 16], epochs=[4, 4], evaluate_limit=3)
+    metrics = run("train_lite", tmp_path, monkeypatch, **tiny)
+    assert set(metrics["lite"]) == set(metrics["conse"]) and 0 <= metrics["lite"]["VOC-20"] <= 100
+    for part in ("local", "vision"):
+        rows = list(csv.DictReader(open(tmp_path/f"run/{part}/log.csv")))
+        assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert LiteEncoder(tmp_path/"run/lite.safetensors", device="cpu").tower.config["grid"] == 3
+    with pytest.raises(Exception, match="unknown losses"): run("train_lite", tmp_path/"again", monkeypatch, **tiny | dict(losses=["noun"]))
 
 
 @pytest.mark.gpu

