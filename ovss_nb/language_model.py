@@ -75,8 +75,8 @@ def waiting_time(
 
 # %% ../nbs/01_language_model.ipynb #3c697a2e
 class Answers(dict):
-    "Answers by the key of their question; `failed` says for each of the other questions why it has none."
-    def __init__(self): super().__init__(); self.failed = {}
+    "Answers by the key of their question; `failed` says for each of the other questions why it has none; `refused` are those of which model or `check` would have none."
+    def __init__(self): super().__init__(); self.failed, self.refused = {}, set()
 
 @dataclass(frozen=True)
 class Estimate:
@@ -100,6 +100,12 @@ _LONGEST_WAIT = 300   # seconds; a server that asks for more has run out of some
 class _Unanswered(Exception):
     "One question stays without an answer; the others may go on."
 
+class _Refused(_Unanswered):
+    "The same, though the server works: the model will not answer, or its answers cannot be used."
+
+class _Stopped(Exception):
+    "Not asked, because another question ended the run."
+
 class LanguageModel:
     """A chat model behind an OpenAI-compatible server, asked many questions at once.
 
@@ -113,7 +119,7 @@ class LanguageModel:
         temperature:float|None=0, # None: not sent, for models that refuse it
         concurrency:int=8, # calls at once
         timeout:float=60, # seconds per call
-        attempts:int=6, # calls per answer, faults included
+        attempts:int=8, # calls per answer, faults included
         revisions:int=2, # further turns after an answer that `check` refuses
         backoff:float=1.0, # seconds: see `waiting_time`
         max_calls:int|None=None, # requests that this object may send
@@ -122,7 +128,7 @@ class LanguageModel:
     ):
         for name, value in dict(concurrency=concurrency, attempts=attempts).items():
             if value < 1: raise LanguageModelError(f"{name} must be at least 1, got {value}")
-        self.model, self.base_url, self.api_key, self.temperature = model, base_url, api_key, temperature
+        self.model, self.base_url, self.api_key, self.temperature = model, base_url, api_key, None if temperature is None else float(temperature)
         self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = concurrency, timeout, attempts, revisions, backoff
         self.max_calls, self.max_tokens = max_calls, max_tokens
         self.journal = Path(journal or Cache().root/"language_model.jsonl").expanduser()
@@ -161,16 +167,18 @@ class LanguageModel:
         Raises `BudgetSpent`, and `LanguageModelError` if the server refuses the key or the model, or if the first question gets no answer at all.
         """
         self._stop.clear()
-        found, failed = {}, {}
+        found, failed, refused = {}, {}, set()
         with ThreadPoolExecutor(self.concurrency) as pool, tqdm(total=len(questions), desc=self.model, unit="answer", disable=not progress) as bar:
             futures = {pool.submit(self._ask, question, check and (lambda answer, key=key: check(key, answer))): key for key, question in questions.items()}
             try:
                 for future in as_completed(futures):
                     key = futures[future]
                     try: found[key] = future.result()
+                    except _Stopped: continue   # the error that stopped the run is among the other futures
                     except _Unanswered as e:
-                        if not self.answered: raise LanguageModelError(f"{self.model} has answered nothing yet. {key}: {e}") from None
+                        if not (self.answered or isinstance(e, _Refused)): raise LanguageModelError(f"{self.model} has answered nothing yet. {key}: {e}") from None
                         failed[key] = str(e)
+                        if isinstance(e, _Refused): refused.add(key)
                     bar.set_postfix(calls=self.calls, tokens=self.tokens, failed=len(failed), refresh=False); bar.update()
             except BaseException as e:
                 # Calls under way are paid for: `with` waits for them, and they reach the journal. No new one starts.
@@ -183,6 +191,7 @@ class LanguageModel:
         answers = Answers()
         answers.update((key, found[key]) for key in questions if key in found)
         answers.failed.update((key, failed[key]) for key in questions if key in failed)
+        answers.refused |= refused
         return answers
 
     def _ask(self, question:Question, check):
@@ -194,7 +203,7 @@ class LanguageModel:
             reason = check and check(answer)
             if not reason: return answer
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"That answer cannot be used: {reason}. Answer again, in the same form."}]
-        raise _Unanswered(f"{self.revisions + 1} answers were refused, the last because: {reason}")
+        raise _Refused(f"{self.revisions + 1} answers were refused, the last because: {reason}")
 
     def _text(self, messages:list, schema:dict|None) -> str:
         "The usable answer to these turns, from the journal or by a call; the same turns are never asked twice at once."
@@ -212,14 +221,18 @@ class LanguageModel:
             headers = {}
             try: reply = client.chat.completions.create(model=self.model, messages=_with_schema(messages, schema, _FORMATS[kind]), **self._settings(schema, kind))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
-                if e.code in _REFUSED or not schema or kind == len(_FORMATS) - 1: raise _Unanswered(f"the server refuses the question: {e.message}") from None
+                if e.code in _REFUSED: raise _Refused(f"the server refuses the question: {e.message}") from None
+                if not schema or kind == len(_FORMATS) - 1: raise _Unanswered(f"the server refuses the question: {e.message}") from None
                 kind += 1
                 continue
             except openai.APIStatusError as e:
                 if e.status_code not in (408, 409, 429) and e.status_code < 500 or e.code == "insufficient_quota": raise self._fatal(e.message) from None
                 fault, headers = f"status {e.status_code}", e.response.headers
             except openai.APITimeoutError: fault = f"no answer within {self.timeout} s"
-            except openai.APIConnectionError as e: fault = f"no connection to {client.base_url} ({e.__cause__ or e})"
+            except openai.APIConnectionError as e:
+                fault = f"no connection to {client.base_url} ({e.__cause__ or e})"
+                # Nobody listens, and nobody ever did: an address mistyped or a server not started, so minutes of patience are wasted.
+                if not self.answered and attempt >= 2 and type(e.__cause__).__name__ == "ConnectError": raise _Unanswered(fault) from None
             except (openai.APIResponseValidationError, json.JSONDecodeError): fault = "the reply is not JSON"
             else:
                 try: text = self._read(reply, messages, schema)
@@ -247,8 +260,7 @@ class LanguageModel:
         text = choice.message.content or ""
         with self._lock: self.tokens += (usage and usage.total_tokens) or _tokens(messages) + len(text)//4
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
-            self.answered += 1
-            raise _Unanswered("the model declines to answer: " + (getattr(choice.message, "refusal", None) or "content filter"))
+            raise _Refused("the model declines to answer: " + (getattr(choice.message, "refusal", None) or "content filter"))
         if choice.finish_reason == "length": raise ValueError("the answer is cut off at the server's limit of tokens")
         if schema: read_json(text, schema)
         elif not text.strip(): raise ValueError("the answer is empty")
@@ -272,7 +284,7 @@ class LanguageModel:
     def _spend(self):
         "Count one call. Raises `BudgetSpent` where there is none left."
         with self._lock:
-            if self._stop.is_set(): raise _Unanswered("stopped")
+            if self._stop.is_set(): raise _Stopped
             if self.max_calls is not None and self.calls >= self.max_calls: raise BudgetSpent(f"The budget of {self.max_calls} calls is spent")
             if self.max_tokens is not None and self.tokens >= self.max_tokens: raise BudgetSpent(f"The budget of {self.max_tokens} tokens is spent ({self.tokens} used)")
             self.calls += 1

@@ -12,7 +12,9 @@ from pathlib import Path
 from .experiments import add_commands, command
 from ..cache import atomic_path
 from ..extras import MissingExtra, require
+from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, list_encoders, list_systems, segment_files
+from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation
 from ..vocabulary import Vocabulary, list_vocabularies, load_vocabulary
 
@@ -120,6 +122,7 @@ def main(arguments:list[str]|None=None) -> int:
     for task in (check, prepare):
         task.add_argument("--as", dest="protocol", required=True, metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`")
         task.add_argument("--layout", help="where several layouts lie side by side: which one")
+    _add_prompts(verbs)
     add_commands(verbs)
     a = parser.parse_args(arguments)
     try:
@@ -130,6 +133,7 @@ def main(arguments:list[str]|None=None) -> int:
             for name, what in (list_systems() if a.verb == "systems" else list_encoders()).items(): print(f"{name:16} {what}")
             return 0
         if a.verb == "data": return _data(a)
+        if a.verb == "prompts": return _prompts(a)
         return _segment(a) if a.verb in ("demo", "segment") else command(a)
     except (ValueError, MissingExtra) as e:
         print(f"ovss-nb: {e}", file=sys.stderr)
@@ -149,6 +153,71 @@ def _data(a) -> int:
     print(f"{a.target}: {done['written']} written, {done['kept']} kept, {len(done['skipped'])} skipped")
     for stem, why in done["skipped"].items(): print(f"skipped: {stem}: {why}", file=sys.stderr)
     return 1 if done["skipped"] else 0
+
+def _add_prompts(verbs):
+    tasks = verbs.add_parser("prompts", help="banks of class descriptions and subclasses that a language model wrote").add_subparsers(dest="task", required=True)
+    for task, what in dict(show="print a bank", check="check banks; without --vocabulary and --bank all that ship", make="have a new bank written",
+                           fill="complete a bank: first from the shipped texts, then by the model").items():
+        o = tasks.add_parser(task, help=what)
+        o.add_argument("--vocabulary", help="a shipped vocabulary, a file, or cat,sofa", required=task in ("make", "fill"))
+        o.add_argument("--kind", choices=KINDS, default=None if task == "check" else KINDS[0])
+        o.add_argument("--bank", type=Path, metavar="FILE", help="file of the bank (default: " + ("the one that ships)" if task in ("show", "check") else "out/prompts/VOCABULARY.KIND.json)"))
+        if task == "show": o.add_argument("--class", dest="name", metavar="NAME", help="only this class")
+        if task in ("show", "check"): continue
+        o.add_argument("--model", help="name of the model, as the server knows it")
+        o.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI's)")
+        o.add_argument("--temperature", type=float, default=0)
+        o.add_argument("--context", default="", help="what the photographs are, e.g. 'photographs of German streets'")
+        o.add_argument("--concurrency", type=int, default=8, help="calls at once (default: %(default)s)")
+        o.add_argument("--max-calls", type=int, metavar="N", help="stop after so many calls; the same command goes on")
+        o.add_argument("--max-tokens", type=int, metavar="N", help="stop after so many tokens")
+        o.add_argument("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens, for --dry-run")
+        o.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
+
+def _prompts(a) -> int:
+    vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary)
+    path = a.bank
+    if path is None and vocabulary is not None:
+        ships = a.task in ("show", "check") and vocabulary.title in list_banks(a.kind or KINDS[0])
+        path = None if ships else Path("out/prompts")/f"{vocabulary.title or (Path(a.vocabulary).stem if Path(a.vocabulary).is_file() else 'own')}.{a.kind or KINDS[0]}.json"
+    if a.task == "show":
+        if path is None and vocabulary is None: raise ValueError(f"name a bank with --vocabulary ({', '.join(list_banks(a.kind))}) or --bank FILE")
+        bank = PromptBank.open(path) if path else PromptBank.open(vocabulary.title, a.kind)
+        if a.name and a.name not in bank.classes: raise ValueError(f"the bank has no class {a.name!r}")
+        print(f"{bank.kind} of {bank.vocabulary or 'an own vocabulary'}: {len(bank)} classes by {bank.model}, {bank.date}, {json.dumps(bank.settings)}")
+        for name in [a.name] if a.name else bank.classes: print(f"{name}: {json.dumps(bank[name], ensure_ascii=False)}")
+        return 0
+    from open_clip.tokenizer import SimpleTokenizer   # brings torch, which a look into a bank does not need
+    def count(text, tokenizer=SimpleTokenizer()): return len(tokenizer.encode(text)) + 2
+    if a.task == "check":
+        if path: banks = [(PromptBank.open(path, a.kind), vocabulary)]
+        else: banks = [(PromptBank.open(title, kind), None) for kind in ([a.kind] if a.kind else KINDS) for title in ([vocabulary.title] if vocabulary else list_banks(kind))]
+        faults = 0
+        for bank, words in banks:
+            found = bank.problems(words, count)
+            faults += len(found)
+            print(f"{bank.path}: {len(bank)} classes, {len(found)} with problems")
+            for name, wrong in found.items(): print(f"{name}: {'; '.join(wrong)}", file=sys.stderr)
+        return 1 if faults else 0
+    if a.task == "make":
+        if path.exists(): raise ValueError(f"{path} exists: complete it with `ovss-nb prompts fill`, or name another file with --bank")
+        bank = PromptBank.new(vocabulary, a.kind)
+    else:
+        bank = PromptBank.open(path, a.kind) if path.exists() else PromptBank.open(vocabulary.title, a.kind) if vocabulary.title in list_banks(a.kind) else PromptBank.new(vocabulary, a.kind)
+        print(f"{len(bank.borrow(vocabulary))} classes from the shipped texts")
+        bank.fill(vocabulary, {})   # brings order and hash up to date
+    failed = {}
+    if bank.missing(vocabulary):
+        if not a.model: raise ValueError(f"{len(bank.missing(vocabulary))} classes are to be written: name a model with --model, e.g. --model gpt-4o-mini")
+        model = LanguageModel(a.model, a.base_url, temperature=a.temperature, concurrency=a.concurrency, max_calls=a.max_calls, max_tokens=a.max_tokens, journal=path.with_suffix(".journal.jsonl"))
+        write = write_descriptions if a.kind == "descriptions" else write_subclasses
+        failed = write(model, vocabulary, bank, count=count, context=a.context, dry_run=a.dry_run, prices=a.prices).failed
+        if not a.dry_run: print(f"{model.calls} calls, {model.tokens} tokens; answers are kept in {model.journal}")
+    if a.dry_run: return 0
+    bank.save(path)
+    print(f"{path}: {len(bank)} classes, {len(failed)} failed")
+    for name, why in failed.items(): print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 def _knob(text:str) -> tuple[str, object]:
     "KNOB=VALUE with the value read as JSON where it is JSON (numbers, true, null), else as text."
