@@ -78,10 +78,10 @@ def test_train_lite(tmp_path, monkeypatch):
     "At a tiny size: both parts learn, the weights load, and a second call finds the work done. A misspelt loss is refused."
     import csv
     from ovss_nb.encoders.lite import LiteEncoder
-    tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=120, size=96, window=2, batch=[16, 16, 16], epochs=[4, 4, 2], evaluate_limit=3)
+    tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=120, size=96, window=2, batch=[16, 16], epochs=[4, 4], evaluate_limit=3)
     metrics = run("train_lite", tmp_path, monkeypatch, **tiny)
     assert set(metrics["lite"]) == set(metrics["conse"]) and 0 <= metrics["lite"]["VOC-20"] <= 100
-    for part in ("local", "windows"):
+    for part in ("local", "vision"):
         rows = list(csv.DictReader(open(tmp_path/f"run/{part}/log.csv")))
         assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert LiteEncoder(tmp_path/"run/lite.safetensors", device="cpu").tower.config["grid"] == 3

@@ -189,15 +189,9 @@ class LiteTower(nn.Module):
         "Tokens after the last block, ... x width, to ... x 384, not normalised."
         return self.visual.ln_post(x) @ self.visual.proj
 
-    def forward(self,
-        tokens:torch.Tensor, # B x h x w x 768
-        corner:tuple[int, int]|None=None, # see `embed`
-        kept:torch.Tensor|None=None, # B x n numbers of the patches to read; default: all h*w
-    ) -> torch.Tensor: # B x (1 + n) x 384
-        "The ViT: unit vectors, class token first."
-        x = self.embed(tokens, corner)
-        if kept is not None: x = torch.cat([x[:, :1], x[:, 1:].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))], 1)
-        return F.normalize(self.project(self.visual.transformer(x)), dim=-1)
+    def forward(self, tokens:torch.Tensor, corner:tuple[int, int]|None=None) -> torch.Tensor:
+        "The ViT: unit vectors B x (1 + h*w) x 384, class token first."
+        return F.normalize(self.project(self.visual.transformer(self.embed(tokens, corner))), dim=-1)
 
     def save(self, path, metadata:dict[str, str]|None=None):
         "Write the tensors in half precision, with the configuration, as one safetensors file."
