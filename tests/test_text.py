@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 from ovss_nb.cache import Cache
 from ovss_nb.encoders.base import Encoder
-from ovss_nb.text import TEMPLATES, encode_text, load_templates
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.prompts import KINDS, PromptBank, PromptError, list_banks
+from ovss_nb.text import POOLINGS, SOURCES, TEMPLATES, TextBank, class_prompts, encode_text, load_templates, prompt_sources, prompts_digest
+from ovss_nb.vocabulary import Vocabulary, load_vocabulary
 
 class Letters(Encoder):
     "Embeds a prompt by its letter counts through random weights, and remembers what it was asked."
@@ -139,3 +140,120 @@ def test_second_process_encodes_nothing(tmp_path, monkeypatch):
     words = {o for words in Vocabulary.of("VOC-21").words for o in words}
     assert [count for count, _ in runs] == [14*len(words), 0, 14*len(words)]
     assert runs[0][1] == runs[1][1] != runs[2][1]
+
+def sentences(name): return {o: f"A {name} has {o}." for o in ("color", "shape_size", "texture_material", "summary")}
+
+@pytest.fixture
+def bank(tmp_path):
+    "Descriptions of two classes out of three, in a file."
+    vocabulary = Vocabulary.of({"orrery": ["orrery", "model of planets"], "sextant": "sextant", "quadrant": "quadrant"})
+    made = PromptBank.new(vocabulary, "descriptions", "the test")
+    made.fill(vocabulary, {o: sentences(o) for o in ("orrery", "sextant")})
+    made.save(tmp_path/"bank.json")
+    return vocabulary, tmp_path/"bank.json"
+
+@pytest.mark.parametrize("prompts,sources", [("names", ("names",)), ("both", KINDS), (["both", "names", "subclasses"], (*KINDS, "names")), (("names", "a.json"), ("names", "a.json"))], ids=str)
+def test_sources(prompts, sources): assert prompt_sources(prompts) == sources
+
+@pytest.mark.parametrize("prompts,message", [("name", "Choose from names"), ("bank.txt", "Choose from names"), (["names", "description"], "'description'"), ([], "no prompts"), (7, "No prompts 7")])
+def test_no_sources(prompts, message):
+    for call in (prompt_sources, prompts_digest, lambda o: encode_text(Letters(), ["cat"], prompts=o)):
+        with pytest.raises(ValueError, match=message): call(prompts)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shipped_vocabulary_speaks(kind):
+    "Descriptions stand as they are, subclasses in the templates; whatever has no texts is a background, in its own words."
+    for title in list_banks(kind):
+        vocabulary, texts = load_vocabulary(title), PromptBank.open(title, kind).texts()
+        found = class_prompts(vocabulary, kind, "vild14")
+        assert tuple(found) == vocabulary.names
+        for name, said in found.items():
+            assert list(said.values()) == texts.get(name, ["background"])
+            assert name in texts or name in vocabulary.background
+            for prompts, text in said.items():
+                assert prompts == ((text,) if kind == "descriptions" else tuple(o.replace("{}", text) for o in TEMPLATES["vild14"]))
+
+def test_names_stay_as_they_were():
+    "The default asks the text tower for words in templates and nothing else."
+    encoder, vocabulary = Letters(), load_vocabulary("VOC-21")
+    bank = encode_text(encoder, vocabulary)
+    assert bank.words == vocabulary.words and encoder.asked == list(dict.fromkeys(f"A photo of a {o} in the scene" for words in vocabulary.words for o in words))
+
+@pytest.mark.parametrize("prompts", SOURCES[1:])
+def test_spoken_bank_equals_the_plain_loop(prompts):
+    encoder = Letters()
+    bank = encode_text(encoder, "VOC-21", "vild14", prompts=prompts, progress=False)
+    assert bank.embeddings.shape[:2] == (21, {"descriptions": 4, "subclasses": 10, "both": 14}[prompts]) and bank.names == load_vocabulary("VOC-21").names
+    descriptions, kinds = (PromptBank.open("VOC-21", kind).texts() for kind in KINDS)
+    for k, name in enumerate(bank.names):
+        vectors = [encoder.text([o])[0] for o in descriptions.get(name, ["background"])] if prompts != "subclasses" else []
+        for kind in kinds[name] if prompts != "descriptions" else []: vectors.append(F.normalize(encoder.text([o.replace("{}", kind) for o in TEMPLATES["vild14"]]).mean(0), dim=0))
+        assert bank.mask[k].sum() == len(vectors) == len(bank.words[k])
+        assert torch.allclose(bank.embeddings[k][bank.mask[k]], torch.stack(vectors), atol=1e-6)
+        assert torch.allclose(bank.mean()[k], F.normalize(sum(vectors), dim=0), atol=1e-6)   # LM-4
+
+def test_poolings_are_what_they_say():
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    vectors, places = F.normalize(torch.randn(3, 3, 8), dim=-1)*mask[..., None], F.normalize(torch.randn(50, 8), dim=-1)
+    bank = TextBank(vectors, mask, ("a", "b", "c"), (("a",)*3, ("b",), ("c",)*2), ("{}",))
+    for pooling in POOLINGS:
+        for k, scores in enumerate(bank.compare(places, pooling)):
+            own = vectors[k, mask[k]]
+            assert torch.allclose(scores, places @ F.normalize(own.mean(0), dim=0) if pooling == "mean" else (places @ own.T).amax(1), atol=1e-6)
+    assert bank.compare(-vectors[1, :1], "max")[1, 0] < -0.99   # padding, at zero, would win
+    assert bank.compare(places.bfloat16(), "max").dtype == torch.float32
+    with pytest.raises(ValueError, match="'mean' or 'max'"): bank.compare(places, "median")
+
+def test_own_bank_from_a_file_or_in_hand(bank):
+    vocabulary, file = bank
+    said = class_prompts(vocabulary, file)
+    assert said == class_prompts(vocabulary, str(file)) == class_prompts(vocabulary, PromptBank.open(file))
+    assert said["orrery"] == {(o,): o for o in sentences("orrery").values()}
+    assert said["quadrant"] == {("quadrant",): "quadrant"}   # bare, like the descriptions beside it
+    assert class_prompts(vocabulary, file, instead={"quadrant": ["arc", "brass"]})["quadrant"] == {("arc",): "arc", ("brass",): "brass"}
+    both = class_prompts(vocabulary, ["names", file])
+    assert both["orrery"] == class_prompts(vocabulary)["orrery"] | said["orrery"]
+    assert list(both["quadrant"]) == [("A photo of a quadrant in the scene",), ("quadrant",)]
+    assert prompts_digest(file) == {str(file): prompts_digest(PromptBank.open(file))[str(file)]} and prompts_digest("names") == {}
+
+def test_wrong_banks(bank, tmp_path):
+    vocabulary, file = bank
+    with pytest.raises(PromptError, match="made for other classes or words.*ovss-nb prompts fill"): class_prompts(["orrery", "sextant"], file)
+    with pytest.raises(PromptError, match="absent.json"): class_prompts(vocabulary, tmp_path/"absent.json")
+    (tmp_path/"cut.json").write_text(file.read_text()[:200])
+    with pytest.raises(PromptError, match="cut.json"): prompts_digest(tmp_path/"cut.json")
+
+@pytest.mark.parametrize("kind", [*KINDS, "both"])
+def test_words_of_ones_own_borrow_or_fail(kind):
+    encoder = Letters()
+    with pytest.raises(PromptError, match=f"No {KINDS[0] if kind == 'both' else kind} ship for orrery, sextant.*ovss-nb prompts make --kind"):
+        encode_text(encoder, ["cat", "orrery", "background", "sextant"], prompts=kind)
+    assert not encoder.asked
+    with pytest.raises(PromptError, match="w5 and 2 more|w4 and 2 more"): encode_text(encoder, [f"w{i}" for i in range(7)], prompts=kind)
+    shipped, mine = class_prompts("VOC-20", kind), class_prompts({"beast": ["cat", "orrery"], "dog": "dog", "background": "background"}, kind)
+    assert mine["dog"] == shipped["dog"] and mine["beast"].items() >= shipped["cat"].items()
+    assert {"orrery"} == set(mine["beast"].values()) - set(shipped["cat"].values()) and "background" in mine["background"].values()
+
+def test_texts_are_cached_one_by_one(bank, tmp_path):
+    vocabulary, file = bank
+    encoder, cache = Letters(), Cache(tmp_path/"cache")
+    first = encode_text(encoder, vocabulary, cache=cache, prompts=file); assert len(encoder.asked) == 9
+    encoder.batches.clear(); again = encode_text(encoder, vocabulary, "vild14", cache=cache, prompts=file); assert not encoder.asked   # templates do not touch sentences
+    assert torch.equal(first.embeddings, again.embeddings)
+    digest, edited = prompts_digest(file), PromptBank.open(file)
+    edited["orrery"]["color"] = "An orrery is golden."
+    edited.save()
+    encode_text(encoder, vocabulary, cache=cache, prompts=file)
+    assert encoder.asked == ["An orrery is golden."] and prompts_digest(file) != digest
+
+def test_too_long_a_sentence_is_named(bank):
+    "Never cut in silence: the encoder refuses, and its message shows the sentence."
+    import open_clip
+    from ovss_nb.encoders.clip import CLIPEncoder
+    vocabulary, file = bank
+    long = PromptBank.open(file)
+    long["sextant"]["summary"] = "A sextant is " + "very "*80 + "old."
+    long.save()
+    model = open_clip.CLIP(16, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), dict(context_length=77, vocab_size=49408, width=16, heads=1, layers=1))
+    with pytest.raises(ValueError, match="at most 77.*A sextant is very"): encode_text(CLIPEncoder(model, device="cpu", tokenizer=open_clip.SimpleTokenizer()), vocabulary, prompts=file)

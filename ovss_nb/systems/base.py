@@ -9,6 +9,7 @@ __all__ = ['Config', 'EncodedImage', 'System']
 import dataclasses, json
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 import numpy as np
 import torch
 from ..cache import Cache
@@ -16,7 +17,7 @@ from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
-from ..text import TextBank, encode_text
+from ..text import POOLINGS, SOURCES, TextBank, encode_text, prompt_sources, prompts_digest
 from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/30_base.ipynb #0ebcca8d
@@ -27,6 +28,16 @@ class Config:
     keep_aspect:bool = False # false squashes the image to a square, as SimSeg does
     longest:int|None = None # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
     templates:str = "single" # prompt templates: see `ovss_nb.text`
+    prompts:str|tuple[str, ...] = "names" # "names", "descriptions", "subclasses", "both", the file of a bank (*.json), or several: see `prompt_sources`
+    pooling:str = "mean" # several texts of one class: "mean" of the embeddings or "max" of the scores
+
+    def __post_init__(self):
+        several = isinstance(self.prompts, (list, tuple))   # JSON gives lists
+        prompts = tuple(self.prompts) if several else (self.prompts,)
+        if not all(isinstance(o, (str, Path)) for o in prompts): raise ValueError("a configuration names its prompts: save a PromptBank and give the file")
+        object.__setattr__(self, "prompts", tuple(map(str, prompts)) if several else str(self.prompts))
+        prompt_sources(self.prompts)
+        if self.pooling not in POOLINGS: raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {self.pooling!r}")
 
     def to_dict(self) -> dict:
         "All knobs and their values, ready for JSON."
@@ -77,19 +88,29 @@ class System:
         pixels = load_image(image)
         return EncodedImage(pixels, self.encoder.encode(self.encoder.preprocess(pixels, self.config.size, self.config.keep_aspect, self.config.longest)))
 
+    def stand_ins(self, vocabulary:Vocabulary) -> dict[str, list[str]]:
+        "{name: words} that this system puts in place of some names, unless a bank of prompts has texts for them; here none."
+        return {}
+
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
-        "Text bank of `words`, kept in memory, and on disk if the system has a cache."
+        "Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the system has a cache. Raises as `ovss_nb.text.encode_text`."
         vocabulary = Vocabulary.of(words)
-        if vocabulary not in self._banks:
+        # A file that has been written again since is read again.
+        files = [Path(o) for o in prompt_sources(self.config.prompts) if o not in SOURCES]
+        key = (vocabulary, *(o.stat().st_mtime_ns if o.is_file() else 0 for o in files))
+        if key not in self._banks:
             # A session that tries hundreds of vocabularies must not grow without bound.
             while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
-            self._banks[vocabulary] = encode_text(self.encoder, vocabulary, templates=self.config.templates, cache=self.cache)
-        return self._banks[vocabulary]
+            self._banks[key] = encode_text(self.encoder, vocabulary, templates=self.config.templates, cache=self.cache, prompts=self.config.prompts,
+                                           instead=self.stand_ins(vocabulary))
+        return self._banks[key]
 
     def describe(self) -> dict:
-        "What a score must be printed with, ready for JSON: the system, its encoder's weights and every knob."
-        return dict(system=type(self).__name__, encoder=self.encoder.name, fingerprint=self.encoder.fingerprint, config=json.loads(json.dumps(self.config.to_dict())))
+        "What a score must be printed with, ready for JSON: the system, its encoder's weights, every knob, and which texts there were if not names alone."
+        digest = prompts_digest(self.config.prompts)
+        return dict(system=type(self).__name__, encoder=self.encoder.name, fingerprint=self.encoder.fingerprint,
+                    config=json.loads(json.dumps(self.config.to_dict()))) | (dict(prompts=digest) if digest else {})
 
     def scores(self, image:EncodedImage, text:TextBank) -> torch.Tensor:
         "K x h x w scores at the system's own resolution."

@@ -30,6 +30,8 @@ class LLMSupervisedConfig(SimSegConfig):
         if self.ensemble not in ("paper", "repo", "mean", "max"): raise ValueError(f"ensemble must be 'paper', 'repo', 'mean' or 'max', not {self.ensemble!r}")
         if self.score_source not in ("superclass", "subclasses"): raise ValueError(f"score_source must be 'superclass' or 'subclasses', not {self.score_source!r}")
         if self.n < 1: raise ValueError(f"n is a number of subclasses, at least 1, not {self.n}")
+        if self.prompts != "names": raise ValueError(f"this system brings its own subclasses: leave prompts at 'names', not {self.prompts!r}, or use simseg; words of your own are its subclasses")
+        if self.pooling != "mean": raise ValueError("this system pools its subclasses by the knob 'ensemble'; leave pooling at 'mean'")
 
 # %% ../../nbs/systems/33_llm_supervised.ipynb #c2c69391
 def subclass_vocabulary(

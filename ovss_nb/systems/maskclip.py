@@ -20,15 +20,14 @@ from ..vocabulary import Vocabulary
 @dataclass(frozen=True)
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
-    words:str = "mean" # several words of one name: "mean" of the embeddings or "max" of the scores
-    background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user says
+    background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user or a bank says
     background_threshold:float|None = None # probability under which a pixel is background too
     logit_scale:float = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
     crf:bool = False # refine by a joint dense CRF (extra `crf`)
     crf_pixels:int = 500_000 # a larger image is refined at this many pixels: time and memory of the CRF grow with them
 
     def __post_init__(self):
-        if self.words not in ("mean", "max"): raise ValueError(f"words must be 'mean' or 'max', not {self.words!r}")
+        super().__post_init__()
         object.__setattr__(self, "background_words", tuple(self.background_words))   # JSON gives lists
         if self.background_threshold is not None and not 0 <= self.background_threshold <= 1: raise ValueError(f"background_threshold is a probability, not {self.background_threshold}")
 
@@ -37,20 +36,15 @@ class MaskCLIP(System):
     "Dense features x text bank, argmax (MaskCLIP, Zhou et al. 2022), with a background made of words."
     config_class = MaskCLIPConfig
 
-    def encode_text(self, words) -> TextBank:
-        "Text bank of `words`; a background without words of its own gets the configured ones."
-        vocabulary = Vocabulary.of(words)
+    def stand_ins(self, vocabulary:Vocabulary) -> dict[str, list[str]]:
+        "The configured words, less those that are taken, for a background without words of its own."
         taken = {o.casefold() for name, own in zip(vocabulary.names, vocabulary.words) for o in (name, *own)}
         described = [o for o in self.config.background_words if o.casefold() not in taken]
-        bare = [name for name, own in zip(vocabulary.names, vocabulary.words) if name in vocabulary.background and own == (name,)]
-        return super().encode_text(vocabulary.with_words({name: described for name in bare}) if described else vocabulary)
+        return {name: described for name, own in zip(vocabulary.names, vocabulary.words) if described and name in vocabulary.background and own == (name,)}
 
     def scores(self, image, text:TextBank) -> torch.Tensor:
         "K x h x w cosines; with a background and a threshold, probabilities."
-        patches = image.features.patches()[0].float()
-        if self.config.words == "mean": cosines = text.mean().float() @ patches.T
-        else: cosines = (text.embeddings.float() @ patches.T).masked_fill(~text.mask[..., None], -torch.inf).amax(1)
-        cosines = cosines.unflatten(1, image.features.dense.shape[-2:])
+        cosines = text.compare(image.features.patches()[0], self.config.pooling).unflatten(1, image.features.dense.shape[-2:])
         if not text.background or self.config.background_threshold is None: return cosines
         probabilities, k = (self.config.logit_scale*cosines).softmax(0), text.names.index(text.background[0])
         probabilities[k].clamp_(min=self.config.background_threshold)

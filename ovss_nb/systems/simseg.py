@@ -30,6 +30,7 @@ class SimSegConfig(Config):
     mask_level:float = 0.5 # ours: where a stretched map becomes a mask when the CRF is off
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.threshold, str) and self.threshold != "mean+std":
             raise ValueError(f"threshold must be 'mean+std', a number or None, not {self.threshold!r}")
         if self.top < 2 or self.walk < 1: raise ValueError(f"top must be at least 2 and walk at least 1, not {self.top} and {self.walk}")
@@ -57,12 +58,12 @@ class SimSeg(System):
 
     def scores(self, image:EncodedImage, text:TextBank) -> torch.Tensor:
         "K x h x w cosine similarity of every location with every class embedding."
-        patches = image.features.patches()[0].float()
-        return (text.mean().float() @ patches.T).unflatten(1, image.features.dense.shape[-2:])
+        return text.compare(image.features.patches()[0], self.config.pooling).unflatten(1, image.features.dense.shape[-2:])
 
     def class_scores(self, image:EncodedImage, text) -> torch.Tensor:
-        "K image-level scores: pooled image embedding times class embedding."
-        return superclass_scores(image.features.pooled[0].float(), self.class_bank(text).mean().float())
+        "K image-level scores: cosine of the pooled image embedding with every class, by the knob `pooling`."
+        pooled, bank = image.features.pooled[0].float(), self.class_bank(text)
+        return superclass_scores(pooled, bank.mean().float()) if self.config.pooling == "mean" else bank.compare(F.normalize(pooled, dim=0)[None], self.config.pooling)[:, 0]
 
     def select(self, scores:torch.Tensor, background:int|None) -> list[int]:
         "The classes to draw, best first; a vocabulary of fewer than `top` names is drawn whole."
