@@ -28,6 +28,7 @@ SYSTEMS = {
     "maskclip": ("ovss_nb.systems.maskclip", "MaskCLIP", "dense features x text bank, argmax: the baseline"),
     "simseg": ("ovss_nb.systems.simseg", "SimSeg", "select classes, draw each with a CRF, merge by score"),
     "llm_supervised": ("ovss_nb.systems.llm_supervised", "LLMSupervised", "SimSeg with subclasses named by a language model"),
+    "pnp_ovss": ("ovss_nb.systems.pnp_ovss", "PnPOVSS", "PnP-OVSS: masks out of an image-text matcher, nothing trained"),
 }
 
 def list_encoders() -> dict[str, str]:

@@ -88,6 +88,14 @@ def test_train_lite(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="unknown losses"): run("train_lite", tmp_path/"again", monkeypatch, **tiny | dict(losses=["noun"]))
 
 
+@pytest.mark.skipif(not (DATA/"camvid11").exists(), reason="needs the evaluation images in ../shared/data")
+def test_prompts(tmp_path, monkeypatch):
+    "Four texts per class and two poolings on one encoding per image; a list without a shipped bank borrows one."
+    metrics = run("prompts", tmp_path, monkeypatch, data=str(DATA), sets=["CamVid-11"], templates=["single"], size=224, limit=2)
+    assert metrics["images"] == {"CamVid-11": 2} and len(metrics["miou_present"]["CamVid-11"]) == 8
+    assert metrics["miou_present"]["CamVid-11"]["names, single, mean"] > 10   # one class everywhere: 9 at most
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_at_full_size_on_a_gpu(notebook, tmp_path, monkeypatch):
