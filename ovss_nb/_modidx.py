@@ -974,6 +974,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ovss_nb.text.TextBank.compare': ('text.html#textbank.compare', 'ovss_nb/text.py'),
                               'ovss_nb.text.TextBank.mean': ('text.html#textbank.mean', 'ovss_nb/text.py'),
                               'ovss_nb.text._borrowed': ('text.html#_borrowed', 'ovss_nb/text.py'),
+                              'ovss_nb.text._encoded': ('text.html#_encoded', 'ovss_nb/text.py'),
                               'ovss_nb.text._steps': ('text.html#_steps', 'ovss_nb/text.py'),
                               'ovss_nb.text._written': ('text.html#_written', 'ovss_nb/text.py'),
                               'ovss_nb.text.class_prompts': ('text.html#class_prompts', 'ovss_nb/text.py'),

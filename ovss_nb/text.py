@@ -158,6 +158,22 @@ def _steps(rows:list[tuple[str, ...]], size:int):
         step.append(row)
     if step: yield step
 
+def _encoded(encoder, texts:dict[tuple[str, ...], str], cache:Cache|None, batch_size:int, progress:bool) -> dict[tuple[str, ...], torch.Tensor]:
+    "A unit vector for each row of prompts, from the cache or the text tower."
+    keys = {row: cache.key("text", encoder.fingerprint, *row) for row in texts} if cache else {}
+    stored = {row: cache.get(key) for row, key in keys.items()}
+    vectors = {row: torch.from_numpy(o["embedding"]).to(encoder.device) for row, o in stored.items() if o is not None}
+    missing = [o for o in texts if o not in vectors]
+    with tqdm(total=len(missing), desc="text", unit="text", disable=not progress or sum(map(len, missing)) <= batch_size) as bar:
+        for rows in _steps(missing, batch_size):
+            flat = [o for row in rows for o in row]
+            units = torch.cat([F.normalize(encoder.text(flat[i:i + batch_size]).float(), dim=-1) for i in range(0, len(flat), batch_size)])
+            for row, unit in zip(rows, units.split(list(map(len, rows)))):
+                vectors[row] = F.normalize(unit.mean(0), dim=-1)
+                if cache: cache.put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
+            bar.update(len(rows))
+    return vectors
+
 @torch.no_grad()
 def encode_text(
     encoder, # anything with `text(prompts) -> N x d`, `fingerprint` and `device`: see `Encoder`
@@ -173,24 +189,21 @@ def encode_text(
 
     Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a prompt the encoder cannot read, and as `class_prompts` does."""
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    vocabulary, cache = Vocabulary.of(vocabulary), Cache() if cache is True else cache or None
-    classes = class_prompts(vocabulary, prompts, templates, instead)
-    texts = {row: text for said in classes.values() for row, text in said.items()}
-    keys = {row: cache.key("text", encoder.fingerprint, *row) for row in texts} if cache else {}
-    stored = {row: cache.get(key) for row, key in keys.items()}
-    vectors = {row: torch.from_numpy(o["embedding"]).to(encoder.device) for row, o in stored.items() if o is not None}
-    missing = [o for o in texts if o not in vectors]
-    with tqdm(total=len(missing), desc="text", unit="text", disable=not progress or sum(map(len, missing)) <= batch_size) as bar:
-        for rows in _steps(missing, batch_size):
-            todo = [o for row in rows for o in row]
-            units = torch.cat([F.normalize(encoder.text(todo[i:i + batch_size]).float(), dim=-1) for i in range(0, len(todo), batch_size)])
-            for row, unit in zip(rows, units.split(list(map(len, rows)))):
-                vectors[row] = F.normalize(unit.mean(0), dim=-1)
-                if cache: cache.put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
-            bar.update(len(rows))
-    mask = torch.zeros(len(vocabulary), max(map(len, classes.values())), dtype=torch.bool, device=encoder.device)
-    embeddings = torch.zeros(*mask.shape, len(next(iter(vectors.values()))), device=encoder.device)
-    for k, said in enumerate(classes.values()):
-        mask[k, :len(said)] = True
-        embeddings[k, :len(said)] = torch.stack([vectors[o] for o in said])
-    return TextBank(embeddings, mask, vocabulary.names, tuple(tuple(o.values()) for o in classes.values()), load_templates(templates), vocabulary.background)
+    vocabulary, cache, sentences = Vocabulary.of(vocabulary), Cache() if cache is True else cache or None, load_templates(templates)
+    # Names need no bank of prompts: words and templates say all, and the whole result is found without spelling out every sentence.
+    own = dict(zip(vocabulary.names, vocabulary.words)) | (instead or {})
+    said = [tuple(dict.fromkeys(own[o])) for o in vocabulary.names]
+    whole = cache.key("bank", encoder.fingerprint, sentences, said) if cache and prompt_sources(prompts) == ("names",) else None
+    stored = cache.get(whole) if whole else None
+    if stored is not None: vectors = torch.from_numpy(stored["embeddings"]).to(encoder.device)
+    else:
+        classes = class_prompts(vocabulary, prompts, sentences, instead)
+        said = [tuple(o.values()) for o in classes.values()]
+        found = _encoded(encoder, {row: text for o in classes.values() for row, text in o.items()}, cache, batch_size, progress)
+        vectors = torch.stack([found[row] for o in classes.values() for row in o])
+        if whole: cache.put(whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]})
+    counts = torch.tensor([len(o) for o in said], device=vectors.device)
+    mask = torch.arange(int(counts.max()), device=vectors.device) < counts[:, None]
+    embeddings = vectors.new_zeros(*mask.shape, vectors.shape[1])
+    embeddings[mask] = vectors
+    return TextBank(embeddings, mask, vocabulary.names, tuple(said), sentences, vocabulary.background)
