@@ -288,6 +288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ovss_nb.encoders.blip.load_blip': ('blip.html#load_blip', 'ovss_nb/encoders/blip.py'),
                                        'ovss_nb.encoders.blip.read_blip_weights': ( 'blip.html#read_blip_weights',
                                                                                     'ovss_nb/encoders/blip.py'),
+                                       'ovss_nb.encoders.blip.shared_attention': ('blip.html#shared_attention', 'ovss_nb/encoders/blip.py'),
                                        'ovss_nb.encoders.blip.split_names': ('blip.html#split_names', 'ovss_nb/encoders/blip.py'),
                                        'ovss_nb.encoders.blip.split_prompts': ('blip.html#split_prompts', 'ovss_nb/encoders/blip.py')},
             'ovss_nb.encoders.clip': { 'ovss_nb.encoders.clip.CLIPEncoder': ('clip.html#clipencoder', 'ovss_nb/encoders/clip.py'),

@@ -70,6 +70,19 @@ def test_logits_are_the_librarys(network, matcher, size):
     assert torch.pdist(ours).min() > 1e-2 and matcher.image_tokens(images).grid == (size[0]//16, size[1]//16)
 
 
+@pytest.mark.parametrize("index", [[1, 0, 1, 1, 0], [1]*5, [0, 1, 2, 1, 2]], ids=str)
+def test_texts_of_an_image_share_its_keys_and_values(network, matcher, images, index):
+    "In any order, as many texts to an image as there are, or none: made once per image, and the library's numbers."
+    tokens = matcher.image_tokens(torch.cat([images, images[:1].flip(-2)]))
+    prompts, made = matcher.prompts([*TEXTS, ["dog"], "A cup of coffee on a table."]), []
+    modules = [getattr(layer.crossattention.self, o) for layer in network.text_encoder.encoder.layer for o in ("key", "value")]
+    handles = [o.register_forward_hook(lambda module, inputs, output: made.append(len(output))) for o in modules]
+    try: ours = matcher.match(tokens, prompts, index)
+    finally: [o.remove() for o in handles]
+    with torch.no_grad(): hidden = network.text_encoder(input_ids=prompts.ids, attention_mask=prompts.mask.long(), encoder_hidden_states=tokens.tokens[index]).last_hidden_state
+    assert made == [3]*6 and (ours - network.itm_head(hidden[:, 0])).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_probabilities_are_the_librarys(network, matcher, tokens, layer):
     prompts = matcher.prompts(TEXTS[:2])

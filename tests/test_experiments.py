@@ -65,12 +65,16 @@ def test_evaluate_without_shared_data(tmp_path, monkeypatch):
 def test_benchmark(tmp_path, monkeypatch):
     "At a tiny size the ratios mean nothing, but labels must still be equal and every section must run."
     tiny = dict(clip_models=[["ViT-S-16", 64]], cost_model=["ViT-S-16", 64], crf_targets=[[48, 64, 21, 2]], metric_classes=[21], text_model="ViT-S-16",
-                text_vocabulary="VOC-21", text_prompts=2, lite_against="ViT-S-16", lite_sizes=[64], workers=[1, 2], worker_images=4, worker_repeats=1)
+                text_vocabulary="VOC-21", text_prompts=2, lite_against="ViT-S-16", lite_sizes=[64], workers=[1, 2], worker_images=4, worker_repeats=1,
+                salience_model="random:tiny", salience_size=96, salience_attention=[1, 2], salience_classes=5, salience_measured=2, salience_image=[48, 64])
     metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1, **tiny)
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
     assert all(metrics[section] for section in ("image_to_labels", "vocabulary_cost", "dense_crf", "dense_crf_targets", "confusion", "lite_encoder", "targets"))
     assert metrics["text_bank"]["encoded_again"] == 0 and all(row["equal_counts"] for row in metrics["workers"])
+    ways = {row["way"]: row for row in metrics["pnp_ovss"]}
+    assert list(ways) == ["ours", "ours, one text", "plain", "plain, frozen"] and max(ways[o]["difference"] for o in ("plain", "plain, frozen")) <= 1e-4
+    assert ways["plain"]["gflops"] == ways["plain, frozen"]["gflops"] > 2*ways["ours"]["gflops"]
 
 
 @pytest.mark.skipif(not (DATA/"flickr8k-224").exists(), reason="needs the captioned pictures in ../shared/data")

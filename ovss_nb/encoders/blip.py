@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'RELEASE', 'SIZES', 'IMAGE_NAMES', 'BLOCK_NAMES', 'TRAINING_ONLY', 'ENC', 'blip_config', 'library_name',
-           'read_blip_weights', 'config_of', 'differences', 'load_blip', 'BLIPMatcher', 'SplitPrompts', 'split_names',
-           'split_prompts']
+           'read_blip_weights', 'config_of', 'differences', 'load_blip', 'shared_attention', 'BLIPMatcher',
+           'SplitPrompts', 'split_names', 'split_prompts']
 
 # %% ../../nbs/18_blip.ipynb #fbfceca4
 import math, re, struct
@@ -131,6 +131,24 @@ def load_blip(
         if bars: transformers.utils.logging.enable_progress_bar()
     raise ValueError(f"{name} does not fit BLIP's image-text retrieval model ({len(wrong)} tensors differ): {'; '.join(wrong[:4])}{'; ...' if len(wrong) > 4 else ''}. {advice}")
 
+# %% ../../nbs/18_blip.ipynb #5e1a0c72
+def shared_attention(
+    attention:nn.Module, # transformers' `BlipTextSelfAttention`, of cross-attention
+    x:torch.Tensor, # N x L x C, tokens of the texts
+    image:torch.Tensor, # B x P x C', tokens of the images
+    index:torch.Tensor, # N, the image of each text
+) -> torch.Tensor: # N x L x C
+    "BLIP's cross-attention (Li et al. 2022) with keys and values made once per image; probabilities pass through `attention.dropout`, N x heads x L x P."
+    turn = (index[:, None] == index).tril(-1).sum(1)   # how many texts of the same image come before
+    rows = int(turn.max()) + 1
+    place = index*rows + turn
+    def by_image(o): return o.new_zeros(len(image)*rows, *o.shape[1:]).index_copy(0, place, o).unflatten(0, (len(image), rows))
+    def by_text(o): return o.flatten(0, 1).index_select(0, place)
+    query, key, value = (o.unflatten(-1, (attention.num_attention_heads, -1)) for o in (by_image(attention.query(x)), attention.key(image), attention.value(image)))
+    scores = torch.einsum("bnlhd,bphd->bnhlp", query, key)/query.shape[-1]**0.5
+    probabilities = by_image(attention.dropout(by_text(scores).softmax(-1)))
+    return by_text(torch.einsum("bnhlp,bphd->bnlhd", probabilities, value)).flatten(2)
+
 # %% ../../nbs/18_blip.ipynb #1d8a159f
 ENC = 30523 # [ENC], which the original release adds to BERT's 30,522 pieces after [DEC]
 
@@ -193,8 +211,14 @@ class BLIPMatcher(ImageTextMatcher):
         return ImageTokens(tokens, (images.shape[-2]//self.stride, images.shape[-1]//self.stride))
 
     def logits(self, image, prompts, index):
-        hidden = self.model.text_encoder(input_ids=prompts.ids.to(self.device), attention_mask=prompts.mask.to(self.device).long(), encoder_hidden_states=image.tokens[index])
-        return self.model.itm_head(hidden.last_hidden_state[:, 0])
+        # The library's loop over layers; its own would want the image's tokens once per text.
+        text, mask = self.model.text_encoder, prompts.mask.to(self.device)[:, None, None]
+        x = text.embeddings(input_ids=prompts.ids.to(self.device))
+        mask = x.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(x.dtype).min)
+        for layer in text.encoder.layer:
+            x = layer.attention(x, attention_mask=mask)[0]
+            x = layer.feed_forward_chunk(layer.crossattention.output(shared_attention(layer.crossattention.self, x, image.tokens, index), x))
+        return self.model.itm_head(x[:, 0])
 
     def attention_module(self, layer): return self.model.text_encoder.encoder.layer[layer].crossattention.self.dropout
 
