@@ -8,6 +8,7 @@ __all__ = ['cost_map', 'GuidedProjection', 'window_mask', 'WindowBlock', 'Spatia
 
 # %% ../nbs/26_cost.ipynb #97bdfef3
 from functools import lru_cache
+from itertools import zip_longest
 import torch
 from timm.layers import Mlp
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -200,6 +201,7 @@ class CostAggregation(nn.Module):
         limit:bool=True, # more words than `length`: only the likeliest go through, the others get -100; false: all go through
         pool_train:int=2, pool:int=1, # see `ClassStage`
         chunk:int|None=None, # maps worked on at once; default: 16 on a CPU, whose caches are small, else 256
+        spatial_stage:bool=True, class_stage:bool=True, # false leaves one kind of enhancement out, to see what it brings
     ):
         super().__init__()
         if len({len(details), len(decoder), len(decoder_guidance)}) != 1: raise ValueError(f"details={details}, decoder={decoder} and decoder_guidance={decoder_guidance} must be of one length")
@@ -208,8 +210,8 @@ class CostAggregation(nn.Module):
         self.embed = nn.Conv2d(prompts, width, 7, padding=3)
         self.appearance, self.text = nn.Conv2d(dim, guidance[0], 3, padding=1), nn.Linear(dim, guidance[1])
         self.details = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(details, decoder_guidance))
-        self.spatial = nn.ModuleList(SpatialStage(width, guidance[0], heads, window) for _ in range(layers))
-        self.classes = nn.ModuleList(ClassStage(width, guidance[1], heads, length, pool_train, pool) for _ in range(layers))
+        self.spatial = nn.ModuleList(SpatialStage(width, guidance[0], heads, window) for _ in range(layers*spatial_stage))
+        self.classes = nn.ModuleList(ClassStage(width, guidance[1], heads, length, pool_train, pool) for _ in range(layers*class_stage))
         self.decoder = nn.ModuleList(UpStage(a, g, b) for a, g, b in zip((width, *decoder), decoder_guidance, decoder))
         self.head = nn.Conv2d(decoder[-1], 1, 3, padding=1)
 
@@ -234,9 +236,9 @@ class CostAggregation(nn.Module):
         def embed(o): return self.embed(o.flatten(0, 1)).unflatten(0, o.shape[:2]).movedim(2, -1).contiguous()
         x = self._by_word(embed, cost.transpose(1, 2))
         rows = max(1, self._maps(x)*x.shape[2]//(len(x)*x.shape[1]))
-        for spatial, classes in zip(self.spatial, self.classes):
-            x = self._by_word(lambda o: spatial(o, appearance), x)
-            x = classes(x, text, rows)
+        for spatial, classes in zip_longest(self.spatial, self.classes):
+            if spatial is not None: x = self._by_word(lambda o: spatial(o, appearance), x)
+            if classes is not None: x = classes(x, text, rows)
         return x
 
     def decode(self, x:torch.Tensor, details:list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ __all__ = ['ENCODERS', 'SYSTEMS', 'DEFAULT_SYSTEM', 'list_encoders', 'list_syste
 
 # %% ../nbs/42_predict.ipynb #53e34ef7
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
@@ -29,6 +30,8 @@ SYSTEMS = {
     "simseg": ("ovss_nb.systems.simseg", "SimSeg", "select classes, draw each with a CRF, merge by score"),
     "llm_supervised": ("ovss_nb.systems.llm_supervised", "LLMSupervised", "SimSeg with subclasses named by a language model"),
     "pnp_ovss": ("ovss_nb.systems.pnp_ovss", "PnPOVSS", "PnP-OVSS: masks out of an image-text matcher, nothing trained"),
+    "catseg": ("ovss_nb.systems.catseg", "CATSeg", "CAT-Seg: cost aggregation, trained; needs weights=FILE, made by train.ipynb or the authors"),
+    "lmseg": ("ovss_nb.systems.lmseg", "LMSeg", "LMSeg: CAT-Seg with descriptions and a second encoder; needs weights=FILE, made by train.ipynb"),
 }
 
 def list_encoders() -> dict[str, str]:
@@ -78,6 +81,16 @@ def resize_rule(
     except ValueError: pass
     raise ValueError(f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, windows:640:384 or windows:640:384:0.333")
 
+def _system_class(name:str): module, cls, _ = _look_up(name, SYSTEMS, "system"); return getattr(import_module(module), cls)
+
+def _has_knob(cls, knob:str) -> bool: return any(o.name == knob for o in fields(cls.config_class))
+
+def _own_windows(sizes:dict, windows:dict|None) -> dict:
+    "What `resize_rule` gives, in the knobs of a system that brings its own windows."
+    if windows: return dict(windows=True, keep_aspect=False, **windows)
+    if not sizes.get("keep_aspect"): return sizes and sizes | dict(shortest=None)
+    return dict(shortest=sizes["size"]) | {key: o for key, o in sizes.items() if key == "longest"}
+
 def create(
     name:str, # one of `list_systems()`
     encoder="lite", # a description for `create_encoder`, or an encoder
@@ -88,10 +101,10 @@ def create(
 ):
     "Build a system. Raises ValueError for an unknown name, knob or resize rule."
     sizes, windows = resize_rule(resize)
+    cls = _system_class(name)
+    if _has_knob(cls, "windows"): sizes, windows = _own_windows(sizes, windows), None
     twice = sorted(sizes.keys() & knobs.keys())
     if twice: raise ValueError(f"the resize rule {resize!r} and the knob {twice[0]!r} both say how large the image is: leave one out")
-    module, cls, _ = _look_up(name, SYSTEMS, "system")
-    cls = getattr(import_module(module), cls)
     config = cls.config_class.from_dict(sizes | knobs)   # before the encoder, so that a misspelt knob costs no loading
     system = cls(create_encoder(encoder, device) if isinstance(encoder, str) else encoder, config, cache=cache)
     return import_module("ovss_nb.systems.windows").SlidingWindows(system, **windows) if windows else system
@@ -102,7 +115,7 @@ DEFAULT_SYSTEM = "maskclip" # best of the offline ones by the table in the READM
 @lru_cache(maxsize=2)
 def _system(name:str, encoder:str):
     from ovss_nb.refine import crf_available   # brings torch, which listing systems does not need
-    return create(name, encoder, crf=crf_available())
+    return create(name, encoder, **(dict(crf=crf_available()) if _has_knob(_system_class(name), "crf") else {}))
 
 def segment(
     image, # path, bytes, PIL image, array or tensor

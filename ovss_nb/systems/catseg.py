@@ -55,6 +55,9 @@ class CATSegConfig(Config):
     class_pool_train:int = 2
     class_pool_eval:int = 1
     chunk:int|None = None # maps (views times classes) worked on at once: memory against speed; default: 16 on a CPU, else 256
+    spatial_stage:bool = True # false leaves the spatial enhancement out
+    class_stage:bool = True # false leaves the class enhancement out
+    centre_text:bool = False # compare with words less the mean of the vocabulary's words; not in the paper, see below
     background_threshold:float|None = None # probability that a background has at least
 
     def __post_init__(self):
@@ -103,7 +106,8 @@ class CATSegNetwork(nn.Module):
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(a, b, side, stride=side) for a, b, side in zip(channels, config.enlarged, (2, 4)))
         self.aggregation = CostAggregation(dim, config.enlarged, prompts=config.prompt_channels, width=config.width, guidance=config.guidance, layers=config.layers,
             heads=config.heads, window=config.attention_window, decoder=config.decoder, decoder_guidance=config.decoder_guidance, length=config.length,
-            limit=config.limit_classes, pool_train=config.class_pool_train, pool=config.class_pool_eval, chunk=config.chunk)
+            limit=config.limit_classes, pool_train=config.class_pool_train, pool=config.class_pool_eval, chunk=config.chunk,
+            spatial_stage=config.spatial_stage, class_stage=config.class_stage)
 
     def forward(self,
         features:torch.Tensor, # B x d x h x w
@@ -320,8 +324,15 @@ class CATSeg(System):
         if self.config.prompt_channels > 1:
             missing = self.config.prompt_channels - text.embeddings.shape[1]
             if missing < 0: raise ValueError(f"a class has {text.embeddings.shape[1]} texts, but the network has {self.config.prompt_channels} prompt channels: give fewer, or prompt_channels=1")
-            return F.pad(text.embeddings.float(), (0, 0, 0, missing)), "channels"
-        return (text.mean()[:, None].float(), "channels") if self.config.pooling == "mean" else (text.embeddings.float(), "max")
+            return F.pad(self._centred(text.embeddings.float()), (0, 0, 0, missing)), "channels"
+        if self.config.pooling == "mean": return self._centred(text.mean()[:, None].float()), "channels"
+        return self._centred(text.embeddings.float()), "max"
+
+    def _centred(self, features:torch.Tensor) -> torch.Tensor:
+        "With `centre_text`, K x P x d less the mean over all texts; a word alone, and places without a text, stay as they are."
+        if not self.config.centre_text or len(features) < 2: return features
+        real = features.any(-1, keepdim=True)
+        return (features - features.sum((0, 1))/real.sum())*real
 
     # ---- both
 

@@ -88,15 +88,18 @@ class LMSeg(CATSeg):
     def encode_images(self, images) -> list[FusedImage]:
         "As CAT-Seg does, and once per image by the second encoder."
         found = [FusedImage(**vars(o)) for o in super().encode_images(images)]
-        if self.second is None: return found
-        for o in found:
-            size, device = self.second.size, o.views.dense.device
-            o.second = self.second.dense(self.second.preprocess(o.image, size)).to(device)
-            filled = torch.tensor(fit_longest(*o.size, size), dtype=torch.float32)/size
-            whole, frame = torch.tensor([[0., 0, 1, 1]]), torch.tensor(o.frame, dtype=torch.float32).repeat(2)
-            windows = torch.tensor([(top, left, top + self.config.window, left + self.config.window) for top, left in o.corners], dtype=torch.float32).reshape(-1, 4)/frame
-            o.regions = (torch.cat([windows, whole])*filled.repeat(2)).clamp(max=1).to(device)
+        for o in found if self.second is not None else []: self.look_again(o)
         return found
+
+    @torch.inference_mode()
+    def look_again(self, image:FusedImage):
+        "Fill in what the second encoder sees of an image, whose `image`, `corners` and `frame` must be there, and which part of it each view shows."
+        size, device = self.second.size, self.encoder.device
+        image.second = self.second.dense(self.second.preprocess(image.image, size)).to(device)
+        filled = torch.tensor(fit_longest(*image.size, size), dtype=torch.float32)/size
+        whole, frame = torch.tensor([[0., 0, 1, 1]]), torch.tensor(image.frame, dtype=torch.float32).repeat(2)
+        windows = torch.tensor([(top, left, top + self.config.window, left + self.config.window) for top, left in image.corners], dtype=torch.float32).reshape(-1, 4)/frame
+        image.regions = (torch.cat([windows, whole])*filled.repeat(2)).clamp(max=1).to(device)
 
     def fused(self, images:list[FusedImage]) -> torch.Tensor:
         return torch.cat([self.network.fusion(o.views.dense.float(), o.second, o.regions) for o in images])

@@ -1,0 +1,126 @@
+"Pictures and labels move together, chance comes from one place, several vocabularies become one, and a killed run goes on with the same pictures."
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import tv_tensors
+from ovss_nb.augment import Augmentation, SetBatches, TrainingSets, choose_classes, merge_vocabularies
+from ovss_nb.train import TrainingError, fit, step_generator
+from ovss_nb.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
+
+PLAIN = dict(brightness=0, contrast=0, saturation=0, hue=0)
+
+
+class Coloured:
+    "Pictures whose red is their label, times ten."
+    ignore = 255
+    def __init__(self, words, count, seed=0):
+        generator, self.vocabulary = np.random.default_rng(seed), Vocabulary.of(words)
+        self.maps = [np.kron(generator.integers(0, len(self.vocabulary), (4, 5)), np.ones((10, 12), int)).astype(np.uint8) for _ in range(count)]
+    def __len__(self): return len(self.maps)
+    def labels(self, i): return self.maps[i]
+    def image(self, i): return np.stack([10*self.maps[i], np.zeros_like(self.maps[i]), np.zeros_like(self.maps[i])], -1)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (300, 40)])
+@pytest.mark.parametrize("knobs", [dict(shortest=(40, 200), crop=64), dict(shortest=(30, 30), crop=64), dict(shortest=(64, 64), longest=80, crop=64)])
+def test_every_pixel_keeps_its_label(shape, knobs):
+    "A slope from left to right and top to bottom: after any resizing, cut and mirroring the picture is the label still."
+    slope = (np.linspace(0, 1, shape[0])[:, None]*120 + np.linspace(0, 1, shape[1])*120).astype(np.uint8)
+    mirrored = set()
+    for n in range(12):
+        picture, labels = Augmentation(**knobs, **PLAIN)(np.stack([slope]*3, -1), slope, step_generator(0, n))
+        assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8 and labels.shape == (64, 64) and labels.dtype == torch.int64 and not isinstance(picture, tv_tensors.TVTensor)
+        inside = labels != 255
+        assert (picture[0].int() - labels).abs()[inside].max() <= 12 and (picture[:, ~inside] == 128).all()
+        row = labels[:, inside.any(0)][0]
+        mirrored.add(bool(row[0] > row[-1]))
+    assert mirrored == {True, False}
+
+
+def test_no_label_is_made_up():
+    labels = np.random.default_rng(0).choice([0, 7, 200], (60, 90))
+    for n in range(12):
+        found = Augmentation(shortest=(30, 150), crop=64)(np.zeros((60, 90, 3), np.uint8), labels, step_generator(0, n))[1]
+        assert set(found.unique().tolist()) <= {0, 7, 200, 255}
+
+
+def test_colours_change_the_picture_alone():
+    photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    labels = np.arange(64*64).reshape(64, 64) % 7
+    for knob in ("brightness", "contrast", "saturation", "hue"):
+        change = Augmentation(shortest=(64, 64), crop=64, flip=0, **PLAIN | {knob: 0.4})
+        picture, same = change(photo, labels, step_generator(0, 1))
+        assert (picture.permute(1, 2, 0).numpy() != photo).mean() > 0.5 and (same.numpy() == labels).all(), knob
+
+
+def test_global_chance_is_left_alone():
+    photo, labels = np.zeros((50, 50, 3), np.uint8), np.zeros((50, 50), np.uint8)
+    before = torch.get_rng_state()
+    Augmentation(crop=32)(photo, labels, step_generator(0, 0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("first", list_vocabularies())
+def test_unions_of_shipped_vocabularies(first):
+    "Every name has one place, two names of one vocabulary two, and each place knows the words of all who share it."
+    own = load_vocabulary(first)
+    for second in ("VOC-21", "COCO-Stuff-171"):
+        other = load_vocabulary(second)
+        union, places = merge_vocabularies([own, other])
+        for vocabulary, place in zip((own, other), places):
+            real = place[place >= 0]
+            assert len(set(real)) == len(real) == len(vocabulary) - len(vocabulary.background)
+            assert all(set(words) <= set(union.words[k]) for k, words in zip(place, vocabulary.words) if k >= 0)
+        assert max(len(own) - len(own.background), len(other) - len(other.background)) <= len(union)
+    assert len(merge_vocabularies([own, own])[0]) == len(own) - len(own.background)
+
+
+def test_an_unseen_class_is_in_no_label():
+    sets = TrainingSets([Coloured(["background", "cat", "sofa"], 6), Coloured({"couch": ["couch", "sofa"], "car": "car"}, 5, 1)], unseen=["couch"])
+    hidden = sets.vocabulary.names.index("sofa")
+    assert sets.unseen == [hidden]
+    for n in range(len(sets)):
+        assert hidden not in sets.labels(n) and set(np.unique(sets.labels(n))) <= {*sets.classes[sets.items[n][0]], 255}
+
+
+def test_batches_are_of_one_set_and_do_not_depend_on_those_before():
+    groups = [np.arange(10), np.arange(10, 37), np.arange(37, 40)]
+    batches = SetBatches(groups, 3, seed=1)
+    drawn = [batches[i] for i in range(3*len(batches))]
+    for epoch in range(3):
+        part = drawn[epoch*len(batches):(epoch + 1)*len(batches)]
+        for s, group in enumerate(groups):
+            rows = np.concatenate([rows for k, rows in part if k == s])
+            assert len(rows) == len(set(rows)) == len(group)//3*3 and set(rows) <= set(group)
+    again = SetBatches(groups, 3, seed=1)
+    for i in (25, 3, 14): assert again[i][0] == drawn[i][0] and (again[i][1] == drawn[i][1]).all()
+    with pytest.raises(TrainingError, match="cannot be drawn"): SetBatches(groups, 4)
+
+
+def test_chosen_classes_hold_what_occurs():
+    for n in range(20):
+        labels = torch.randint(0, 6, (3, 3), generator=step_generator(1, n))
+        chosen, numbered = choose_classes(labels, np.arange(30), 12, step_generator(0, n))
+        assert len(set(chosen)) == 12 and (torch.from_numpy(chosen)[numbered] == labels).all()
+
+
+class Stopped(Exception): pass
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_pictures(tmp_path):
+    sets, change = TrainingSets([Coloured(["cat", "dog", "car"], 9), Coloured(["sky", "cat"], 7, 1)]), Augmentation(shortest=(20, 50), crop=32)
+    numbers = SetBatches(sets.groups, 2)
+
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, len(sets.vocabulary), 1)
+        def batches(index, generator):
+            if index == stop: raise Stopped
+            return tuple(map(torch.stack, zip(*(change(*sets[n], generator) for n in numbers[index][1]))))
+        def step(model, batch): return nn.functional.cross_entropy(model(batch[0]/255), batch[1], ignore_index=255), {}
+        return fit(model, step, batches, folder, steps=12, save_every=5, log_every=1, progress=False)
+
+    whole = run(tmp_path/"whole")
+    with pytest.raises(Stopped): run(tmp_path/"part", stop=8)
+    assert run(tmp_path/"part") == whole
