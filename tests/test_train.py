@@ -41,6 +41,14 @@ def state(model): return {name: o.clone() for name, o in model.state_dict().item
 def equal(one, other): return one.keys() == other.keys() and all(o.equal(other[name]) for name, o in one.items())
 def read(run): return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(run/"log.csv"))]
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "The last digit of a sum depends on the number of threads, and the processes forked below have one."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     "An undisturbed run: folder, log, weights."
