@@ -37,7 +37,7 @@ def tokens(): return ImageTokens(F.normalize(torch.randn(2, 13, 384, generator=t
 
 NAMES = ["cat", "traffic light", "t-shirt", "bird's nest", "tvmonitor", "chest of drawers", "snow-covered hill's top", "Zürich", "犬"]
 
-@pytest.mark.parametrize("order", [range(9), reversed(range(9)), (4, 2, 7), (6,)], ids=str)
+@pytest.mark.parametrize("order", [range(9), range(8, -1, -1), (4, 2, 7), (6,)], ids=str)
 def test_spans_hold_exactly_their_names(encoder, order):
     names = [NAMES[i] for i in order]
     tokenizer = encoder.words.tokenizer
