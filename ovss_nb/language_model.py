@@ -153,9 +153,9 @@ class LanguageModel:
         answer_tokens:int=150, # foreseen per answer
     ) -> Estimate:
         "What asking would take; makes no call and needs no key."
-        todo = [o for o in questions.values() if self.key(o.messages, o.schema) not in self._answers()]
-        tokens = sum(_tokens(o.messages) + (_tokens(o.schema) if o.schema else 0) for o in todo), answer_tokens*len(todo)
-        return Estimate(len(questions), len(todo), *tokens, None if prices is None else sum(n*price for n, price in zip(tokens, prices))/1e6)
+        unanswered = [o for o in questions.values() if self.key(o.messages, o.schema) not in self._answers()]
+        tokens = sum(_tokens(o.messages) + (_tokens(o.schema) if o.schema else 0) for o in unanswered), answer_tokens*len(unanswered)
+        return Estimate(len(questions), len(unanswered), *tokens, None if prices is None else sum(n*price for n, price in zip(tokens, prices))/1e6)
 
     def ask_all(self,
         questions:dict, # {key: Question}

@@ -361,16 +361,16 @@ def write_descriptions(
     "Describe the classes that the bank lacks (LMSeg, two steps). Raises `PromptError` without guidance, and as `LanguageModel.ask_all` does."
     vocabulary = Vocabulary.of(vocabulary)
     bank = PromptBank.new(vocabulary, "descriptions") if bank is None else bank
-    todo, first = bank.missing(vocabulary, names), {"guidance": Question(_turn(GUIDANCE_QUESTION))}
+    lacking, first = bank.missing(vocabulary, names), {"guidance": Question(_turn(GUIDANCE_QUESTION))}
     known = guidance or bank.prompts.get("guidance") or model.recall(first["guidance"])
-    if todo and not known and not dry_run:
+    if lacking and not known and not dry_run:
         answers = model.ask_all(first, progress=False)
         if not answers: raise PromptError(f"No guidance: {answers.failed['guidance']}. Pass guidance=, or ask another model")
         known = answers["guidance"]
     # A dry run does not know the guidance yet; it will be a paragraph.
-    questions = {name: description_question(name, known or "."*800, vocabulary.words[vocabulary.names.index(name)], context) for name in todo}
+    questions = {name: description_question(name, known or "."*800, vocabulary.words[vocabulary.names.index(name)], context) for name in lacking}
     if dry_run:
-        print(model.estimate(questions if known or not todo else first | questions, prices))
+        print(model.estimate(questions if known or not lacking else first | questions, prices))
         return bank
     owner = {text: name for name in bank.classes for text in bank[name].values()}
     def check(name, answer):

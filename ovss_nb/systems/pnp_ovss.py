@@ -23,7 +23,7 @@ from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/34_pnp_ovss.ipynb #284ad183
 MATCHERS = { # kind -> module, and what suits it
-    "lite_itm": ("ovss_nb.encoders.itm", dict(layer=0, head=0, one_prompt=False)),
+    "lite_itm": ("ovss_nb.encoders.itm", dict(layer=0, head=0, one_prompt=False, drop_iter=1)),
     "blip": ("ovss_nb.encoders.blip", dict(layer=7, head=9, one_prompt=True)),
 }
 DATASETS = { # title of a vocabulary -> what its script does otherwise (SYSTEMS 6.5)
@@ -38,6 +38,7 @@ class PnPOVSSConfig(SalienceConfig, Config):
     layer:int|None = None # None: the matcher's
     head:int|None = None # None: the matcher's
     one_prompt:bool|None = None # None: the matcher's
+    drop_iter:int|None = None # None: the matcher's; lite_itm does better without Salience DropOut, see experiments/pnp_ablation.ipynb
     bg_rule:str|None = None # None: the data set's
     rescale_after_resize:bool|None = None # None: the data set's
     matcher:str = "lite_itm" # "lite_itm", "lite_itm:WEIGHTS", or "blip:MODEL", e.g. "blip:large-flickr": see `BLIPMatcher`
