@@ -177,9 +177,14 @@ class UpStage(nn.Module):
 
     def forward(self, x:torch.Tensor, guidance:torch.Tensor) -> torch.Tensor:
         "B x T x width x h x w and B x guidance x 2h x 2w to B x T x out x 2h x 2w."
-        inner, sizes = self.up.out_channels, x.shape[:2]
-        y = F.conv2d(self.up(x.flatten(0, 1)), self.conv1.weight[:, :inner], padding=1).unflatten(0, sizes)
-        y = (y + F.conv2d(guidance, self.conv1.weight[:, inner:], padding=1)[:, None]).flatten(0, 1)
+        inner, sizes, x = self.up.out_channels, x.shape[:2], x.flatten(0, 1)
+        own, guides = self.conv1.weight.split([inner, self.conv1.in_channels - inner], 1)
+        if self.training: y, shared = F.conv2d(self.up(x), own, padding=1), F.conv2d(guidance, guides, padding=1)
+        else:
+            y = F.conv_transpose2d(x, F.conv2d(self.up.weight, own, padding=2), stride=2, padding=1)
+            bias = self.up.bias[:, None, None].expand(len(guidance), -1, *guidance.shape[-2:])
+            shared = F.conv2d(torch.cat([bias, guidance], 1), self.conv1.weight, padding=1)
+        y = (y.unflatten(0, sizes) + shared[:, None]).flatten(0, 1)
         return F.relu(self.norm2(self.conv2(F.relu(self.norm1(y))))).unflatten(0, sizes)
 
 # %% ../nbs/26_cost.ipynb #5e5a6a8e

@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'SOURCES', 'POOLINGS', 'load_templates', 'prompt_sources
            'encode_text']
 
 # %% ../nbs/14_text.ipynb #47346a22
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -41,7 +41,7 @@ def load_templates(
     if not templates: raise ValueError("There is no template. Use 'plain' for the bare word.")
     return tuple(templates)
 
-# %% ../nbs/14_text.ipynb #15089802
+# %% ../nbs/14_text.ipynb #c897b487
 SOURCES = ("names", "descriptions", "subclasses", "both") # what texts a class is spoken of by
 
 def prompt_sources(
@@ -56,7 +56,7 @@ def prompt_sources(
     if not found: raise ValueError(f"There are no prompts. Choose from {', '.join(SOURCES)}, or give the file of a bank")
     return tuple(found)
 
-# %% ../nbs/14_text.ipynb #ed926d90
+# %% ../nbs/14_text.ipynb #d42e9296
 def _borrowed(words:list[str], kind:str) -> dict[str, list[str]]:
     "The shipped texts of single words, {word: texts}; words without any are left out."
     # A number as name lets a word be anything, and `borrow` looks at the words too.
@@ -103,7 +103,7 @@ def class_prompts(
                 for text in texts or [word]: found[name][tuple(o.replace("{}", text) for o in forms)] = text
     return found
 
-# %% ../nbs/14_text.ipynb #95ad4984
+# %% ../nbs/14_text.ipynb #7acb6d31
 def prompts_digest(
     prompts, # see `prompt_sources`
 ) -> dict[str, str]: # {source: 64 hexadecimal digits}; empty for names, which the words say themselves
@@ -115,7 +115,7 @@ def prompts_digest(
         found[source if isinstance(source, str) else str(banks[0].path)] = Cache.key(*(o.fingerprint for o in banks))
     return found
 
-# %% ../nbs/14_text.ipynb #c897b487
+# %% ../nbs/14_text.ipynb #0964d0d6
 POOLINGS = ("mean", "max") # how the texts of a class become one score
 
 @dataclass
@@ -134,6 +134,16 @@ class TextBank:
         "One unit vector per class, K x d: the mean over its texts, re-normalised (LM-4)."
         return F.normalize(self.embeddings.sum(1), dim=-1)   # unused places are zero, and length does not matter
 
+    def select(self,
+        rows, # numbers of classes, in the order wanted
+    ) -> "TextBank":
+        "Some of the classes. Raises `ValueError` for a number that no class has, or none at all."
+        rows = [int(o) for o in rows]
+        if not rows or min(rows) < 0 or max(rows) >= len(self): raise ValueError(f"rows must be numbers from 0 to {len(self) - 1}, at least one, not {rows[:8]}")
+        names = tuple(self.names[o] for o in rows)
+        return replace(self, embeddings=self.embeddings[rows], mask=self.mask[rows], names=names, words=tuple(self.words[o] for o in rows),
+                       background=tuple(o for o in self.background if o in names))
+
     def compare(self,
         vectors:torch.Tensor, # m x d unit-norm
         pooling:str="mean", # "mean" or "max"
@@ -147,7 +157,7 @@ class TextBank:
             best = torch.maximum(best, (column @ vectors.float().T).masked_fill(~real[:, None], -torch.inf))
         return best
 
-# %% ../nbs/14_text.ipynb #d42e9296
+# %% ../nbs/14_text.ipynb #ebb3abd4
 def _steps(rows:list[tuple[str, ...]], size:int):
     "Lists of rows with at most `size` prompts in all, or one longer row: whole texts, so that each can be stored as soon as it is there."
     step = []

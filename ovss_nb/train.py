@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TrainingError', 'cached_features', 'step_generator', 'Batches', 'parameter_groups', 'schedule_factor',
-           'checkpoints', 'save_checkpoint', 'load_weights', 'fit']
+           'checkpoints', 'save_checkpoint', 'load_weights', 'processes', 'fit']
 
 # %% ../nbs/43_train.ipynb #d60735dc
 import csv, json, math, os, re, shutil, signal, threading, uuid
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from .cache import Cache, atomic_path
+from .extras import require
 
 # %% ../nbs/43_train.ipynb #f031549b
 class TrainingError(ValueError):
@@ -163,15 +167,17 @@ def save_checkpoint(
     step:int, # how many are done
     state:dict, # tensors, numbers, strings, lists and dicts
     keep:int=2, # the last so many stay
+    average:dict[str, torch.Tensor]|None=None, # averages of trained parameters, by their names
 ) -> Path:
-    "Write `checkpoints/step-.../` with model.safetensors (without frozen parameters) and state.pt, both or neither, then delete old ones."
+    "Write `checkpoints/step-.../` with model.safetensors (without frozen parameters), state.pt and perhaps average.safetensors, all or none, then delete old ones."
     folder = Path(run_dir)/"checkpoints"
     path, temporary = folder/f"step-{step:08}", folder/f".{uuid.uuid4().hex}"
     if not path.exists():   # the same step of the same run: the same content
         temporary.mkdir(parents=True)
         save_file({name: o.detach().contiguous() for name, o in _saved(model).items()}, temporary/"model.safetensors")
         torch.save(state, temporary/"state.pt")
-        for file in (temporary/"model.safetensors", temporary/"state.pt", temporary): _sync(file)
+        if average: save_file({name: o.detach().contiguous() for name, o in average.items()}, temporary/"average.safetensors")
+        for file in (*temporary.iterdir(), temporary): _sync(file)
         temporary.rename(path)
         _sync(folder)
     _tidy(run_dir, keep)
@@ -180,13 +186,14 @@ def save_checkpoint(
 def load_weights(
     model:nn.Module, # its trainable parameters and buffers are filled
     path, # a checkpoint, or a run's folder: its newest
+    average:bool=True, # the average of the weights over the steps, if the run kept one
 ) -> Path: # the checkpoint
     "Fill a model with the weights of a checkpoint; raises `TrainingError` if there is none, it is damaged, or belongs to another model."
     path = Path(path)
     if not (path/"model.safetensors").is_file():
         if not (found := checkpoints(path)): raise TrainingError(f"{path} has no checkpoint. Pass the folder of a run, or a checkpoint in it")
         path = found[-1]
-    try: weights = load_file(path/"model.safetensors")
+    try: weights = load_file(path/"model.safetensors") | (load_file(path/"average.safetensors") if average and (path/"average.safetensors").is_file() else {})
     except (SafetensorError, OSError) as e: raise TrainingError(f"{path} is damaged ({e}). Delete it to go on from the one before") from e
     found, expected = ({name: tuple(o.shape) for name, o in tensors.items()} for tensors in (weights, _saved(model)))
     if wrong := [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
@@ -210,6 +217,52 @@ def _noted_interrupt():
     finally: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 # %% ../nbs/43_train.ipynb #9ae99d85
+def processes() -> tuple[int, int]: # the number of this process, and how many there are
+    "Join the processes that `torchrun` started, and take this one's GPU, if there are any; (0, 1) without `torchrun`."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return 0, 1
+    if not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Patience is for a long evaluation in the first process; numbers and objects always travel by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
+    return dist.get_rank(), dist.get_world_size()
+
+def _add_up(parameters:list[nn.Parameter], numbers:list[float]) -> list[float]:
+    "Sum gradients over all processes, in place, and some small numbers. A gradient that no process has stays away."
+    device = parameters[0].device
+    there = torch.tensor([o.grad is not None for o in parameters] + numbers, dtype=torch.float32, device=device)
+    flat = torch.cat([*((torch.zeros_like(o) if o.grad is None else o.grad).flatten().float() for o in parameters), there])
+    dist.all_reduce(flat)
+    *gradients, there = flat.split([*(o.numel() for o in parameters), len(there)])
+    there = there.tolist()
+    for parameter, gradient, count in zip(parameters, gradients, there): parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
+    return there[len(parameters):]
+
+def _gathered(value) -> list:
+    "What every process says, in all of them."
+    found = [None]*dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+# %% ../nbs/43_train.ipynb #1392e063
+@contextmanager
+def _shown(parameters:list[nn.Parameter], others:list[nn.Parameter]):
+    "For a while, parameters have the values of others."
+    kept = [o.detach().clone() for o in parameters]
+    with torch.no_grad():
+        for o, p in zip(parameters, others): o.copy_(p)
+    try: yield
+    finally:
+        with torch.no_grad():
+            for o, p in zip(parameters, kept): o.copy_(p)
+
+def _writer(folder:Path, done:int):
+    "TensorBoard's, which forgets what an earlier process wrote after step `done`. Raises `MissingExtra` without tensorboard."
+    require("tensorboard", "train")
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder), purge_step=done + 1)
+
+# %% ../nbs/43_train.ipynb #23bd92b6
 def _write_log(rows:list[dict], path:Path):
     "All rows as one table, whole or not at all."
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -239,86 +292,143 @@ def fit(
     schedule:str="cosine", # constant, cosine or poly
     warmup:int=0, # steps
     clip:float|None=1.0, # largest norm of the whole gradient
-    accumulate:int=1, # batches per step
+    accumulate:int=1, # batches per step, shared by all processes
     precision:str="fp32", # fp32, or bf16: automatic mixed precision
+    average:float|None=None, # decay of the weights' average over the steps, e.g. 0.999; the model ends with the average
     seed:int=0,
     log_every:int=50, # steps per row of the log
     save_every:int=500, # steps
     keep:int=2, # checkpoints
     on_interval=None, # (steps done, row) -> true to stop early; may add numbers to the row
+    early:int=0, # steps after which `on_interval` is called once with an empty row; 0: not
+    tensorboard:bool=False, # the log also for TensorBoard, in run_dir/tensorboard
     progress:bool=True,
 ) -> list[dict]: # the rows of log.csv: step, lr, loss, gradient (its norm before clipping), and what `step` gave
-    """Train with AdamW, resuming exactly after whatever ended the last call.
+    """Train with AdamW, resuming exactly after whatever ended the last call; in all processes that `torchrun` started, see `processes`.
 
     Ctrl-C finishes the step, saves, and raises `KeyboardInterrupt`. Raises `TrainingError` for a loss or gradient that is not finite
     (naming the step), for settings that differ from those of the run in `run_dir`, and if another process trains there."""
+    number, count = processes()
     settings = dict(steps=steps, lr=lr, weight_decay=weight_decay, groups=groups or {}, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
-        precision=precision, seed=seed, log_every=log_every)
+        precision=precision, seed=seed, log_every=log_every) | (dict(average=average) if average else {}) | (dict(processes=count) if count > 1 else {})
     for name, value in dict(steps=steps, accumulate=accumulate, log_every=log_every, save_every=save_every, keep=keep).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise TrainingError(f"{name} must be a whole number, 1 or more, not {value!r}")
     if precision not in ("fp32", "bf16"): raise TrainingError(f"precision={precision!r} is unknown. Choose from: fp32, bf16")
+    if average is not None and not 0 < average < 1: raise TrainingError(f"average={average} must lie between 0 and 1, e.g. 0.999")
+    if accumulate % count: raise TrainingError(f"accumulate={accumulate} batches per step cannot be shared by {count} processes: make it a multiple, and the batches smaller")
     schedule_factor(0, steps, schedule)
     run_dir = Path(run_dir)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, groups), lr=lr)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group["names"]]
     device = parameters[0].device
     cuda = [device] if device.type == "cuda" else []
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir/".lock", timeout=0)
-    try: lock.acquire()
+    lock, writer = FileLock(run_dir/".lock", timeout=0), None
+    try:
+        if number == 0: lock.acquire()
     except Timeout: raise TrainingError(f"Another process trains in {run_dir}. Wait for it, or take another run_dir") from None
     try:
         with torch.random.fork_rng(cuda), _noted_interrupt() as interrupted:   # the caller's own random numbers stay as they are
-            torch.manual_seed(seed)
+            torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed)
             done, sums, counted, rows, finished = 0, {}, 0, [], False
+            averaged = None
+            def averages(): return list(averaged.module) if averaged else parameters
             def save():
                 random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+                more = dict(others=list(zip(_gathered(random), _gathered(sums)))) if count > 1 else {}
+                if number: return
                 save_checkpoint(model, run_dir, done, dict(settings=settings, optimizer=optimizer.state_dict(), random=random, step=done,
-                    sums=sums, counted=counted, rows=rows, finished=finished), keep)
+                    sums=sums, counted=counted, rows=rows, finished=finished) | more, keep, dict(zip(names, averages())) if averaged else None)
             def refuse(what, value):
                 raise TrainingError(f"The {what} is {value} at step {done + 1}. The checkpoint of step {int(checkpoints(run_dir)[-1].name[5:])} is whole. "
                     "Lower lr, lengthen warmup, lower clip, or leave bf16; then take another run_dir")
-            if found := checkpoints(run_dir):
-                _tidy(run_dir, keep)
+            def measure(row) -> bool: # whether to stop
+                "Let `on_interval` look at the weights that count; what it says holds for all processes."
+                stop = False
+                if number == 0:
+                    modes = [(o, o.training) for o in model.modules()]
+                    with _shown(parameters, averages()) if averaged else nullcontext(): stop = bool(on_interval(done, row))
+                    for module, mode in modes: module.training = mode   # evaluation switches dropout off
+                if count > 1: stop, said = _gathered((stop, row))[0]; row.update(said)
+                return stop
+            found = checkpoints(run_dir)
+            if count > 1: found = _gathered(found)[0]   # as the first process sees them
+            if found:
+                if number == 0: _tidy(run_dir, keep)
                 state = _read_state(found[-1], settings)
-                load_weights(model, found[-1])
+                load_weights(model, found[-1], average=False)
                 optimizer.load_state_dict(state["optimizer"])
                 done, sums, counted, rows, finished = (state[o] for o in ("step", "sums", "counted", "rows", "finished"))
-                if finished: return rows
-                torch.set_rng_state(state["random"][0])
-                for gpu, random in zip(cuda, state["random"][1:]): torch.cuda.set_rng_state(random, gpu)
-                if rows: _write_log(rows, run_dir/"log.csv")   # without rows that came after the checkpoint
-            else: save()
-            with tqdm(total=steps, initial=done, desc=run_dir.name, unit="step", disable=not progress) as bar:
+                if finished:
+                    load_weights(model, found[-1])
+                    return rows
+                random = state["random"]
+                if count > 1: random, sums = state["others"][number]
+                torch.set_rng_state(random[0])
+                for gpu, o in zip(cuda, random[1:]): torch.cuda.set_rng_state(o, gpu)
+                if rows and number == 0: _write_log(rows, run_dir/"log.csv")   # without rows that came after the checkpoint
+            elif count > 1:   # one start for all
+                for o in _saved(model).values(): dist.broadcast(o.detach(), 0)
+            if average:
+                averaged = AveragedModel(nn.ParameterList(parameters), multi_avg_fn=get_ema_multi_avg_fn(average))
+                if found:
+                    stored = load_file(found[-1]/"average.safetensors", str(device))
+                    with torch.no_grad():
+                        for name, o in zip(names, averages()): o.copy_(stored[name])
+                    averaged.n_averaged.fill_(done)
+            if not found: save()
+            if tensorboard and number == 0: writer = _writer(run_dir/"tensorboard", done)
+            with tqdm(total=steps, initial=done, desc=run_dir.name, unit="step", disable=not progress or number > 0) as bar:
                 while not finished:
                     rate = lr*schedule_factor(done, steps, schedule, warmup)
                     for group in optimizer.param_groups: group["lr"] = rate*group["factor"]
                     optimizer.zero_grad(set_to_none=True)
-                    for number in range(done*accumulate, (done + 1)*accumulate):
-                        batch = batches(number, step_generator(seed, number))
+                    wrong = None
+                    for n in range(done*accumulate + number, (done + 1)*accumulate, count):
+                        batch = batches(n, step_generator(seed, n))
                         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): loss, values = step(model, batch)
-                        if not math.isfinite(value := float(loss.detach())): refuse("loss", value)
+                        if not math.isfinite(value := float(loss.detach())):
+                            wrong = value
+                            break
                         (loss/accumulate).backward()
                         for name, o in dict(loss=value, **values).items():
                             sums[name] = sums.get(name, 0.0) + (float(o.detach()) if torch.is_tensor(o) else o)/accumulate
+                    stopped = bool(interrupted)
+                    if count > 1:
+                        faults, stops = _add_up(parameters, [float(wrong is not None), float(stopped)])
+                        wrong, stopped = next((o for o in _gathered(wrong) if o is not None), None) if faults else None, stops > 0
+                    if wrong is not None: refuse("loss", wrong)
                     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
                     if not math.isfinite(norm): refuse("gradient's norm", norm)
                     optimizer.step()
-                    sums["gradient"] = sums.get("gradient", 0.0) + norm
+                    if averaged: averaged.update_parameters(nn.ParameterList(parameters))
+                    if number == 0: sums["gradient"] = sums.get("gradient", 0.0) + norm
                     done, counted = done + 1, counted + 1
                     finished = done == steps
+                    if on_interval is not None and done == early and measure({}): finished = True
                     if done % log_every == 0 or finished:
-                        rows.append(dict(step=done, lr=rate, **{name: o/counted for name, o in sums.items()}))
+                        together = {}
+                        for part in _gathered(sums) if count > 1 else [sums]:
+                            for name, o in part.items(): together[name] = together.get(name, 0.0) + o
+                        rows.append(dict(step=done, lr=rate, **{name: o/counted for name, o in together.items()}))
                         sums, counted = {}, 0
                         bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
-                        if on_interval is not None:
-                            modes = [(o, o.training) for o in model.modules()]
-                            if on_interval(done, rows[-1]): finished = True
-                            for module, mode in modes: module.training = mode   # evaluation switches dropout off
-                        _write_log(rows, run_dir/"log.csv")
+                        if on_interval is not None and measure(rows[-1]): finished = True
+                        if number == 0: _write_log(rows, run_dir/"log.csv")
+                        if writer:
+                            for name, o in rows[-1].items(): writer.add_scalar(name, o, done)
+                            writer.flush()
                     bar.update()
-                    if finished or interrupted or done % save_every == 0: save()
-                    if interrupted and not finished:
+                    if count == 1: stopped = bool(interrupted)   # also while the row was written
+                    if finished or stopped or done % save_every == 0: save()
+                    if stopped and not finished:
                         raise KeyboardInterrupt(f"Stopped after step {done} and saved in {run_dir}. The same call goes on from there")
+            if averaged:
+                with torch.no_grad():
+                    for o, p in zip(parameters, averages()): o.copy_(p)
+        if count > 1: dist.barrier()   # when one is back, the last checkpoint is there for all
         return rows
-    finally: lock.release()
+    finally:
+        if writer: writer.close()
+        lock.release()

@@ -11,8 +11,10 @@ from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
 from ovss_nb.fusion import sample_regions
 from ovss_nb.prompts import PromptError
-from ovss_nb.systems.catseg import CATSeg, CATSegConfig, CATSegNetwork, class_loss, cut_views, difference, guidance_blocks, merge_views, read_weights, translate, tune_queries_values
-from ovss_nb.systems.lmseg import LMSeg, create_second
+from ovss_nb.systems.catseg import CATSeg, CATSegConfig, CATSegNetwork, class_loss, cut_views, guidance_blocks, merge_views, translate
+from ovss_nb.encoders.lite_sam import create_second
+from ovss_nb.systems.lmseg import LMSeg
+from ovss_nb.systems.trained import difference, read_weights, tune_queries_values
 from ovss_nb.text import TextBank
 
 GOLDEN = Path(__file__).parent/"golden"
@@ -81,7 +83,7 @@ def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     refused(lambda o: None, "quickgelu", encoder=small_clip(quick_gelu=False))
     refused(lambda o: None, "another CLIP", encoder=small_clip())
     refused(lambda o: o.update({"sam.x": torch.zeros(1)}), "1 unknown:\n  sam.x")
-    refused(lambda o: [o.pop(k) for k in list(o) if k.startswith(AGGREGATOR)], "neither CAT-Seg's nor ours")
+    refused(lambda o: [o.pop(k) for k in list(o) if k.startswith(AGGREGATOR)], "neither the authors' nor ours")
     (tmp_path/"cut.pth").write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"): read_weights(tmp_path/"cut.pth")
     with pytest.raises(ValueError, match="no file"): read_weights(tmp_path/"none.pth")
@@ -213,25 +215,30 @@ def test_background_threshold():
 
 # ---- training
 
+def crops(count=2, seed=0): return torch.from_numpy(np.random.default_rng(seed).integers(0, 255, (count, 3, 64, 96), dtype=np.uint8))
+def spoken(system, words=("cat", "dog", "tree")):
+    "A bank through the text tower, with gradients."
+    return TextBank(system.encoder.text(list(words))[:, None], torch.ones(len(words), 1, dtype=torch.bool), tuple(words), tuple((o,) for o in words), ("{}",))
+
 def test_training_moves_queries_values_and_the_network_alone():
     system = CATSeg(small_clip(), **SMALL)
     system.network.requires_grad_(True).train()
     tune_queries_values(system.encoder)
-    frozen = {name: o.clone() for name, o in system._encoder_state().items()}
+    frozen = {name: o.clone() for name, o in system.encoder_state().items()}
     parameters = [o for o in system.module.parameters() if o.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.1)
-    images, labels = torch.randn(2, 3, 64, 96), torch.randint(0, 3, (2, 64, 96))
+    labels = torch.randint(0, 3, (2, 64, 96))
     labels[:, :5] = 255
     losses = []
     for _ in range(8):
-        loss = class_loss(system.logits(images, system.encoder.text(["cat", "dog", "tree"])[:, None]), labels)
+        loss, _ = system.loss(system.see(crops()), labels, spoken(system))
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    moved = {name for name, o in system._encoder_state().items() if not torch.equal(o, frozen[name])}
+    moved = {name for name, o in system.encoder_state().items() if not torch.equal(o, frozen[name])}
     assert moved == {name for name in frozen if name.endswith("in_proj_weight")}
     for name in moved:
-        changed = [not torch.equal(a, b) for a, b in zip(system._encoder_state()[name].chunk(3), frozen[name].chunk(3))]
+        changed = [not torch.equal(a, b) for a, b in zip(system.encoder_state()[name].chunk(3), frozen[name].chunk(3))]
         assert changed == [True, False, True], name
 
 def test_ignored_pixels():
@@ -286,9 +293,9 @@ def test_a_weight_that_becomes_1_makes_the_second_encoder_irrelevant():
     lmseg.network.load_state_dict(catseg.network.state_dict(), strict=False)
     lmseg.network.requires_grad_(True)
     lmseg.network.fusion.theta.data += 50
-    images, text, maps = torch.randn(2, 3, 64, 64), torch.randn(4, 1, 24), torch.randn(2, 6, 4, 4)
-    logits = lmseg.logits(images, text, second=maps)
-    assert torch.equal(logits, catseg.logits(images, text))
+    text = catseg.encode_text(["cat", "dog", "tree"]).select(range(3))
+    logits = lmseg.view_logits(lmseg.see(crops()), text)
+    assert torch.equal(logits, catseg.view_logits(catseg.see(crops()), text))
     logits.square().mean().backward()
     assert not lmseg.network.fusion.project.weight.grad.any() and lmseg.network.aggregation.head.weight.grad.any()
 
@@ -316,9 +323,9 @@ def test_windows_see_their_own_share_of_the_second_map():
 def test_lmseg_trains_weight_and_projection():
     system = LMSeg(small_clip(), second=Edges(), fusion_weight="channel", **SMALL)
     system.network.requires_grad_(True).train()
-    maps, regions = system.second.dense(torch.rand(2, 3, 64, 64)), [[(0, 0, 0.5, 0.5)], [(0.25, 0, 1, 0.75)]]
-    loss = class_loss(system.logits(torch.randn(2, 3, 64, 64), torch.randn(3, 1, 24), second=lambda: maps.detach(), regions=regions), torch.randint(0, 3, (2, 64, 64)))
-    loss.backward()
+    seen = system.see(crops())
+    assert system.second.asked == 2 and seen[0].regions.allclose(torch.tensor([[0, 0, 43/64, 1]]))   # a crop is fitted into the second encoder's square as every picture is
+    system.loss(seen, torch.randint(0, 3, (2, 64, 64)), spoken(system))[0].backward()
     fusion = system.network.fusion
     assert fusion.theta.shape == (24, 1, 1) and all(o.grad.any() for o in fusion.parameters())
 
@@ -330,6 +337,22 @@ def test_lmseg_weights_round_trip(tmp_path):
     assert np.array_equal(system.segment(PHOTO, ["cat", "dog"]).scores, again.segment(PHOTO, ["cat", "dog"]).scores)
     assert again.describe()["network"] == system.describe()["network"] and again.describe()["second"] == "edges"
     with pytest.raises(ValueError, match="5 unknown:\n  fusion.norm.bias"): CATSeg(small_clip(), **(SMALL | dict(weights=str(tmp_path/"lmseg.safetensors"))))
+
+@pytest.mark.parametrize("knobs", [dict(), dict(prompt_channels=4), dict(pooling="max"), dict(fusion_weight=1.0), dict(fusion_weight="channel")])
+def test_what_is_packed_is_what_was_seen(knobs):
+    "Scores and loss of stored features are those of the picture; half precision costs digits only; a part of a bank is a bank."
+    system = LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | knobs))
+    images, bank = system.encode_images([PHOTO, PHOTO[:, :30]]), system.encode_text(["cat", "dog", "tree", "car"])
+    packed = [system.pack(o) for o in images]
+    assert {name: o.shape for name, o in packed[0].items()} == {name: o.shape for name, o in packed[1].items()} and ("second" in packed[0]) == system.network.fusion.asks
+    again, halves = ([system.unpack({name: kind(o) for name, o in row.items()}) for row in packed] for kind in (torch.Tensor.float, torch.Tensor.half))
+    for one, two, half in zip(images, again, halves):
+        close(system.scores(one, bank), system.scores(two, bank)); close(system.scores(one, bank), system.scores(half, bank), 5e-3)
+    some, labels = bank.select([2, 0]), torch.randint(0, 2, (2, 32, 32))
+    for one, two in zip(again, system.batch_scores(again, some)): close(system.scores(one, bank.select([0, 2])).flip(0), two)
+    close(system.loss(again, labels, some)[0], system.loss(images, labels, some)[0])
+    assert system.packed_by() == LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | knobs | dict(layers=1))).packed_by()
+    with pytest.raises(ValueError, match="squashed"): LMSeg(small_clip(), second=Edges(), **(SMALL | knobs)).pack(images[0])
 
 def test_descriptions_and_the_fallback():
     system = LMSeg(small_clip(), second=Edges(), **SMALL)
@@ -358,16 +381,14 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
         system = LMSeg(small_clip(), second=Edges(), **SMALL)
         tune_queries_values(system.encoder)
         system.network.requires_grad_(True).train()
-        def batch(number, generator): return torch.randn(2, 3, 64, 64, generator=generator), torch.randn(2, 6, 4, 4, generator=generator), torch.randint(0, 3, (2, 64, 64), generator=generator)
-        def step(module, batch):
-            images, second, labels = batch
-            return class_loss(system.logits(images, system.encoder.text(["cat", "dog", "tree"])[:, None], second=second), labels), {}
+        def batch(number, generator): return torch.randint(0, 255, (2, 3, 64, 64), generator=generator, dtype=torch.uint8), torch.randint(0, 3, (2, 64, 64), generator=generator), generator
+        def step(module, batch): return system.loss(system.see(batch[0]), batch[1], spoken(system), batch[2])
         rows = fit(system.module, step, batch, tmp_path/folder, steps=4, lr=1e-3, groups={"^encoder": 0.01}, log_every=1, save_every=2, clip=0.01, progress=False)
         return rows, system
     whole, system = run("whole")
     assert len(whole) == 4 and all(np.isfinite(row["loss"]) for row in whole)
     again, other = run("whole")   # finished: the checkpoint is read, nothing is trained
-    assert again == whole and all(torch.equal(a, b) for a, b in zip(system._encoder_state().values(), other._encoder_state().values()))
+    assert again == whole and all(torch.equal(a, b) for a, b in zip(system.encoder_state().values(), other.encoder_state().values()))
     system.network.eval(); system.save(tmp_path/"trained.safetensors")
     fresh = LMSeg(small_clip(), second=system.second, **(SMALL | dict(weights=str(tmp_path/"trained.safetensors"))))
     assert np.allclose(fresh.segment(PHOTO, ["cat", "dog"]).scores, system.segment(PHOTO, ["cat", "dog"]).scores, atol=1e-6) and fresh.own

@@ -66,7 +66,9 @@ def test_benchmark(tmp_path, monkeypatch):
     "At a tiny size the ratios mean nothing, but labels must still be equal and every section must run."
     tiny = dict(clip_models=[["ViT-S-16", 64]], cost_model=["ViT-S-16", 64], crf_targets=[[48, 64, 21, 2]], metric_classes=[21], text_model="ViT-S-16",
                 text_vocabulary="VOC-21", text_prompts=2, lite_against="ViT-S-16", lite_sizes=[64], workers=[1, 2], worker_images=4, worker_repeats=1,
-                salience_model="random:tiny", salience_size=96, salience_attention=[1, 2], salience_classes=5, salience_measured=2, salience_image=[48, 64])
+                salience_model="random:tiny", salience_size=96, salience_attention=[1, 2], salience_classes=5, salience_measured=2, salience_image=[48, 64],
+                aggregation_encoder="ViT-S-16", aggregation_size=96, aggregation_classes=[2, 5], aggregation_plain=5, aggregation_repeats=1,
+                aggregation_knobs=dict(window=64, grid=4, attention_window=2, width=16, guidance=[8, 8], enlarged=[8, 8], decoder=[16, 16], decoder_guidance=[4, 4], length=8))
     metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1, **tiny)
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
@@ -75,6 +77,8 @@ def test_benchmark(tmp_path, monkeypatch):
     ways = {row["way"]: row for row in metrics["pnp_ovss"]}
     assert list(ways) == ["ours", "ours, one text", "plain", "plain, frozen"] and max(ways[o]["difference"] for o in ("plain", "plain, frozen")) <= 1e-4
     assert ways["plain"]["gflops"] == ways["plain, frozen"]["gflops"] > 2*ways["ours"]["gflops"]
+    few, ours, plain = metrics["cost_aggregation"]
+    assert plain["difference"] <= 1e-4 and few["gflops"] < ours["gflops"] < plain["gflops"] and plain["way"] == "plain"
 
 
 @pytest.mark.skipif(not (DATA/"flickr8k-224").exists(), reason="needs the captioned pictures in ../shared/data")
@@ -129,7 +133,7 @@ def test_train(tmp_path, monkeypatch):
     "LMSeg at a tiny size: the loss falls, held-back pictures are labelled better than before training and than by the commonest class, and the weights load."
     from ovss_nb.predict import create
     tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=28, evaluate_limit=16, unseen=["sofa", "sheep"], knobs=dict(grid=6, attention_window=3, second_size=128, centre_text=True),
-                changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=80, words=6, lr=0.003))
+                changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=80, words=6, labels=48, lr=0.003))
     metrics = run("train", tmp_path, monkeypatch, **tiny)
     assert metrics["loss_last"] < 0.5*metrics["loss_first"]
     seen = {way: o["VOC-21"]["seen"] for way, o in metrics["table"].items()}

@@ -257,3 +257,16 @@ def test_too_long_a_sentence_is_named(bank):
     long.save()
     model = open_clip.CLIP(16, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), dict(context_length=77, vocab_size=49408, width=16, heads=1, layers=1))
     with pytest.raises(ValueError, match="at most 77.*A sextant is very"): encode_text(CLIPEncoder(model, device="cpu", tokenizer=open_clip.SimpleTokenizer()), vocabulary, prompts=file)
+
+def test_some_classes_of_a_bank():
+    bank = encode_text(Letters(), {"background": ["wall", "sky"], "pet": ["cat", "dog", "hare"], "food": ["bread"]}, "plain")
+    some = bank.select(torch.tensor([2, 0]))
+    assert some.names == ("food", "background") and some.words == (("bread",), ("wall", "sky")) and some.background == ("background",) and bank.select([1]).background == ()
+    assert some.embeddings.equal(bank.embeddings[[2, 0]]) and some.mask.equal(bank.mask[[2, 0]]) and some.mean().equal(bank.mean()[[2, 0]]) and len(bank) == 3
+    vectors = F.normalize(torch.randn(5, 16), dim=-1)
+    for pooling in POOLINGS: assert torch.allclose(some.compare(vectors, pooling), bank.compare(vectors, pooling)[[2, 0]])
+    bank.embeddings.requires_grad_(True)
+    bank.select([1, 1]).mean().sum().backward()
+    assert bank.embeddings.grad[1].any() and not bank.embeddings.grad[[0, 2]].any()
+    for rows in ([], [3], [-1]):
+        with pytest.raises(ValueError, match="numbers from 0 to 2"): bank.select(rows)

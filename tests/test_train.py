@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ovss_nb.train import (Batches, TrainingError, cached_features, checkpoints, fit, load_weights, parameter_groups, save_checkpoint, schedule_factor, step_generator)
+from ovss_nb.train import (Batches, TrainingError, _read_state, cached_features, checkpoints, fit, load_weights, parameter_groups, save_checkpoint, schedule_factor, step_generator)
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX's")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -378,6 +378,126 @@ def test_groups_learn_at_their_rate(tmp_path):
     fit(model, step, batches, tmp_path, **RECIPE | dict(steps=1, warmup=0, weight_decay=0.0, clip=None, groups={"first": 0.01}))
     moved = {name: (o - before[name]).abs().max() for name, o in state(model).items()}
     assert 0.9e-4 < moved["first.weight"] < 1.1e-4 and 0.9e-2 < moved["last.weight"] < 1.1e-2 and moved["frozen.weight"] == 0
+
+
+# ---- several processes, average, TensorBoard
+
+SHARED = RECIPE | dict(accumulate=2)
+
+def quiet():
+    "Without dropout, whose numbers are every process's own."
+    model = Small()
+    model.drop.eval()
+    return model
+
+def as_a_pair(folder, resume):
+    "What each of two processes does: an undisturbed run, two that must be refused, and one in which the second process dies at step 8; then that one again."
+    from ovss_nb.train import processes
+    number, _ = processes()
+    steps = [0]
+    def dies(model, batch):
+        steps[0] += 1
+        if steps[0] == 8 and number == 1: os.kill(os.getpid(), signal.SIGKILL)
+        return step(model, batch)
+    def spoilt(model, batch):
+        loss, values = step(model, batch)
+        steps[0] += 1
+        return loss*(float("nan") if steps[0] == 3 and number == 1 else 1), values
+    def refused(*a, **k):
+        try: fit(*a, progress=False, **k)
+        except TrainingError as e: return str(e)
+    if not resume:
+        model = quiet() if number == 0 else Small(seed=7)   # the first one's weights are taken
+        model.drop.eval(); model.frozen.load_state_dict(Small().frozen.state_dict())
+        def early(done, row): assert number == 0 and not row.get("score"); row["score"] = done; return done == 10
+        whole = fit(model, step, batches, folder/"whole", **SHARED)
+        said = dict(whole=whole, stopped=fit(quiet(), step, batches, folder/"stopped", on_interval=early, **SHARED),
+            nan=refused(quiet(), spoilt, batches, folder/"nan", **{k: v for k, v in SHARED.items() if k != "progress"}), odd=refused(quiet(), step, batches, folder/"odd", steps=3, accumulate=3))
+        fit(Small(), step, batches, folder/"calm", average=0.9, **SHARED)
+        (folder/f"{number}.json").write_text(json.dumps(said))
+        steps[0] = 0
+    model = Small()
+    fit(model, step if resume else dies, batches, folder/"dies", average=0.9, **SHARED)
+    torch.save(model.state_dict(), folder/f"weights{number}.pt")
+
+def pair(folder, resume=False):
+    script = folder/"pair.py"
+    script.write_text("import sys; sys.path.insert(0, sys.argv[1])\nimport torch; torch.set_num_threads(1)\nfrom test_train import *\nas_a_pair(Path(sys.argv[2]), sys.argv[3] == 'True')\n")
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, Path(__file__).parent, folder, str(resume)], capture_output=True, text=True)
+
+@posix
+def test_two_processes_train_as_one(tmp_path):
+    "Under torchrun: the curve and the weights of one process; a fault of one stops both; killed and started again, the same run."
+    killed = pair(tmp_path)
+    assert killed.returncode and (tmp_path/"1.json").exists(), killed.stderr
+    one, two = (json.loads((tmp_path/f"{o}.json").read_text()) for o in range(2))
+    model = quiet()
+    alone = fit(model, step, batches, tmp_path/"alone", **SHARED)
+    for ours, theirs in zip(alone, one["whole"], strict=True):
+        assert ours.keys() == theirs.keys() and all(ours[k] == pytest.approx(theirs[k], abs=1e-5) for k in ours)
+    shared = Small()
+    load_weights(shared, tmp_path/"whole")
+    trained = {name for name, o in model.named_parameters() if o.requires_grad}   # a batch norm counts the batches of its own process
+    assert all((o - p).abs().max() < 1e-5 for (name, o), p in zip(state(model).items(), state(shared).values()) if name in trained)
+    assert one == two and "The loss is nan at step 3" in one["nan"] and "cannot be shared by 2 processes" in one["odd"]
+    assert [o["step"] for o in one["stopped"]] == [o["score"] for o in one["stopped"]] == [2, 4, 6, 8, 10]
+    assert checkpoints(tmp_path/"dies")[-1].name == "step-00000006"
+    again = pair(tmp_path, resume=True)
+    assert not again.returncode, again.stderr
+    assert (tmp_path/"dies/log.csv").read_bytes() == (tmp_path/"calm/log.csv").read_bytes()
+    model = Small()
+    load_weights(model, tmp_path/"calm")
+    first, second = (torch.load(tmp_path/f"weights{o}.pt", weights_only=True) for o in range(2))
+    assert equal(first, state(model)) and all(first[o].equal(second[o]) for o in trained)
+    with pytest.raises(TrainingError, match="processes=2"): _read_state(checkpoints(tmp_path/"dies")[-1], dict(processes=1))
+
+def test_average(tmp_path, calm):
+    "The average of the formula, shown to `on_interval` and left in the model; steps, log and exact resume are as without it."
+    after, shown, model = [], [], Small()
+    def look(done, row): shown.append(model.last.weight.detach().clone())
+    def noted(other, batch): after.append(other.last.weight.detach().clone()); return step(other, batch)
+    log = fit(model, noted, batches, tmp_path/"a", average=0.8, on_interval=look, **RECIPE | dict(log_every=1))
+    weights = Small(); load_weights(weights, tmp_path/"a", average=False)
+    expected = after[1].clone()
+    for o, seen in zip(after[2:] + [weights.last.weight], shown[1:]): expected = 0.8*expected + 0.2*o; assert torch.allclose(expected, seen, atol=1e-6)
+    assert torch.allclose(model.last.weight, expected, atol=1e-6) and equal(state(weights), calm[2])
+    finished = Small(); load_weights(finished, tmp_path/"a")
+    assert equal(state(finished), state(model)) and [o["loss"] for o in log[-1:]] == [o["loss"] for o in read(tmp_path/"a")[-1:]]
+    failed = [0]
+    def failing(other, batch):
+        failed[0] += 1
+        if failed[0] == 9: raise OSError
+        return step(other, batch)
+    with pytest.raises(OSError): fit(Small(), failing, batches, tmp_path/"b", average=0.8, **RECIPE | dict(log_every=1))
+    again = Small()
+    assert fit(again, step, batches, tmp_path/"b", average=0.8, **RECIPE | dict(log_every=1)) == log and equal(state(again), state(model))
+    assert equal(state(again), state(finished)) and fit(finished, step, batches, tmp_path/"b", average=0.8, **RECIPE | dict(log_every=1)) == log
+    with pytest.raises(TrainingError, match="average=2"): fit(Small(), step, batches, tmp_path/"c", average=2, **RECIPE)
+    with pytest.raises(TrainingError, match="average=0.8, now 0.9"): fit(Small(), step, batches, tmp_path/"b", average=0.9, **RECIPE | dict(log_every=1))
+
+def test_a_faulty_measurement_shows_early(tmp_path, calm):
+    asked = []
+    def measure(done, row):
+        asked.append((done, sorted(row)[:1]))
+        if done == 1: raise RuntimeError("the test set is broken")
+    with pytest.raises(RuntimeError, match="broken"): fit(Small(), step, batches, tmp_path, on_interval=measure, early=1, **RECIPE)
+    assert asked == [(1, [])] and fit(Small(), step, batches, tmp_path, on_interval=lambda *_: None, early=1, **RECIPE) == calm[1]
+
+def test_tensorboard(tmp_path):
+    "Every number of the log, once, also after an accident."
+    pytest.importorskip("tensorboard", reason="needs the extra `train`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    failed = [0]
+    def failing(model, batch):
+        failed[0] += 1
+        if failed[0] == 9: raise OSError
+        return step(model, batch)
+    with pytest.raises(OSError): fit(Small(), failing, batches, tmp_path, tensorboard=True, **RECIPE | dict(log_every=1))
+    log = fit(Small(), step, batches, tmp_path, tensorboard=True, **RECIPE | dict(log_every=1))
+    events = EventAccumulator(str(tmp_path/"tensorboard"))
+    events.Reload()
+    found = events.Scalars("loss")
+    assert [o.step for o in found] == list(range(1, 15)) and np.allclose([o.value for o in found], [o["loss"] for o in log])
 
 
 # ---- features

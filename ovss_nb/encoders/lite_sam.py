@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'affinity_auc', 'edge_strength', 'boundary_matches', 'boundary_f', 'details', 'Merge', 'LiteNeck',
-           'at_stride_16', 'load_neck', 'LiteSAMEncoder']
+           'at_stride_16', 'load_neck', 'LiteSAMEncoder', 'create_second']
 
 # %% ../../nbs/17_lite_sam.ipynb #fca3e2db
 from importlib.resources import as_file, files
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from .base import choose_device, Encoder, ImageFeatures
 from .lite import load_efficientnet_lite0
-from .sam import fit_longest
+from .sam import SAMEncoder, fit_longest
 
 # %% ../../nbs/17_lite_sam.ipynb #2a616333
 def affinity_auc(
@@ -247,3 +247,17 @@ def pyramid(self:LiteSAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:
         raise ValueError(f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad with zeros at the right and bottom.")
     return self.levels(images)
+
+# %% ../../nbs/17_lite_sam.ipynb #5ec0d002
+def create_second(
+    spec:str, # "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
+    size:int|None=None, # pixels of the longer side that `preprocess` gives; default: the encoder's own
+    device:str|torch.device="auto",
+) -> Encoder: # with `levels` and `pyramid`
+    "An encoder of edges from a short description. Raises `ValueError` for another description, and what the encoder itself raises for missing weights or packages."
+    kind, _, rest = spec.partition(":")
+    sizes = {} if size is None else dict(size=size)
+    if kind == "lite_sam": return LiteSAMEncoder(rest or None, device=device, **sizes)
+    if kind != "sam" or not rest: raise ValueError(f"no second encoder {spec!r}: write lite_sam, lite_sam:WEIGHTS or sam:vit_b/CHECKPOINT, e.g. sam:vit_b/sam_vit_b_01ec64.pth")
+    model, _, checkpoint = rest.partition("/")
+    return SAMEncoder(model, checkpoint or None, device=device, **sizes)

@@ -187,13 +187,17 @@ def layers(self:SAMEncoder, images:torch.Tensor, indices:list[int]) -> list[torc
 
 # %% ../../nbs/15_sam.ipynb #249d2a28
 @patch
+def levels(self:SAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
+    "Outputs of the four global blocks, from which `pyramid` is made, B x C x H/16 x W/16 each; raises `ValueError` for a model with another number."
+    if len(self.global_blocks) != 4: raise ValueError(f"A pyramid needs four blocks that attend everywhere, this model has {list(self.global_blocks)}")
+    return self.layers(images, list(self.global_blocks))
+
+@patch
 def pyramid(self:SAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
     """EBSeg's `res2` to `res5`: outputs of the four global blocks at strides 4, 8, 16 and 32, B x C x H/stride x W/stride each, fp32.
 
     H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does."""
     coarsest, scales = 2*self.stride, (4, 2, 1, 0.5)
-    if len(self.global_blocks) != len(scales): raise ValueError(f"A pyramid needs four blocks that attend everywhere, this model has {list(self.global_blocks)}")
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:
         raise ValueError(f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad with zeros at the right and bottom.")
-    outputs = self.layers(images, list(self.global_blocks))
-    return [F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False) for x, scale in zip(outputs, scales)]
+    return [F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False) for x, scale in zip(self.levels(images), scales)]
