@@ -68,7 +68,9 @@ def test_benchmark(tmp_path, monkeypatch):
                 text_vocabulary="VOC-21", text_prompts=2, lite_against="ViT-S-16", lite_sizes=[64], workers=[1, 2], worker_images=4, worker_repeats=1,
                 salience_model="random:tiny", salience_size=96, salience_attention=[1, 2], salience_classes=5, salience_measured=2, salience_image=[48, 64],
                 aggregation_encoder="ViT-S-16", aggregation_size=96, aggregation_classes=[2, 5], aggregation_plain=5, aggregation_repeats=1,
-                aggregation_knobs=dict(window=64, grid=4, attention_window=2, width=16, guidance=[8, 8], enlarged=[8, 8], decoder=[16, 16], decoder_guidance=[4, 4], length=8))
+                aggregation_knobs=dict(window=64, grid=4, attention_window=2, width=16, guidance=[8, 8], enlarged=[8, 8], decoder=[16, 16], decoder_guidance=[4, 4], length=8),
+                queries_encoder="ViT-S-16", queries_second="lite_sam:random", queries_size=64, queries_classes=4, queries_repeats=1, queries_knobs=dict(width=16, encoder_layers=1, encoder_hidden=16, groups=4, queries=5, layers=3, heads=2, hidden=16),
+                slices_encoder="ViT-S-16", slices_size=64, slices_classes=3, slices_ratios=[0.5, 1.0], slices_repeats=1, slices_knobs=dict(width=32, depth=5, heads=4, queries=6, channels=16))
     metrics = run("benchmark", tmp_path, monkeypatch, repeats=1, height=96, width=128, vocabularies=["VOC-21"], photos=["coffee.png"], noise=True, crf_labels=[2], crf_repeats=1, **tiny)
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(row["differing_pixels"] == 0 for row in rows)
@@ -79,6 +81,11 @@ def test_benchmark(tmp_path, monkeypatch):
     assert ways["plain"]["gflops"] == ways["plain, frozen"]["gflops"] > 2*ways["ours"]["gflops"]
     few, ours, plain = metrics["cost_aggregation"]
     assert plain["difference"] <= 1e-4 and few["gflops"] < ours["gflops"] < plain["gflops"] and plain["way"] == "plain"
+    encoders, ours, plain = metrics["mask_queries"]
+    assert plain["difference"] <= 1e-4 and plain["changed_pixels"] == 0 and encoders["gflops"] < ours["gflops"] < plain["gflops"]
+    small, half, whole = metrics["slices"]
+    assert half["large_gflops"] - half["attention_gflops"] == pytest.approx(whole["large_gflops"] - whole["attention_gflops"], rel=0.2)   # slices spare attention alone
+    assert small["gflops"] < half["gflops"] and half["attention_gflops"] < whole["attention_gflops"] and half["network_gflops"] == whole["network_gflops"] and whole["seconds"] > 0
 
 
 @pytest.mark.skipif(not (DATA/"flickr8k-224").exists(), reason="needs the captioned pictures in ../shared/data")
@@ -138,9 +145,20 @@ def test_train(tmp_path, monkeypatch):
     assert metrics["loss_last"] < 0.5*metrics["loss_first"]
     seen = {way: o["VOC-21"]["seen"] for way, o in metrics["table"].items()}
     assert seen["trained"] > max(seen["untrained"], seen["commonest class"]) and metrics["training"]["unseen"] == ["sheep", "sofa"]
-    system = create("lmseg", weights=str(tmp_path/"run/lmseg.safetensors"), **metrics["recipe"]["knobs"])
+    system = create("lmseg", weights=str(tmp_path/"run/lmseg.safetensors"))
     assert system.describe()["network"] == metrics["system"]["network"]
     with pytest.raises(Exception, match="no .'word'. to change"): run("train", tmp_path/"again", monkeypatch, **tiny | dict(changes=dict(word=3)))
+
+
+@pytest.mark.skipif(not (DATA/"voc2012-sbd-extra").exists(), reason="needs the labelled images in ../shared/data")
+@pytest.mark.parametrize("system", ["san", "ebseg", "mrovseg"])
+def test_train_masks(system, tmp_path, monkeypatch):
+    "The same notebook trains systems with mask queries: the loss falls, and the weights load."
+    from ovss_nb.predict import create
+    metrics = run("train", tmp_path, monkeypatch, system=system, recipe="small-masks", data=str(DATA), features=str(tmp_path/"features"), limit=6, evaluate_limit=3, unseen=["sofa"],
+        changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=20, batch=3, words=6, labels=48, lr=0.002, warmup=0))
+    assert metrics["loss_last"] < 0.8*metrics["loss_first"]
+    assert create(system, weights=str(tmp_path/f"run/{system}.safetensors")).describe()["network"] == metrics["system"]["network"]
 
 
 @pytest.mark.gpu

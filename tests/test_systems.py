@@ -21,6 +21,9 @@ KNOBS = {"maskclip": {}, "simseg": dict(templates="single", crf=crf_available())
 # The trained systems, small and untrained: what they must do does not depend on what they have learnt, but for the tests of `meaning`.
 TINY = dict(weights="random", width=16, guidance=(8, 8), enlarged=(8, 8), decoder=(16, 16), decoder_guidance=(4, 4), size=96, window=64, grid=4, attention_window=2, length=24)
 KNOBS |= {"catseg": TINY, "lmseg": TINY | dict(second_size=128)}
+MASKS = dict(weights="random", templates="single", keep_aspect=False, width=16, queries=5, heads=2, resolution="masks")
+KNOBS |= {"san": MASKS | dict(size=128, encoder_scale=1.0, depth=4, channels=8), "mrovseg": MASKS | dict(size=128, channels=16),
+          "ebseg": {key: o for key, o in MASKS.items() if key != "resolution"} | dict(size=128, encoder_scale=1.0, full_resolution=False, encoder_layers=1, encoder_hidden=16, groups=4, layers=3, hidden=16)}
 
 
 def meaning(system):
@@ -106,7 +109,7 @@ def test_systems_run_on_clip(way):
     for name in list_systems():
         system = create(name, encoder, cache=None, **(KNOBS[name] | dict(size=96)))
         result = system.segment(PHOTOS/"chelsea.png", ["background", "cat", "dog"])
-        side = {"pnp_ovss": 3, "catseg": 96, "lmseg": 96}.get(name, 6)   # the matcher has a grid of its own; windows are joined in pixels
+        side = {"pnp_ovss": 3, "catseg": 96, "lmseg": 96, "san": 24, "ebseg": 24, "mrovseg": 24}.get(name, 6)   # the matcher has a grid of its own; windows are joined in pixels; masks are finer than patches
         assert result.labels.shape == (300, 451) and result.scores.shape == (3, side, side)
 
 
