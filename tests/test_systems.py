@@ -109,7 +109,7 @@ def test_systems_run_on_clip(way):
     for name in list_systems():
         system = create(name, encoder, cache=None, **(KNOBS[name] | dict(size=96)))
         result = system.segment(PHOTOS/"chelsea.png", ["background", "cat", "dog"])
-        side = {"pnp_ovss": 3, "catseg": 96, "lmseg": 96, "san": 24, "ebseg": 24, "mrovseg": 24}.get(name, 6)   # the matcher has a grid of its own; windows are joined in pixels; masks are finer than patches
+        side = {"pnp_ovss": 3, "catseg": 96, "lmseg": 96, "ebseg": 24, "mrovseg": 24}.get(name, 6)   # the matcher has a grid of its own; windows are joined in pixels; masks are finer than patches
         assert result.labels.shape == (300, 451) and result.scores.shape == (3, side, side)
 
 
