@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_levels', 'DeformableAttention', 'cell_centres', 'DeformableLayer', 'PixelDecoder', 'MaskedLayer', 'Prediction',
-           'mlp', 'MaskHead', 'MaskDecoder']
+           'MaskHead', 'MaskDecoder']
 
 # %% ../nbs/28_mask_decoder.ipynb #f96ee17f
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .masks import mask_pool, sine_positions
+from .masks import mask_pool, mlp, sine_positions
 
 # %% ../nbs/28_mask_decoder.ipynb #ffe5ca46
 def sample_levels(
@@ -170,11 +170,6 @@ class Prediction:
     masks:torch.Tensor # B x N x H x W logits
     embeddings:torch.Tensor|None = None # A: B x N x d, of length s
     bias:torch.Tensor|None = None # B x bias_heads x N x H x W
-
-def mlp(inside:int, hidden:int, outside:int, layers:int=3) -> nn.Sequential:
-    "Linear layers with ReLUs between them."
-    sizes = [inside, *[hidden]*(layers - 1), outside]
-    return nn.Sequential(*[o for a, b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
 
 class MaskHead(nn.Module):
     "Masks of queries; with `dim` also embeddings A, with `bias_heads` also attention biases (EB-2 to EB-5)."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'slice_offsets', 'cut_slices', 'restore_slices', 'Views', 'small_grid', 'see_views', 'separable', 'resize',
-           'MultiResFusion', 'MultiResAdapter', 'mlp', 'MaskPyramid', 'AttentionMasks', 'multi_grained_attention']
+           'MultiResFusion', 'MultiResAdapter', 'MaskPyramid', 'AttentionMasks', 'multi_grained_attention']
 
 # %% ../nbs/29_multires.ipynb #d5c49188
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 from .encoders.base import Encoder
-from .masks import block_attention
+from .masks import block_attention, mlp
 
 # %% ../nbs/29_multires.ipynb #6e055603
 def slice_offsets(
@@ -188,10 +188,6 @@ class MultiResAdapter(nn.Module):
         return outputs, fused
 
 # %% ../nbs/29_multires.ipynb #672d50cc
-def mlp(channels:int, hidden:int, out:int) -> nn.Sequential:
-    "Three linear layers with ReLU between, for ... x channels, as SAN's heads have."
-    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out))
-
 class MaskPyramid(nn.Module):
     "Mask logits from query vectors, tokens and three fused maps (MR-5 and MR-6)."
     def __init__(self,

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
-from ovss_nb.multires import (AttentionMasks, MaskPyramid, MultiResAdapter, MultiResFusion, Views, cut_slices, mlp, multi_grained_attention, resize,
+from ovss_nb.masks import mlp
+from ovss_nb.multires import (AttentionMasks, MaskPyramid, MultiResAdapter, MultiResFusion, Views, cut_slices, multi_grained_attention, resize,
     restore_slices, see_views, separable, slice_offsets, small_grid)
 
 def small_clip(patch=16, quick_gelu=True):

@@ -18,7 +18,7 @@ from ..cost import CostAggregation, window_mask
 from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, difference, tune_queries_values
+from .trained import TrainedConfig, TrainedSystem, alike, difference, tune_queries_values
 from .windows import window_offsets
 from ..text import TextBank
 from ..vocabulary import Vocabulary
@@ -245,9 +245,8 @@ class CATSeg(TrainedSystem):
         "Several images at once; views of one size go through the encoder as one batch."
         pixels = [load_image(o) for o in images]
         looks = [self.look(o) for o in pixels]
-        groups, found = {}, [None]*len(looks)
-        for i, (views, _, _) in enumerate(looks): groups.setdefault(tuple(views.shape[-2:]), []).append(i)
-        for group in groups.values():
+        found = [None]*len(looks)
+        for group in alike([tuple(views.shape[-2:]) for views, _, _ in looks]):
             features, layers = encode_with_layers(self.encoder, torch.cat([looks[i][0] for i in group]), self.blocks)
             sizes = [len(looks[i][0]) for i in group]
             for i, dense, pooled, *guides in zip(group, features.dense.split(sizes), features.pooled.split(sizes), *(o.split(sizes) for o in layers)):

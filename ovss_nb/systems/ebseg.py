@@ -26,7 +26,7 @@ from ..mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
 from ..masks import TextClassifier, carry, mask_pool, mask_scores, propose, sos_bias
 from ..refine import upsample_argmax
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, difference
+from .trained import TrainedConfig, TrainedSystem, alike, difference, logit_scale
 from ..text import TextBank
 from ..vocabulary import Vocabulary, load_vocabulary
 
@@ -287,9 +287,8 @@ class EBSeg(TrainedSystem):
             raise ValueError(f"there are {count} blocks: first={self.first} and surgery={self.start} must be numbers from 0 to {count - 1}, fused={self.fused} three from 0 to {count}")
         step = self.encoder.stride/c.encoder_scale
         self.multiple = int(step) if step % 32 == 0 else 32   # so that both grids fit, where that can be
-        width, own = blocks[0].attn.embed_dim, getattr(getattr(self.encoder, "model", None), "logit_scale", None)
-        scale = c.logit_scale or (100.0 if own is None else float(own.detach().exp()))
-        return EBSegNetwork(self.encoder.dim, width, blocks[0].attn.num_heads, (self.second.width if self.second else width,)*4, c, scale)
+        width = blocks[0].attn.embed_dim
+        return EBSegNetwork(self.encoder.dim, width, blocks[0].attn.num_heads, (self.second.width if self.second else width,)*4, c, logit_scale(self.encoder, c.logit_scale))
 
     def describe(self) -> dict:
         "As every trained system's, and who the second encoder is and which words count as seen."
@@ -340,9 +339,8 @@ class EBSeg(TrainedSystem):
     def encode_images(self, images) -> list[TwiceSeenImage]:
         "Several pictures; those of one size go through the encoders as one batch."
         pictures = [load_image(o) for o in images]
-        resized, groups, found = [self.resized(o) for o in pictures], {}, [None]*len(pictures)
-        for i, o in enumerate(resized): groups.setdefault(tuple(o.shape), []).append(i)
-        for group in groups.values():
+        resized, found = [self.resized(o) for o in pictures], [None]*len(pictures)
+        for group in alike([tuple(o.shape) for o in resized]):
             for i, o in zip(group, self.observe(torch.stack([resized[i] for i in group]))): o.image, found[i] = pictures[i], o
         return found
 

@@ -16,10 +16,10 @@ from ..encoders.base import Encoder
 from ..fusion import sample_regions
 from ..images import load_image
 from ..losses import mask_classification_loss, mask_targets
-from ..masks import TextClassifier, mask_scores, propose
-from ..multires import FUSIONS, AttentionMasks, MaskPyramid, MultiResAdapter, Views, mlp, multi_grained_attention, see_views, small_grid
+from ..masks import TextClassifier, mask_scores, mlp, propose
+from ..multires import FUSIONS, AttentionMasks, MaskPyramid, MultiResAdapter, Views, multi_grained_attention, see_views, small_grid
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem
+from .trained import TrainedConfig, TrainedSystem, alike, logit_scale
 from ..text import TextBank
 
 # %% ../../nbs/systems/39_mrovseg.ipynb #7e886599
@@ -140,9 +140,7 @@ class MROVSeg(TrainedSystem):
         if not 0 <= start < count or not all(0 <= o <= count for o in layers): raise ValueError(f"layers={layers} go from 0 to {count}, and start={start} from 0 to {count - 1}, for {encoder.name}")
         self.sliced = c.multi_resolution or c.multi_grained
         self.kept = sorted({*layers, *range(start, count if c.multi_grained else start + 1)})
-        clip = getattr(getattr(encoder, "model", None), "logit_scale", None)
-        scale = c.logit_scale or (100.0 if clip is None else float(clip.detach().exp()))
-        return MROVSegNetwork(encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads, c.size//stride, layers, start, scale, c)
+        return MROVSegNetwork(encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads, c.size//stride, layers, start, logit_scale(encoder, c.logit_scale), c)
 
     # ---- images
 
@@ -166,9 +164,8 @@ class MROVSeg(TrainedSystem):
         "Several images; those of one size go through the encoder as one batch."
         pixels = [load_image(o) for o in images]
         looks = [self.look(o) for o in pixels]
-        groups, found = {}, [None]*len(looks)
-        for i, (_, _, filled) in enumerate(looks): groups.setdefault(filled, []).append(i)
-        for group in groups.values():
+        found = [None]*len(looks)
+        for group in alike([filled for _, _, filled in looks]):
             for i, views in zip(group, self._views(torch.cat([looks[i][0] for i in group]))): found[i] = SlicedImage(pixels[i], None, None, views, *looks[i][1:])
         return found
 
@@ -199,9 +196,8 @@ class MROVSeg(TrainedSystem):
     @torch.inference_mode()
     def batch_scores(self, images:list[SlicedImage], text:TextBank) -> list[torch.Tensor]:
         "K x h x w scores of several images; those whose filled frames are of one size in one pass."
-        groups, found = {}, [None]*len(images)
-        for i, o in enumerate(images): groups.setdefault(getattr(o, "filled", None), []).append(i)
-        for group in groups.values():
+        found = [None]*len(images)
+        for group in alike([getattr(o, "filled", None) for o in images]):
             embeddings, masks, _ = self.outputs([images[i] for i in group])[-1]
             logits = self.class_logits(embeddings, text).float()
             for row, i in enumerate(group):

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from ..fusion import sample_regions
 from ..images import load_image
 from ..losses import mask_classification_loss, mask_targets
-from ..mask_decoder import mlp
-from ..masks import TextClassifier, mask_scores, propose, sos_bias
+from ..masks import TextClassifier, mask_scores, mlp, propose, sos_bias
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, difference
+from .trained import TrainedConfig, TrainedSystem, difference, logit_scale
 from ..text import TextBank
 
 # %% ../../nbs/systems/37_san.ipynb #2872ad9a
@@ -170,9 +169,7 @@ class SAN(TrainedSystem):
         self.layers = tuple(dict.fromkeys(i*count//4 for i in range(4))) if c.layers is None else c.layers
         if not 0 <= self.start < count or not all(0 <= o <= count for o in self.layers): raise ValueError(f"layers={self.layers} go from 0 to {count}, and start={self.start} from 0 to {count - 1}, for {self.encoder.name}")
         if len(self.layers) > c.depth: raise ValueError(f"{len(self.layers)} layers cannot enter before depth={c.depth} blocks: one before each")
-        own = getattr(getattr(self.encoder, "model", None), "logit_scale", None)
-        scale = c.logit_scale or (100.0 if own is None else float(own.detach().exp()))
-        return SideNetwork(self.encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads if c.bias_per_head else 1, len(self.layers), scale, c)
+        return SideNetwork(self.encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads if c.bias_per_head else 1, len(self.layers), logit_scale(self.encoder, c.logit_scale), c)
 
     # ---- images
 
