@@ -52,6 +52,13 @@ def test_order_of_the_words_changes_nothing_but_the_indices(system):
     assert (np.asarray(one.names)[one.labels] == np.asarray(two.names)[two.labels]).mean() > 0.9999
 
 
+def test_the_last_stage_is_what_the_scores_are(system):
+    image, text = system.encode_image(PHOTOS/"chelsea.png"), system.encode_text(["cat", "teapot"])
+    stages = system.stages(image, text)
+    assert all(o.ndim == 3 and len(o) == 2 and np.isfinite(np.asarray(o)).all() for o in stages.values())
+    assert np.allclose(list(stages.values())[-1], system.scores(image, text), atol=1e-5)
+
+
 def test_one_name_alone(system):
     result = system.segment(PHOTOS/"chelsea.png", ["cat"])
     assert (result.labels == 0).all()

@@ -116,6 +116,11 @@ class System:
         "K x h x w scores at the system's own resolution."
         raise TypeError(f"{type(self).__name__} does not define `scores`")
 
+    @torch.inference_mode()
+    def stages(self, image:EncodedImage, text:TextBank) -> dict[str, torch.Tensor]:
+        "What the system believes after each of its steps, in order: K x h x w each, at any resolution; the last is what `scores` returns."
+        return {"scores": self.scores(image, text)}
+
     def labels(self, image:EncodedImage, text:TextBank, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
         "H x W label indices from scores: bilinear up-sampling and argmax unless a system refines otherwise."
         return upsample_argmax(scores, image.size).cpu().numpy()

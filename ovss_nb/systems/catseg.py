@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..cost import CostAggregation, window_mask
+from ..cost import CostAggregation, cost_map, window_mask
 from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
 from .base import EncodedImage
@@ -304,6 +304,12 @@ class CATSeg(TrainedSystem):
     def scores(self, image:GuidedImage, text:TextBank) -> torch.Tensor:
         "K x size x size probabilities with windows, else K x 4*grid x 4*grid."
         return self.batch_scores([image], text)[0]
+
+    @torch.inference_mode()
+    def stages(self, image:GuidedImage, text:TextBank) -> dict[str, torch.Tensor]:
+        "Cosines of the view of the whole with the words (the best text of each), as they enter the network, and what it makes of all views."
+        scores, (features, _) = self.scores(image, text), self.text_features(text)
+        return {"raw similarity": cost_map(self.fused([image])[-1:], features.to(self.encoder.device), "max")[0, 0], "after aggregation": scores}
 
     # ---- training: see `TrainedSystem`
 

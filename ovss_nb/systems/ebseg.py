@@ -413,16 +413,21 @@ class EBSeg(TrainedSystem):
         exponents = USES[use or c.use] or (c.alpha, c.beta, c.gamma)
         return balance(*(self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B, answers.D)), self.seen(text), *exponents)
 
-    def painted(self, image:TwiceSeenImage, text:TextBank, size:tuple[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
-        "Strips of scores at `size`, see `paint`."
+    def painted(self, image:TwiceSeenImage, text:TextBank, size:tuple[int, int], use:str|None=None) -> Iterator[tuple[int, torch.Tensor]]:
+        "Strips of scores at `size`, see `paint`; `use` in place of the configuration's."
         answers = self.answers(image)
-        return paint(self.class_probabilities(answers, text)[0], answers.masks[0], image.frame, image.filled, size)
+        return paint(self.class_probabilities(answers, text, use)[0], answers.masks[0], image.frame, image.filled, size)
 
     @torch.no_grad()
-    def scores(self, image:TwiceSeenImage, text:TextBank) -> torch.Tensor:
-        "K x h x w at a quarter of the input's resolution, without padding."
+    def scores(self, image:TwiceSeenImage, text:TextBank, use:str|None=None) -> torch.Tensor:
+        "K x h x w at a quarter of the input's resolution, without padding; `use` in place of the configuration's."
         self.answers(image)   # which refuses what is no picture of this system's
-        return torch.cat([o for _, o in self.painted(image, text, tuple(-(-o//4) for o in image.filled))], 1)
+        return torch.cat([o for _, o in self.painted(image, text, tuple(-(-o//4) for o in image.filled), use)], 1)
+
+    def stages(self, image:TwiceSeenImage, text:TextBank) -> dict[str, torch.Tensor]:
+        "Scores by each opinion alone, and balanced; what the knob `use` says comes last."
+        order = [o for o in ("A", "B", "D", "balanced") if o != self.config.use] + [self.config.use]
+        return {use: self.scores(image, text, use) for use in order}
 
     @torch.no_grad()
     def labels(self, image, text, scores, vocabulary) -> np.ndarray:
@@ -494,9 +499,9 @@ class EBSeg(TrainedSystem):
         "Tensors of both encoders; the second one's names start with `second.`"
         return super().encoder_state() | ({f"second.{name}": o for name, o in self.second.state_dict().items()} if self.second else {})
 
-    def save(self, path, metadata:dict[str, str]|None=None):
+    def save(self, path, metadata:dict[str, str]|None=None, dtype:torch.dtype|None=None):
         "As every trained system's, with the words that count as seen."
-        super().save(path, dict(metadata or {}, seen=json.dumps(sorted(self.trained_words))))
+        super().save(path, dict(metadata or {}, seen=json.dumps(sorted(self.trained_words))), dtype)
 
     def translate(self, path, state):
         "Network and encoder of a file, the authors' or ours; what it has for the second encoder is checked and laid aside."

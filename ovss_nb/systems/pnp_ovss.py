@@ -7,7 +7,8 @@ __all__ = ['MATCHERS', 'DATASETS', 'PnPOVSSConfig', 'create_matcher', 'MatchedIm
 
 # %% ../../nbs/systems/34_pnp_ovss.ipynb #abbc2524
 import hashlib
-from dataclasses import dataclass, field, fields
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 import numpy as np
 import torch
@@ -161,6 +162,13 @@ class PnPOVSS(System):
     def scores(self, image:MatchedImage, text:Vocabulary) -> torch.Tensor:
         "K x h x w class maps of one image; see `batch_scores`."
         return self.batch_scores([image], text)[0]
+
+    def stages(self, image:MatchedImage, text:Vocabulary) -> dict[str, torch.Tensor]:
+        "Class maps of the first look, and after Salience DropOut, if there is any."
+        if self.config.salience(text).drop_iter == 1: return {"salience": self.scores(image, text)}
+        first = copy(self)
+        first.config = replace(self.config, drop_iter=1)
+        return {"salience": first.scores(image, text), "after DropOut": self.scores(image, text)}
 
     def labels(self, image:MatchedImage, text:Vocabulary, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
         "H x W labels by threshold, background, blur and CRF (SYSTEMS 6.5) of the selected classes."

@@ -215,13 +215,14 @@ class TrainedSystem(System):
             if parametrize.is_parametrized(module): state |= {f"{name}.{o}": getattr(module, o) for o in module.parametrizations}
         return state
 
-    def save(self, path, metadata:dict[str, str]|None=None):
-        "Write the network, and the encoder's tensors that were tuned or came with the weights, as safetensors."
+    def save(self, path, metadata:dict[str, str]|None=None, dtype:torch.dtype|None=None):
+        "Write the network, and the encoder's tensors that were tuned or came with the weights, as safetensors; in half the space with `torch.float16`."
         tuned = {name for name, p in self.encoder.named_parameters() if p.requires_grad}
         tuned = {re.sub(r"parametrizations\.(\w+)\.original\d$", r"\1", o) for o in tuned} | set(self.own)
         tensors = {f"network.{name}": o for name, o in self.network.state_dict().items()} | {f"encoder.{name}": o for name, o in self.encoder_state().items() if name in tuned}
         with atomic_path(path) as temporary:
-            save_file({name: o.detach().cpu().contiguous().clone() for name, o in tensors.items()}, temporary, dict(metadata or {}, system=type(self).__name__, config=json.dumps(self.config.to_dict())))
+            save_file({name: o.detach().cpu().to(dtype if o.is_floating_point() else None).contiguous().clone() for name, o in tensors.items()}, temporary,
+                      dict(metadata or {}, system=type(self).__name__, fingerprint=self.encoder.fingerprint, config=json.dumps(self.config.to_dict())))
 
     def translate(self, path, state:dict[str, torch.Tensor]) -> tuple[dict, dict]|None: # of the network and of the encoder, under our names
         "The authors' checkpoint in our names, or None if this is none of theirs; here it never is."
