@@ -94,7 +94,7 @@ class WindowBlock(nn.Module):
         if (rows, columns) != grid: qkv = F.pad(qkv, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
         if any(shift): qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
         windows = rows//window[0]*(columns//window[1])
-        qkv = window_partition(qkv, window).view(len(qkv), windows, window[0]*window[1], 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        qkv = window_partition(qkv, window).view(qkv.shape[0], windows, window[0]*window[1], 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
         mask = window_mask(grid, window, shift, x.device)
         if mask is not None: mask = mask.to(qkv.dtype).repeat_interleave(self.heads, 0)[None]
         y = F.scaled_dot_product_attention(*qkv, attn_mask=mask)   # (B*T) x (windows*heads) x places x channels

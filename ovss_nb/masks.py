@@ -118,7 +118,7 @@ def propose(
             raise ValueError(f"the bias must be B x heads (or 1) x N x L, here {len(tokens)} x {heads} x N x {tokens.shape[1] - 1}, got {tuple(o.shape)}; `sos_bias` brings it to the grid")
     count = biases[0].shape[2]
     sos = (tokens[:, :1] if cls is None else cls).expand(len(tokens), count, -1)
-    itself = tokens.new_full((count, count), -torch.inf).fill_diagonal_(0).expand(len(tokens), 1, -1, -1)
+    itself = tokens.new_zeros(count, count).masked_fill(~torch.eye(count, dtype=torch.bool, device=tokens.device), -torch.inf).expand(len(tokens), 1, -1, -1)
     for i, (block, b) in enumerate(zip(blocks, biases)):
         q, k, v = _heads(block, tokens)
         asking, own_k, own_v = _heads(block, sos)

@@ -12,6 +12,7 @@ from pathlib import Path
 from .experiments import add_commands, command
 from ..cache import atomic_path
 from ..extras import MissingExtra, require
+from ..formats import FORMATS, save_as
 from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
@@ -76,6 +77,7 @@ def run(
     out:Path,
     title:str,
     note:str,
+    formats=(), # further files per picture, see `ovss_nb.formats.FORMATS`
 ) -> list[tuple[Path, Exception]]: # the files that could not be segmented
     "Segment pictures into `out`, write the report, and return the failures."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,62 @@ def run(
             while stem in stems: n += 1; stem = f"{path.stem}-{n}"
             stems.add(stem)
             rows.append(dict(file=path.name, **save_result(result, stem, out)))
+            for o in formats: save_as(result, out/stem, o, path.name)
     write_report(out, rows, title, note)
     return failed
+
+# %% ../../nbs/app/50_cli.ipynb #e8916ed6
+def _knob(text:str) -> tuple[str, object]:
+    "KNOB=VALUE with the value read as JSON where it is JSON (numbers, true, null), else as text."
+    name, equals, value = text.partition("=")
+    if not equals: raise ValueError(f"--set takes KNOB=VALUE, e.g. --set size=640, not {text!r}")
+    try: return name, json.loads(value)
+    except json.JSONDecodeError: return name, value
+
+def _add_large(verbs):
+    tiles = verbs.add_parser("tiles", help="a picture too large for one look: overlapping tiles into one label map; goes on where it was stopped")
+    tiles.add_argument("file", type=Path, metavar="FILE", help="what Pillow opens, or a GeoTIFF of any size (extra `geo`)")
+    tiles.add_argument("--tile", type=int, metavar="PIXELS", help="what is seen at once (default: the system's input size)")
+    tiles.add_argument("--overlap", type=float, default=0.25, help="share of a tile (default: %(default)s)")
+    tiles.add_argument("--margin", type=int, metavar="PIXELS", help="context around what counts (default: a quarter of the overlap)")
+    tiles.add_argument("--limits", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of a GeoTIFF with more than 8 bits, e.g. --limits 0 3000")
+    video = verbs.add_parser("video", help="a video or a folder of frames into label maps and overlays; goes on where it was stopped (extra `video`)")
+    video.add_argument("file", type=Path, metavar="FILE")
+    video.add_argument("--every", type=int, default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
+    video.add_argument("--mp4", type=Path, metavar="FILE", help="write the overlays as a video too")
+    onnx = verbs.add_parser("onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)")
+    onnx.add_argument("system", metavar="SYSTEM", help="maskclip, catseg, lmseg, san, ebseg or mrovseg")
+    onnx.add_argument("--vocabulary", action="append", default=[], metavar="NAME", help="store the bank of this vocabulary too (repeatable), e.g. VOC-21, or cat,sofa")
+    onnx.add_argument("--with-encoder", action="store_true", help="write encoder.onnx too: pixels to dense features")
+    onnx.add_argument("--check", type=Path, metavar="FILE", help="compare labels of this photo with the original's, for each stored vocabulary")
+    for verb in (tiles, video, onnx):
+        if verb is not onnx:
+            verb.add_argument("--classes", required=True, help="as for `segment`")
+            verb.add_argument("--system", default=DEFAULT_SYSTEM, help="see `ovss-nb systems` (default: %(default)s)")
+        verb.add_argument("--encoder", default="lite", help="see `ovss-nb encoders` (default: %(default)s)")
+        verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system (repeatable)")
+    tiles.add_argument("--out", type=Path, default=Path("labels.png"), metavar="FILE", help="*.tif keeps the place on Earth, *.png (default: %(default)s)")
+    for verb in (video, onnx): verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+
+def _large(a) -> int:
+    knobs = dict(map(_knob, a.set))
+    if a.verb == "tiles":
+        from ovss_nb.tiles import segment_tiles
+        areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, a.limits)
+        for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
+        print(a.out)
+    elif a.verb == "video":
+        from ovss_nb.video import overlay_video, segment_video
+        count = sum(1 for _ in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every))
+        print(f"{count} frames: {a.out}")
+        if a.mp4: overlay_video(a.out, a.mp4); print(a.mp4)
+    else:
+        from ovss_nb.onnx_export import agreement, export_system
+        vocabularies, system = [parse_classes(o) for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
+        print(export_system(system, a.out, vocabularies, a.with_encoder))
+        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes")
+    return 0
+
 
 # %% ../../nbs/app/50_cli.ipynb #5d728697
 def main(arguments:list[str]|None=None) -> int:
@@ -102,12 +158,18 @@ def main(arguments:list[str]|None=None) -> int:
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
     own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one name per line")
-    for verb in (demo, own):
+    app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
+    app.add_argument("file", metavar="FILE")
+    app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
+    app.add_argument("--port", type=int, default=8866, help="of the server on this machine (default: %(default)s)")
+    app.add_argument("--no-browser", action="store_true", help="only serve")
+    for verb in (demo, own, app):
         verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
         verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
         verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
         verb.add_argument("--resize", default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
-        verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
+        if verb is not app: verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
+    own.add_argument("--format", action="append", default=[], choices=list(FORMATS), help="write this too (repeatable): " + "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items()))
     verbs.add_parser("systems", help="list the systems")
     verbs.add_parser("encoders", help="list the encoders")
     verbs.add_parser("vocabularies", help="list the class lists that ship with the package")
@@ -123,6 +185,7 @@ def main(arguments:list[str]|None=None) -> int:
         task.add_argument("--as", dest="protocol", required=True, metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`")
         task.add_argument("--layout", help="where several layouts lie side by side: which one")
     _add_prompts(verbs)
+    _add_large(verbs)
     add_commands(verbs)
     a = parser.parse_args(arguments)
     try:
@@ -134,10 +197,17 @@ def main(arguments:list[str]|None=None) -> int:
             return 0
         if a.verb == "data": return _data(a)
         if a.verb == "prompts": return _prompts(a)
+        if a.verb in ("tiles", "video", "onnx"): return _large(a)
+        if a.verb == "app": return _app(a)
         return _segment(a) if a.verb in ("demo", "segment") else command(a)
     except (ValueError, MissingExtra) as e:
         print(f"ovss-nb: {e}", file=sys.stderr)
         return 2
+
+def _app(a) -> int:
+    from ovss_nb.app.viewer import serve   # brings torch
+    knobs = dict(map(_knob, a.set)) | (dict(resize=a.resize) if a.resize else {})
+    return serve(a.file, parse_classes(a.classes), a.port, not a.no_browser, system=a.system, encoder=a.encoder, **knobs)
 
 def _data(a) -> int:
     from ovss_nb.prepare import prepare
@@ -219,13 +289,6 @@ def _prompts(a) -> int:
     for name, why in failed.items(): print(f"failed: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
-def _knob(text:str) -> tuple[str, object]:
-    "KNOB=VALUE with the value read as JSON where it is JSON (numbers, true, null), else as text."
-    name, equals, value = text.partition("=")
-    if not equals: raise ValueError(f"--set takes KNOB=VALUE, e.g. --set size=640, not {text!r}")
-    try: return name, json.loads(value)
-    except json.JSONDecodeError: return name, value
-
 def _segment(a) -> int:
     knobs = dict(map(_knob, a.set))
     if a.verb == "demo":
@@ -241,7 +304,7 @@ def _segment(a) -> int:
     system = create(a.system, a.encoder, resize=a.resize, **knobs)
     start = time.perf_counter()
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
-    failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note)
+    failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()))
     print(f"{len(pictures) - len(failed)} of {len(pictures)} images in {time.perf_counter() - start:.1f} s: {a.out/'report.html'}")
     for path, error in failed: print(f"failed: {path}: {error}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,0 +1,133 @@
+"The documentation site: built by MkDocs without a network, strictly, with every page and link but few notebooks in full; those take a second each."
+import dataclasses
+import html
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT/"nbs"/"site"
+IN_FULL = ("21_refine.ipynb", "37_san.ipynb", "00_index.ipynb")   # one that is plain, one with equations, one with links and a picture
+
+
+def plain_page(convert):
+    "Stands in for nbconvert: the prose of a notebook alone, so that its links and equations are still seen."
+    import markdown
+
+    def page(path, **options):
+        if Path(path).name in IN_FULL: return convert(path, **options)
+        prose = ("".join(cell["source"]) for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == "markdown")
+        return "".join(f'<div class="jp-RenderedHTMLCommon jp-RenderedMarkdown">{markdown.markdown(o, extensions=["tables", "fenced_code"])}</div>' for o in prose)
+    return page
+
+
+def no_network(*arguments, **options):
+    raise AssertionError(f"the build asked for an address: {arguments}")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "Folder of the built site, and the warnings of the build."
+    pytest.importorskip("material", reason="needs the extra docs")
+    import logging
+    import socket
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    import mkdocs_jupyter.convert
+    import mkdocs_jupyter.plugin
+    target = tmp_path_factory.mktemp("site")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(mkdocs_jupyter.convert, "nb2html", plain_page(mkdocs_jupyter.convert.nb2html))
+    patch.setattr(mkdocs_jupyter.plugin, "_get_nb_toc_tokens", lambda path, depth: ([], "".join(json.loads(Path(path).read_text())["cells"][0]["source"]).splitlines()[0].lstrip("# ")))
+    patch.setattr(socket, "getaddrinfo", no_network)
+    patch.setattr(socket.socket, "connect", no_network)
+    warnings = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("mkdocs").addHandler(listener)
+    before = sys.path[:]
+    try: build(load_config(str(SITE/"mkdocs.yml"), site_dir=str(target), strict=True))
+    except SystemExit: pass   # how MkDocs says that there were warnings
+    except BaseException as e:
+        if not warnings: raise
+        warnings.append(repr(e))
+    finally:
+        logging.getLogger("mkdocs").removeHandler(listener)
+        patch.undo()
+        sys.path[:] = before
+    return target, warnings
+
+
+@pytest.fixture
+def site(built): return built[0]
+
+
+def text(path): return path.read_text(encoding="utf-8")
+
+
+def test_built_strictly(built):
+    assert not built[1], "\n".join(built[1])
+
+
+def test_every_notebook_has_a_page(site):
+    notebooks = [o.relative_to(ROOT/"nbs") for o in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in o.parts]
+    assert len(notebooks) > 60
+    assert not [str(o) for o in notebooks if not (site/o).with_suffix(".html").is_file()]
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*\bsrc=[\"']?(?:https?:)?//[^\"' >]+|<link[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon)[^>]*\bhref=[\"']?(?:https?:)?//[^\"' >]+")
+    assert len(pages) > 100
+    found = {path.relative_to(site).as_posix(): loaded.findall(text(path)) for path in pages}
+    assert not {path: o[:2] for path, o in found.items() if o}
+    assert not [path.name for path in site.rglob("*.css") if re.search(r"@import[^;]*https?:|url\([\"']?(?:https?:)?//", text(path))]
+
+
+def test_links_lead_somewhere(site):
+    broken = []
+    for path in site.rglob("*.html"):
+        for href in re.findall(r"<(?:a|img|link|script)\b[^>]*\b(?:href|src)=\"([^\"#?]+)", text(path)):
+            if re.match(r"[a-z]+:|//|/", href) or path.name == "404.html": continue
+            if not (path.parent/html.unescape(href)).exists(): broken.append(f"{path.relative_to(site)}: {href}")
+    assert not broken, broken[:10]
+
+
+@pytest.mark.parametrize("system", ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"])
+def test_system_page_has_every_knob(site, system):
+    from importlib import import_module
+    from ovss_nb.predict import SYSTEMS
+    module, cls, _ = SYSTEMS[system]
+    page = html.unescape(text(site/"site"/"pages"/"systems"/f"{system}.html"))
+    for o in dataclasses.fields(getattr(import_module(module), cls).config_class):
+        assert re.search(rf"<td><code>{o.name}</code></td>\s*<td><code>{re.escape(repr(o.default))}</code></td>", page), o.name
+    assert "<math" in page and "$$" not in page and "Faithful, and ours" in page
+
+
+def test_all_systems_have_a_page():
+    from ovss_nb.predict import SYSTEMS
+    assert set(SYSTEMS) == {path.stem for path in (SITE/"pages"/"systems").glob("*.md")}
+
+
+def test_comments_beside_parameters_are_shown(site):
+    page = html.unescape(text(site/"api"/"predict.html"))
+    assert re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S) and "Args:" not in page
+    methods = html.unescape(text(site/"api"/"segmentation.html"))
+    assert "of the colours over the photo, 0..1" in methods and "ovss_nb.segmentation.Segmentation.overlay" in methods   # `patch` put it into the class
+
+
+def test_equations_of_a_notebook_are_drawn(site):
+    page = text(site/"systems"/"37_san.html")
+    assert "<math" in page and "mathjax" not in page.casefold() and "mermaid.initialize" not in page and r"\mathrm{MLP}_q(q)\cdot" not in page
+
+
+def test_the_drawn_house_is_the_house(site):
+    sys.path.insert(0, str(SITE))
+    try: from house import NOTEBOOKS, draw, rooms
+    finally: sys.path.remove(str(SITE))
+    assert NOTEBOOKS == ROOT/"nbs" and draw(rooms()) == text(SITE/"house.svg"), "run python nbs/site/house.py"
+    modules = {path.relative_to(ROOT/"ovss_nb").with_suffix("").as_posix().replace("/", ".") for path in (ROOT/"ovss_nb").rglob("*.py") if not path.name.startswith("_")}
+    assert modules == {module for found in rooms().values() for *_, module in found}

