@@ -34,7 +34,7 @@ SYSTEMS = {
     "catseg": ("ovss_nb.systems.catseg", "CATSeg", "CAT-Seg: cost aggregation, trained; needs weights=FILE, made by train.ipynb or the authors"),
     "lmseg": ("ovss_nb.systems.lmseg", "LMSeg", "LMSeg: CAT-Seg with descriptions and a second encoder; small weights for lite are there, others by weights=FILE, made by train.ipynb"),
     "san": ("ovss_nb.systems.san", "SAN", "SAN: masks and attention biases from a small ViT beside CLIP; needs weights=FILE, made by train.ipynb or the authors"),
-    "ebseg": ("ovss_nb.systems.ebseg", "EBSeg", "EBSeg: mask queries named by three opinions, trained, frozen and in between; needs weights=FILE, made by train.ipynb or the authors"),
+    "ebseg": ("ovss_nb.systems.ebseg", "EBSeg", "EBSeg: mask queries named by three opinions, trained, frozen and in between; small weights for lite are there, others by weights=FILE, made by train.ipynb or the authors"),
     "mrovseg": ("ovss_nb.systems.mrovseg", "MROVSeg", "MROVSeg: mask queries from frozen CLIP at two resolutions; needs weights=FILE, made by train.ipynb"),
 }
 

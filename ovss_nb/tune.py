@@ -86,6 +86,8 @@ class Tuner:
         if not self.images: raise TuningError("there is no image to tune on: give at least one")
         self.classes = [system.classes(o, self.vocabulary) for o in self.images]
         if not any(self.classes): raise TuningError("no class was selected in any image, so nothing can be rewarded: lower selection_threshold, or give other images")
+        if self.vocabulary.background_index is None and all(len(o) < 2 for o in self.classes):
+            raise TuningError("no image has more than one class and there is no background, so every setting gives the same labels: add the name background, or say selection='all'")
         self._maps, self._measured, self.passes = {}, {}, 0 # `passes`: images whose maps were computed
 
     def config(self, knobs:dict):

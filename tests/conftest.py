@@ -1,9 +1,15 @@
-"Marks, and the reason for which GPU tests are skipped."
+"Marks, which tests stay together, and the reason for which GPU tests are skipped."
 import pytest
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs an experiment notebook at full size on a CUDA device; `pytest -m gpu` runs these alone")
+
+
+def pytest_collection_modifyitems(items):
+    "For `--dist loadgroup`: the tests of a file stay together, as they share what is costly to make. Notebooks share nothing, and fill the gaps at the end."
+    for item in items:
+        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item):

@@ -68,7 +68,7 @@ def build(name):
 
 LONG = pytest.mark.skipif("OVSS_NB_BIG" not in os.environ, reason="an export takes up to a minute: set OVSS_NB_BIG=1 to try all systems")
 
-@pytest.mark.parametrize("name", ["lmseg", *(pytest.param(o, marks=LONG) for o in ("maskclip max", "catseg", "san", "mrovseg", "ebseg"))])
+@pytest.mark.parametrize("name", ["maskclip max", *(pytest.param(o, marks=LONG) for o in ("lmseg", "catseg", "san", "mrovseg", "ebseg"))])
 def test_labels_agree(name, tmp_path):
     "At least 99.9 % of the pixels of photographs, for vocabularies of several sizes, some classes with several texts."
     system = build(name)

@@ -161,6 +161,7 @@ def test_refusals(tuner, tmp_path, monkeypatch):
     refused("PnPOVSS", Tuner, SimpleNamespace(), [stripes()], reward, progress=False)
     nothing = PnPOVSS(system.encoder, system.config, model=system.matcher, selector=SimpleNamespace(select=lambda image, words: SimpleNamespace(indices=[0])))
     refused("no class was selected", Tuner, nothing, [stripes()], reward, progress=False)
+    refused("same labels", Tuner, nothing, [stripes()], WeakReward(Colours(), WORDS[1:]), progress=False)
     refused("two names", WeakReward, Colours(), ["background", "red"])
     refused("one size", reward, stripes(), np.zeros((3, 3), int), [1])
     assert tuner.passes == passes and not (tmp_path/"search.sqlite3").exists()

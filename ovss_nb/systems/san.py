@@ -34,11 +34,11 @@ class SANConfig(TrainedConfig):
     encoder_scale:float = 0.5 # the encoder sees the picture so many times as large
     layers:tuple[int, ...]|None = None # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
     start:int|None = None # proposals start after so many blocks; default: three quarters
-    queries:int = 100
+    queries:int = 100 # masks that are proposed
     patch:int = 16 # pixels of a place of the side network
     width:int = 240 # of the side network, and for the next two too
-    depth:int = 8
-    heads:int = 6
+    depth:int = 8 # blocks
+    heads:int = 6 # of their attention
     channels:int = 256 # of mask vectors, and inside the heads that make them
     supervised:int = 2 # outputs of so many last blocks are trained; the last one counts
     bias_per_head:bool = True # of the encoder; false: one bias for all
