@@ -4,6 +4,7 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs an experiment notebook at full size on a CUDA device; `pytest -m gpu` runs these alone")
+    config.addinivalue_line("markers", "xdist_group(name): with `--dist loadgroup`, tests of one name run in one process")
 
 
 def pytest_collection_modifyitems(items):

