@@ -1,5 +1,10 @@
 "Marks, which tests stay together, and the reason for which GPU tests are skipped."
+import os
+
 import pytest
+
+# Workers side by side that each take all cores wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
