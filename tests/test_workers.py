@@ -239,7 +239,8 @@ def test_functions_of_a_script(tmp_path, way):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_caller_is_stopped(how):
     "Kill -9, a polite end, Ctrl-C (which a terminal sends to the workers too): busy workers do not stay behind."
-    caller = subprocess.Popen([sys.executable, "-c", SCRIPT + "list(spread(build, [-1, -1], workers=2))"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # tests that run in a shell's background are deaf to Ctrl-C, and so are their children
+    caller = subprocess.Popen([sys.executable, "-c", SCRIPT + heard + "list(spread(build, [-1, -1], workers=2))"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     pids = [int(caller.stdout.readline()) for _ in range(2)]
     if how == signal.SIGINT: os.killpg(caller.pid, how)
     else: caller.send_signal(how)

@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from ..cache import atomic_path
@@ -96,11 +96,8 @@ class ConSEEncoder(Encoder):
         self.network, self.words = load_efficientnet_lite0(), SentenceEncoder()
         self.temperature, self.top = temperature, top
         self.name = f"conse(temperature={temperature},top={top})"
-        import open_clip   # seconds to import, and needed for this one list only
-        with torch.inference_mode():
-            names = self.words([f"a photo of a {o}." for o in open_clip.IMAGENET_CLASSNAMES])
-        # 1000 x 384; not a weight but made of weights, with the last bits of this machine: it stays out of the fingerprint.
-        self.register_buffer("class_embeddings", names.clone(), persistent=False)
+        # Not a weight but made of weights: it stays out of the fingerprint.
+        self.register_buffer("class_embeddings", load_file(files("ovss_nb.data")/"weights/imagenet_names.safetensors")["embeddings"], persistent=False)
         self.to(choose_device(device)).eval().requires_grad_(False)
 
     def conse(self, logits:torch.Tensor) -> torch.Tensor:
@@ -221,8 +218,9 @@ class LiteEncoder(ConSEEncoder):
         gate:float=0.5, # how far ConSE's share falls where all is stuff
         device:str="auto",
     ):
+        tower = LiteTower() if str(weights) == "random" else LiteTower.load(weights or files("ovss_nb.data").joinpath("weights/lite.safetensors"))   # first, as it may be refused
         super().__init__(device="cpu")
-        self.tower = LiteTower() if str(weights) == "random" else LiteTower.load(weights or files("ovss_nb.data").joinpath("weights/lite.safetensors"))
+        self.tower = tower
         self.gate, self.name = gate, f"lite(gate={gate})"
         self.to(choose_device(device)).eval().requires_grad_(False)
 
