@@ -190,11 +190,11 @@ def overlay(self:Segmentation,
 
 # %% ../nbs/04_segmentation.ipynb #7f055cee
 @patch
-def _repr_png_(self:Segmentation) -> bytes:
+def _repr_jpeg_(self:Segmentation) -> bytes:
     step = -(-max(self.labels.shape) // 1024)
     small = self if step == 1 else Segmentation(self.labels[::step, ::step], self.names, self.palette, image=None if self.image is None else self.image[::step, ::step])
     file = BytesIO()
-    small.overlay().save(file, "PNG")
+    small.overlay().save(file, "JPEG", quality=90, subsampling=0)
     return file.getvalue()
 
 # %% ../nbs/04_segmentation.ipynb #b3376956
