@@ -41,7 +41,7 @@ def mask_pool(
     "Mean of the features under each mask (EB-3); zeros for an empty mask, no gradient into masks. Raises `ValueError` for maps of different size."
     if features.shape[-2:] != mask_logits.shape[-2:]: raise ValueError(f"features are {tuple(features.shape[-2:])}, masks {tuple(mask_logits.shape[-2:])}: resize one of them")
     inside = (mask_logits.detach() > 0).to(features.dtype)
-    return torch.einsum("bchw,bnhw->bnc", features, inside)/(inside.sum((2, 3))[..., None] + 1e-8)
+    return torch.einsum("bchw,bnhw->bnc", features, inside)/inside.sum((2, 3)).clamp(min=1)[..., None]   # a tiny summand in its place gets lost on the way to ONNX
 
 # %% ../nbs/27_masks.ipynb #6a4b6922
 def sos_bias(

@@ -169,7 +169,7 @@ class _QueryGraph(_Look):
         c = system.config
         if c.keep_aspect: raise ValueError("a graph has one size: export the system with keep_aspect=False")
         if getattr(c, "resolution", "") == "image" or getattr(c, "full_resolution", False):
-            raise ValueError("a graph does not know the picture's own size: export the system with " + ("full_resolution=False" if isinstance(system, EBSeg) else "resolution='input'"))
+            raise ValueError("a graph does not know the picture's own size: export the system with " + ("full_resolution=False, in the shell --set full_resolution=false" if isinstance(system, EBSeg) else "resolution='input'"))
         self.system, self.network, self.most = system, system.network, None
         self.rules = dict(pixels=dict(rule="square", size=[c.size]*2, resample="bilinear"))
         self.examples = dict(pixels=torch.zeros(1, 3, c.size, c.size))
@@ -232,7 +232,7 @@ def export_system(
     if encoder: export_encoder(system.encoder, folder/"encoder.onnx", system.config.size if isinstance(graph, _MaskCLIPGraph) else None)
     for vocabulary in map(Vocabulary.of, vocabularies):
         bank = system.encode_text(vocabulary)
-        save_bank(bank.embeddings.cpu().numpy(), bank.names, folder/f"{vocabulary.title or 'own'}.safetensors")
+        save_bank(bank.embeddings.cpu().numpy(), bank.names, folder/f"{vocabulary.title or 'own'}.safetensors", system.seen(bank).numpy() if seen else None)
     card = dict(system=name, file=f"{name}.onnx", inputs=graph.rules, least=2 if graph.most else 1, most=graph.most, dim=system.encoder.dim, seen=seen, made=system.describe())
     with atomic_path(folder/"card.json") as temporary: temporary.write_text(json.dumps(card, indent=1), encoding="utf-8")
     return folder/f"{name}.onnx"

@@ -22,23 +22,25 @@ def save_bank(
     embeddings, # K x P x d, array or tensor on the CPU
     names, # K class names
     path, # *.safetensors or *.npz
+    seen=None, # K booleans: which classes were trained, for a system that asks (EBSeg)
 ):
     "Write the text vectors of a vocabulary. Raises `ValueError` for another suffix, or if there are not as many names as vectors."
     embeddings, names = np.ascontiguousarray(embeddings, np.float32), json.dumps(list(names), ensure_ascii=False)
     if embeddings.ndim != 3 or len(embeddings) != len(json.loads(names)): raise ValueError(f"vectors must be K x P x d for K = {len(json.loads(names))} names, not {embeddings.shape}")
     if Path(path).suffix not in (".safetensors", ".npz"): raise ValueError(f"{path}: a bank is written as .safetensors or .npz")
+    arrays = dict(embeddings=embeddings) | ({} if seen is None else dict(seen=np.asarray(seen, bool)))
     with atomic_path(path) as temporary:
-        if temporary.suffix == ".npz": np.savez(temporary, embeddings=embeddings, names=np.array(names))
-        else: save_file({"embeddings": embeddings}, temporary, {"names": names})
+        if temporary.suffix == ".npz": np.savez(temporary, names=np.array(names), **arrays)
+        else: save_file(arrays, temporary, {"names": names})
 
 def load_bank(
     path, # a file of `save_bank`
-) -> tuple[np.ndarray, tuple[str, ...]]: # K x P x d, and K names
+) -> tuple[np.ndarray, tuple[str, ...], np.ndarray|None]: # K x P x d, K names, and which are seen, if the file knows
     "The inverse of `save_bank`. Raises `ValueError` for any other file."
     try:
         if Path(path).suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file: return file["embeddings"], tuple(json.loads(str(file["names"])))
-        with safe_open(path, "numpy") as file: return file.get_tensor("embeddings"), tuple(json.loads((file.metadata() or {})["names"]))
+            with np.load(path, allow_pickle=False) as file: return file["embeddings"], tuple(json.loads(str(file["names"]))), file.get("seen")
+        with safe_open(path, "numpy") as file: return file.get_tensor("embeddings"), tuple(json.loads((file.metadata() or {})["names"])), file.get_tensor("seen") if "seen" in file.keys() else None
     except (OSError, ValueError, KeyError, EOFError, SafetensorError) as e: raise ValueError(f"{path} holds no bank of texts ({e}). Make one with save_bank") from e
 
 # %% ../nbs/07_onnx_run.ipynb #2dde1f2f
@@ -111,12 +113,12 @@ class OnnxSystem:
 
     def segment(self,
         image, # anything `load_image` takes
-        bank, # file of a bank, a name in the folder such as "VOC-21", or a pair of vectors K x P x d and names
+        bank, # file of a bank, a name in the folder such as "VOC-21", or vectors K x P x d and names, and for EBSeg which are seen
     ) -> Segmentation:
         "Label every pixel with one of the bank's names."
         if isinstance(bank, (str, Path)):
             inside = self.folder/f"{bank}.safetensors"
             bank = load_bank(inside if inside.is_file() else bank)
-        (embeddings, names), pixels = bank, load_image(image)
-        scores = self.scores(pixels, np.asarray(embeddings))
+        (embeddings, names, *seen), pixels = bank, load_image(image)
+        scores = self.scores(pixels, np.asarray(embeddings), *seen)
         return Segmentation(enlarge_argmax(scores, pixels.shape[:2]), names, scores=scores, image=pixels)
