@@ -165,6 +165,14 @@ def test_train_masks(system, tmp_path, monkeypatch):
     assert create(system, weights=str(tmp_path/f"run/{system}.safetensors")).describe()["network"] == metrics["system"]["network"]
 
 
+@pytest.mark.skipif(not (DATA/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
+def test_mask_oracle(tmp_path, monkeypatch):
+    "Animal photographs: whatever is pooled under true masks names more of them than one class for all would."
+    metrics = run("mask_oracle", tmp_path, monkeypatch, data=str(DATA/"voc2012-val-subset"), limit=12, size=224)
+    assert metrics["pictures"] == 12 <= metrics["masks"] and len(metrics["right"]) == 7
+    assert metrics["right"]["dense features, pooled"] > metrics["commonest"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_at_full_size_on_a_gpu(notebook, tmp_path, monkeypatch):
