@@ -950,6 +950,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ovss_nb.predict._system_class': ('predict.html#_system_class', 'ovss_nb/predict.py'),
                                  'ovss_nb.predict.create': ('predict.html#create', 'ovss_nb/predict.py'),
                                  'ovss_nb.predict.create_encoder': ('predict.html#create_encoder', 'ovss_nb/predict.py'),
+                                 'ovss_nb.predict.has_knob': ('predict.html#has_knob', 'ovss_nb/predict.py'),
                                  'ovss_nb.predict.list_encoders': ('predict.html#list_encoders', 'ovss_nb/predict.py'),
                                  'ovss_nb.predict.list_systems': ('predict.html#list_systems', 'ovss_nb/predict.py'),
                                  'ovss_nb.predict.resize_rule': ('predict.html#resize_rule', 'ovss_nb/predict.py'),

@@ -282,7 +282,7 @@ def open_dataset(
 ) -> LayoutDataset:
     "Open what lies under `root` under the rules of a protocol. Raises `DatasetError`, which lists what was looked for."
     root = Path(root)
-    if not root.is_dir(): raise DatasetError(f"{root} is not a folder: give the one into which the data was unpacked")
+    if not root.is_dir(): raise DatasetError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: give the folder into which the data was unpacked")
     if as_ is None and is_folder(root): as_ = folder_facts(root).get("protocol")
     if as_ is None:
         if is_folder(root): return FolderDataset.open(root)

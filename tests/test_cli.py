@@ -70,6 +70,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
     (["segment", "x.jpg", "--classes", "cat", "--encoder", "clip"], "clip:MODEL/PRETRAINED"),
     (["segment", "x.jpg", "--classes", "cat", "--encoder", "simseg:missing.pth"], "missing.pth"),
     (["segment", "x.jpg", "--classes", "missing.txt"], "missing.txt"),
+    (["segment", "x.jpg", "--classes", "cat"], "no file x.jpg"), (["tiles", "x.tif", "--classes", "cat", "--out", "y.tif"], "x.tif does not exist"),
 ])
 def test_bad_arguments_give_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -84,9 +85,9 @@ def test_lists():
     assert "ADE-847" in ovss_nb("vocabularies").stdout
 
 
-@pytest.mark.parametrize("system", ["simseg", "llm_supervised"])
-def test_other_systems_run_from_the_command_line(system, tmp_path):
-    result = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "VOC-21", "--system", system, "--set", "templates=single", "--out", tmp_path/"out")
+@pytest.mark.parametrize("system, knobs", [("simseg", ["--set", "templates=single"]), ("llm_supervised", ["--set", "templates=single"]), ("lmseg", [])])   # the last has no knob `crf`
+def test_other_systems_run_from_the_command_line(system, knobs, tmp_path):
+    result = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "VOC-21", "--system", system, *knobs, "--out", tmp_path/"out")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path/"out/chelsea.labels.png") as labels: assert (np.asarray(labels) == 8).mean() > 0.1   # 8 is cat
 

@@ -176,7 +176,7 @@ def test_no_protocol(tmp_path):
     assert open_dataset(build(tmp_path/"city", *city[1:4])).protocol.name == "Cityscapes-19"
     with pytest.raises(DatasetError, match=r"can be read as VOC-20, VOC-21, PAS-20b: say which"): open_dataset(build(tmp_path/"voc", *VOC_ROW[1:]))
     with pytest.raises(DatasetError, match="holds no known data set"): open_dataset(tmp_path/"voc/VOCdevkit/VOC2012/JPEGImages")
-    with pytest.raises(DatasetError, match="is not a folder"): open_dataset(tmp_path/"nowhere")
+    with pytest.raises(DatasetError, match="does not exist"): open_dataset(tmp_path/"nowhere")
 
 def test_side_by_side(tmp_path):
     "The official layout is read first, another on request; two sources of different labels are never swapped silently."

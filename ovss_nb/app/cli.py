@@ -14,7 +14,7 @@ from ..cache import atomic_path
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
 from ..language_model import LanguageModel
-from ..predict import DEFAULT_SYSTEM, create, list_encoders, list_systems, segment_files
+from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation
 from ..vocabulary import Vocabulary, list_vocabularies, load_vocabulary
@@ -131,6 +131,7 @@ def _add_large(verbs):
 
 def _large(a) -> int:
     knobs = dict(map(_knob, a.set))
+    if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
         areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, a.limits)
@@ -157,7 +158,7 @@ def main(arguments:list[str]|None=None) -> int:
     demo = verbs.add_parser("demo", help="segment the photographs that scikit-image ships")
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one name per line")
+    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line: name, synonym, ...")
     app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
     app.add_argument("file", metavar="FILE")
     app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
@@ -298,10 +299,11 @@ def _segment(a) -> int:
         vocabulary = parse_classes(a.classes)
         pictures = [(path, vocabulary) for path in a.files]
     from ovss_nb.refine import crf_available   # brings torch, which the lists do not need
-    if "crf" not in knobs:
+    if "crf" not in knobs and has_knob(a.system, "crf"):
         knobs["crf"] = crf_available()
         print("dense CRF: " + ("on" if knobs["crf"] else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"))
     system = create(a.system, a.encoder, resize=a.resize, **knobs)
+    if not any(path.exists() for path, _ in pictures): raise ValueError(f"there is no file {' or '.join(str(path) for path, _ in pictures)}. Check the path")
     start = time.perf_counter()
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
     failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()))

@@ -243,7 +243,8 @@ def _execute(path:Path, values:dict, folder:Path, progress:bool) -> str|None:
     source, target = (str(o).replace("{", "{{").replace("}", "}}") for o in (path, folder/"running.ipynb"))   # papermill formats paths
     values, error = values | dict(run_dir=str(folder)), None
     try:
-        with _same_package(): papermill.execute_notebook(source, target, values, kernel_name="python3", language="python", progress_bar=progress)
+        with _same_package(): papermill.execute_notebook(source, target, values, kernel_name="python3", language="python", progress_bar=progress,
+                                                          extra_arguments=["--IPKernelApp.log_level=40"])   # it would warn that local kernels talk unencrypted
     except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue} (In [{e.exec_count}])"
     # From nbclient: the kernel died, or did not start.
     except RuntimeError as e: error = f"{type(e).__name__}: {e}. If memory ran out, use smaller parameters or fewer workers"

@@ -32,7 +32,7 @@ def read_lines(
     text, rows = text.strip(), []
     if text in list_vocabularies() or (text.endswith(".txt") and "\n" not in text): return Vocabulary.of(text)
     for line in text.splitlines():
-        names, colon, words = line.partition(":")
+        names, colon, words = line.partition("#")[0].partition(":")   # as in files, what stands behind # is a comment
         words = [o.strip() for o in words.split(",") if o.strip()]
         for name in [names.strip()] if colon else [o.strip() for o in names.split(",") if o.strip()]:
             name = "background" if name.casefold() in ("else", "background") else name

@@ -50,7 +50,7 @@ class Config:
         for key in knobs:
             if key not in known:
                 near = get_close_matches(key, known, 1)
-                raise ValueError(f"{cls.__name__} has no knob {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(known)}")
+                raise ValueError(f"{cls.__name__} has no knob {key!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(known)}")
         return cls(**knobs)
 
 # %% ../../nbs/systems/30_base.ipynb #29ed9869

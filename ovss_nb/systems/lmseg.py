@@ -51,6 +51,7 @@ class LMSeg(CATSeg):
 
     The second encoder runs once per image, and not at all if `fusion_weight` is 1.0. Raises as `CATSeg` does, and as `create_second`."""
     config_class, network_class = LMSegConfig, LMSegNetwork
+    authors = "with fusion_weight=1.0 " + CATSeg.authors
 
     def __init__(self, encoder:Encoder, config=None, cache=None,
         second:Encoder|str|None=None, # an encoder already built, or its description in place of the configuration's
