@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 # %% ../nbs/03_cache.ipynb #0d92df9c
+_UMASK = os.umask(0); os.umask(_UMASK)
+
 @contextmanager
 def atomic_path(
     path, # where the finished file shall be; its folder must exist
@@ -26,6 +28,7 @@ def atomic_path(
     try:
         yield temporary
         with open(temporary, "r+b") as file: os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)   # safetensors lets nobody but the owner read
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 

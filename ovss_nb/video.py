@@ -89,7 +89,7 @@ def segment_video(
     system.encode_text(vocabulary)   # a bad word fails before the first frame
     with open_frames(source) as (count, _, frames):
         out.mkdir(parents=True, exist_ok=True)
-        key, note = Cache.key(repr(system.describe()), vocabulary.names, vocabulary.words, vocabulary.background, str(Path(source).resolve())), out/"question"
+        key, note = Cache.key(repr(system.describe()), vocabulary.names, vocabulary.words, vocabulary.background, str(Path(source).resolve())), out/".question"
         if note.is_file() and note.read_text() != key: raise ValueError(f"{out} holds frames of another video, other words or another system: name another folder, or empty this one")
         if not note.is_file():
             with atomic_path(note) as temporary: temporary.write_text(key)

@@ -283,7 +283,7 @@ def test_check_empty(tmp_path, name):
         for pattern in (*layout.images, layout.labels):
             if "{stem}" in pattern: (tmp_path/pattern.partition("{stem}")[0]).mkdir(parents=True, exist_ok=True)
     assert f"holds no {name}" in str(problem(tmp_path, name))
-    assert "is not a folder" in str(problem(tmp_path/"nowhere", name))
+    assert "does not exist" in str(problem(tmp_path/"nowhere", name))
 
 def folder(root, names, values, dtype=np.uint8, facts=None):
     for part in ("images", "masks"): (root/part).mkdir(parents=True)

@@ -186,7 +186,7 @@ def show_point(self:Viewer,
     for top, (label, score, share) in zip(range(heat.height + size, sheet.height, 2*size), bars):
         draw.rectangle((size, top, size + share*room, top + size*1.3), tuple(int(o) for o in result.palette[result.names.index(label)]))
         draw.text((1.3*size, top + size*0.65), label, "black", font, "lm", stroke_width=2, stroke_fill="white")
-        draw.text((heat.width - size, top + size*0.65), f"{score:.3f}", "black", font, "rm")
+        draw.text((heat.width - size, top + size*0.65), f"{score:.3g}", "black", font, "rm")
     return sheet
 
 # %% ../../nbs/app/53_viewer.ipynb #734e4f11
@@ -212,6 +212,7 @@ def code(self:Viewer) -> str:
 _JAVASCRIPT = """
 const make = (kind, parent, more = {}) => { const o = Object.assign(document.createElement(kind), more); parent.append(o); return o };
 const rgb = o => `rgb(${o.join()})`;
+const number = o => o.toPrecision(3);
 
 function render({ model, el }) {
   const get = name => model.get(name), put = (name, value) => { model.set(name, value); model.save_changes() };
@@ -262,7 +263,7 @@ function render({ model, el }) {
   async function load() { photo = await createImageBitmap(new Blob([get("photo")])); draw() }
   function tell() {
     const [h, w] = get("shape"), inside = at && at[0] < w && at[1] < h, i = inside ? at[1]*w + at[0] : 0;
-    hover.textContent = get("busy") ? "computing ..." : inside ? `${get("classes")[labels[i]].name} ${scores[i].toFixed(3)} at (${at.map(o => o*get("step")).join(", ")})` : "point: class and score; click: why";
+    hover.textContent = get("busy") ? "computing ..." : inside ? `${get("classes")[labels[i]].name} ${number(scores[i])} at (${at.map(o => o*get("step")).join(", ")})` : "point: class and score; click: why";
     el.classList.toggle("ovss-busy", get("busy"));
     message.textContent = get("message");
   }
@@ -278,10 +279,10 @@ function render({ model, el }) {
       make("span", row, { className: "ovss-name", textContent: name });
       const fill = make("span", make("span", row, { className: "ovss-track" }));
       [fill.style.width, fill.style.background] = [`${100*share}%`, rgb(colour)];
-      make("span", row, { className: "ovss-area", textContent: score.toFixed(3) });
+      make("span", row, { className: "ovss-area", textContent: number(score) });
       row.onclick = () => put("asked", name);
     }
-    make("div", told, { className: "ovss-title", textContent: `score map of ${mapped}, ${low.toFixed(3)} to ${high.toFixed(3)}` });
+    make("div", told, { className: "ovss-title", textContent: `score map of ${mapped}, ${number(low)} to ${number(high)}` });
     const map = make("img", told, { className: "ovss-map", alt: `score map of ${mapped}`, onload: () => URL.revokeObjectURL(map.src) });
     map.src = URL.createObjectURL(new Blob([get("heat")], { type: "image/png" }));
   }
