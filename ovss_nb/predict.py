@@ -87,14 +87,12 @@ def resize_rule(
 
 def _system_class(name:str): module, cls, _ = _look_up(name, SYSTEMS, "system"); return getattr(import_module(module), cls)
 
-def _has_knob(cls, knob:str) -> bool: return any(o.name == knob for o in fields(cls.config_class))
-
 def has_knob(
     system:str, # of `list_systems`
     knob:str,
 ) -> bool:
     "Whether a system can be asked for a knob. Raises `ValueError` for an unknown system."
-    return _has_knob(_system_class(system), knob)
+    return any(o.name == knob for o in fields(_system_class(system).config_class))
 
 def _own_windows(sizes:dict, windows:dict|None) -> dict:
     "What `resize_rule` gives, in the knobs of a system that brings its own windows."
@@ -123,8 +121,8 @@ def create(
     "Build a system; a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises ValueError for an unknown name, knob or resize rule."
     sizes, windows = resize_rule(resize)
     cls = _system_class(name)
-    if _has_knob(cls, "weights") and "weights" not in knobs and (shipped := shipped_weights(name, encoder)): knobs["weights"] = str(shipped)
-    if _has_knob(cls, "windows"): sizes, windows = _own_windows(sizes, windows), None
+    if has_knob(name, "weights") and "weights" not in knobs and (shipped := shipped_weights(name, encoder)): knobs["weights"] = str(shipped)
+    if has_knob(name, "windows"): sizes, windows = _own_windows(sizes, windows), None
     twice = sorted(sizes.keys() & knobs.keys())
     if twice: raise ValueError(f"the resize rule {resize!r} and the knob {twice[0]!r} both say how large the image is: leave one out")
     config = cls.config_class.from_dict(sizes | knobs)   # before the encoder, so that a misspelt knob costs no loading

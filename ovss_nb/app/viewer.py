@@ -7,9 +7,7 @@ __all__ = ['REFINED', 'read_lines', 'write_lines', 'score_at', 'Viewer', 'Viewer
 
 # %% ../../nbs/app/53_viewer.ipynb #41d7d4f9
 import base64, json, os, re, subprocess, sys, tempfile
-from dataclasses import fields
 from functools import lru_cache
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 import numpy as np
@@ -18,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 from ..extras import MissingExtra, require
 from ..images import load_image
-from ..predict import DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, shipped_weights
+from ..predict import DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, has_knob, shipped_weights
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
 from ..systems.base import System
@@ -63,11 +61,6 @@ def score_at(
 # %% ../../nbs/app/53_viewer.ipynb #bd55f019
 REFINED = "after refinement"
 
-@lru_cache
-def _knobs_of(system:str) -> frozenset[str]:
-    module, cls, _ = SYSTEMS[system]
-    return frozenset(o.name for o in fields(getattr(import_module(module), cls).config_class))
-
 class Viewer:
     """A photo, words and a system, to be looked at from all sides; in a notebook, a cell that ends with it shows the widgets.
 
@@ -85,14 +78,14 @@ class Viewer:
         encoder = encoder if isinstance(encoder, str) else encoder.name
         self._encoders, self._recipes, self._images, self._form = dict(self._given), {}, {}, None
         self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(knobs.pop("crf", False))
-        self.knobs = {name: {} for name in SYSTEMS if "weights" not in _knobs_of(name) or shipped_weights(name)} | dict(systems) | {system: knobs}
+        self.knobs = {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)} | dict(systems) | {system: knobs}
         self.encoders = tuple(dict.fromkeys((encoder, *encoders)))
         self.change(image=image, words=words, system=system, encoder=encoder, crf=crf)
 
     def __repr__(self): return f"Viewer({self.system} with {self.encoder}, {self.stage}: {self.result!r})"
 
     def _all_knobs(self, system:str, crf:bool) -> dict:
-        return self.knobs.get(system, {}) | (dict(crf=crf) if system in SYSTEMS and "crf" in _knobs_of(system) else {})
+        return self.knobs.get(system, {}) | (dict(crf=crf) if system in SYSTEMS and has_knob(system, "crf") else {})
 
     def _recipe(self, system:str, encoder:str, crf:bool) -> System:
         "The system, built when it is first asked for; all systems share the encoders."
