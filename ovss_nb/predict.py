@@ -118,14 +118,15 @@ def create(
     resize:str="", # how the image is seen, see `resize_rule`; empty for the system's own way
     **knobs, # of the system's configuration
 ):
-    "Build a system; a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises ValueError for an unknown name, knob or resize rule."
+    "Build a system; a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises ValueError for an unknown name, knob or resize rule, PromptError for a file of prompts that is not there."
     sizes, windows = resize_rule(resize)
     cls = _system_class(name)
     if has_knob(name, "weights") and "weights" not in knobs and (shipped := shipped_weights(name, encoder)): knobs["weights"] = str(shipped)
     if has_knob(name, "windows"): sizes, windows = _own_windows(sizes, windows), None
     twice = sorted(sizes.keys() & knobs.keys())
     if twice: raise ValueError(f"the resize rule {resize!r} and the knob {twice[0]!r} both say how large the image is: leave one out")
-    config = cls.config_class.from_dict(sizes | knobs)   # before the encoder, so that a misspelt knob costs no loading
+    config = cls.config_class.from_dict(sizes | knobs)   # before the encoder, so that a misspelt knob costs no loading,
+    import_module("ovss_nb.text").prompts_digest(config.prompts)   # nor a bank of prompts that is not there
     system = cls(create_encoder(encoder, device) if isinstance(encoder, str) else encoder, config, cache=cache)
     return import_module("ovss_nb.systems.windows").SlidingWindows(system, **windows) if windows else system
 

@@ -1,4 +1,5 @@
-"Every component notebook and tutorial runs from top to bottom as `nbdev-test` runs it, one test each."
+"Every component notebook and tutorial runs from top to bottom as `nbdev-test` runs it, one test each; with `OVSS_NB_BIG=1` its slow cells, too."
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT/"nbs").rg
 def run(notebook):
     from nbdev.config import get_config
     from nbdev.test import test_nb
-    passed, _ = test_nb(notebook, skip_flags=get_config(ROOT).tst_flags.split(), basepath=ROOT)
+    flags = set(get_config(ROOT).tst_flags.split()) - ({"slow"} if "OVSS_NB_BIG" in os.environ else set())
+    passed, _ = test_nb(notebook, skip_flags=flags, basepath=ROOT)
     return int(not passed)
 
 

