@@ -13,9 +13,9 @@ class ChatServer:
     """`answer(messages)` makes the text of a good answer, `spoil(text)` one that breaks the rules.
 
     A fault depends on the question and on how often it was asked, not on the order of calls: a test does the same each time.
-    `answered` counts whole answers per question, `faults` what went wrong. From the `hold`-th answer on no call is answered until `release` is set.
+    `answered` counts whole answers per question, `faults` what went wrong. A call that shall time out hangs `delay` seconds. From the `hold`-th answer on no call is answered until `release` is set.
     """
-    def __init__(self, answer, faults=0.0, spoil=None, hold=None, formats=("json_schema", "json_object"), delay=0.6):
+    def __init__(self, answer, faults=0.0, spoil=None, hold=None, formats=("json_schema", "json_object"), delay=3):
         self.answer, self.share, self.spoil, self.hold, self.formats, self.delay = answer, faults, spoil, hold, formats, delay
         self.asked, self.answered, self.faults = Counter(), Counter(), Counter()
         self.lock, self.release, self.key, self.served = threading.Lock(), threading.Event(), None, 0

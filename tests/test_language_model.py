@@ -21,7 +21,7 @@ STUFF = load_vocabulary("COCO-Stuff-171")
 
 
 def model(server, tmp_path, **kw):
-    return LanguageModel("test", server.url, **dict(timeout=0.4, backoff=0.01, journal=tmp_path/"journal.jsonl") | kw)
+    return LanguageModel("test", server.url, **dict(timeout=30, backoff=0.01, journal=tmp_path/"journal.jsonl") | kw)
 
 
 def question(text): return Question([{"role": "user", "content": text}], {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"], "additionalProperties": False})
@@ -35,7 +35,7 @@ def unnamed(text): return re.sub(r"A [\w -]+? (is|has) ", r"It \1 ", text)
 
 def test_all_classes_of_coco_stuff_complete_with_30_percent_faults(tmp_path):
     with ChatServer(describe, faults=0.3, spoil=unnamed) as server:
-        asker = model(server, tmp_path)
+        asker = model(server, tmp_path, timeout=server.delay - 1)
         bank = write_descriptions(asker, STUFF, progress=False)
         assert not bank.failed and list(bank.classes) == list(STUFF.names) and len(bank) == 171
         assert set(FAULTS) | {"rules"} == set(server.faults)   # each kind of fault came up
@@ -49,7 +49,7 @@ def test_all_classes_of_coco_stuff_complete_with_30_percent_faults(tmp_path):
 
 def test_subclasses_complete_as_plain_text(tmp_path):
     with ChatServer(describe, faults=0.3, spoil=lambda text: text.replace("old", "red")) as server:
-        bank = write_subclasses(model(server, tmp_path), STUFF, progress=False)
+        bank = write_subclasses(model(server, tmp_path, timeout=server.delay - 1), STUFF, progress=False)
         assert not bank.failed and len(bank) == 171 and all(len(o) == 10 for o in bank.texts(STUFF).values())
         assert max(server.answered.values()) == 1
 
