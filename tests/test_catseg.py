@@ -88,6 +88,7 @@ def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"): read_weights(tmp_path/"cut.pth")
     with pytest.raises(ValueError, match="no file"): read_weights(tmp_path/"none.pth")
     with pytest.raises(ValueError, match="no weights.*weights='random'"): CATSeg(golden_clip())
+    with pytest.raises(ValueError, match="no weights.*with fusion_weight=1.0 the authors'"): LMSeg(golden_clip(), second=Edges())
 
 def test_the_encoder_passed_stays_as_it_was(checkpoint):
     encoder = golden_clip()
