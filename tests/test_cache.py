@@ -6,7 +6,7 @@ import numpy as np
 import platformdirs
 import pytest
 
-from ovss_nb.cache import Cache, CacheError, atomic_path
+from ovss_nb.cache import Cache, CacheError, OverwriteError, atomic_path, file_digest, refuse_overwrite
 
 # What the subprocesses run. Arrays for seed s are functions of s, so a reader can tell a wrong or torn entry.
 CHILD = """
@@ -141,3 +141,37 @@ def test_atomic_path(tmp_path):
         with atomic_path(tmp_path/"no"/"labels.png"): pass
     with atomic_path(str(tmp_path/("n" * 240 + ".json"))) as temporary: temporary.write_text("{}") # a long name stays within the limit
     assert (tmp_path/("n" * 240 + ".json")).exists()
+
+
+@pytest.mark.parametrize("way", ["same", "relative", "dots", "symlink", "hard link", "linked folder", "loop of links"])
+def test_an_input_is_never_written_over(tmp_path, monkeypatch, way):
+    "By whatever path or link it is reached; a folder counts like a file."
+    (tmp_path/"in").mkdir()
+    source = tmp_path/"in/ortho.tif"
+    source.write_bytes(b"imagery")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"soft.tif").symlink_to(source)
+    os.link(source, tmp_path/"hard.tif")
+    (tmp_path/"linked").symlink_to("in", target_is_directory=True)
+    (tmp_path/"second").symlink_to("soft.tif")
+    out = dict(zip(["same", "relative", "dots", "symlink", "hard link", "linked folder", "loop of links"],
+                   [source, "in/ortho.tif", "./in/../in/ortho.tif", "soft.tif", "hard.tif", "linked/ortho.tif", "second"]))[way]
+    with pytest.raises(OverwriteError, match="another place for the output"): refuse_overwrite(out, "VOC-21", None, 3, "none.tif", source)
+    refuse_overwrite(tmp_path/"in/labels.tif", source)
+    with pytest.raises(OverwriteError): refuse_overwrite("linked", tmp_path/"in")
+    assert source.read_bytes() == b"imagery"
+
+def test_a_link_is_replaced_not_what_it_points_to(tmp_path):
+    (tmp_path/"kept").write_text("kept")
+    (tmp_path/"link").symlink_to("kept")
+    with atomic_path(tmp_path/"link") as temporary: temporary.write_text("new")
+    assert (tmp_path/"link").read_text() == "new" and not (tmp_path/"link").is_symlink() and (tmp_path/"kept").read_text() == "kept"
+
+def test_a_digest_is_of_the_bytes_alone(tmp_path):
+    (tmp_path/"a").write_bytes(bytes(range(256))*5000)
+    before, times = file_digest(tmp_path/"a"), (tmp_path/"a").stat()
+    (tmp_path/"a").rename(tmp_path/"b")
+    assert file_digest(tmp_path/"b") == before
+    (tmp_path/"b").write_bytes(bytes(range(255, -1, -1))*5000)
+    os.utime(tmp_path/"b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file_digest(tmp_path/"b") != before and (tmp_path/"b").stat().st_size == times.st_size
