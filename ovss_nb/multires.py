@@ -144,7 +144,7 @@ class MultiResAdapter(nn.Module):
     "A small ViT beside a frozen one, fed with several of its layers at two resolutions (SYSTEMS 4.2). Raises `ValueError` for blocks to inject before that do not exist."
     def __init__(self,
         channels:int, # of the encoder's layers
-        layers:int=5, # how many are fused; the first is the stem
+        layers:int=5, # how many are fused
         width:int=768, depth:int=6, heads:int=12,
         queries:int=100,
         grid:int=40, # places per side for which positions are learned
@@ -168,13 +168,14 @@ class MultiResAdapter(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self,
-        high:list[torch.Tensor]|None, # per layer B x channels x H x W; None with fusion="low"
-        low:list[torch.Tensor], # per layer B x channels x h x w
+        stem:torch.Tensor, # layer 0 of the slices, B x channels x H x W; of the small view with fusion="low"
+        high:list[torch.Tensor]|None, # per fused layer B x channels x H x W; None with fusion="low"
+        low:list[torch.Tensor], # per fused layer B x channels x h x w
         grid:tuple[int, int], # H and W
         every:bool=False, # outputs of all supervised blocks, not of the last alone
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]: # per output queries B x N x width and map B x width x H x W; and per layer the fused map
         fused = [fusion(None if self.low else high[i], low[i], grid) for i, fusion in enumerate(self.fusions)]
-        visual = self.stem((resize(low[0], grid) if self.low else high[0]).flatten(2).mT)
+        visual = self.stem(resize(stem, grid).flatten(2).mT)
         count = len(self.queries)
         positions = torch.cat([self.query_positions, resize(self.positions, grid, "bicubic")[0].flatten(1).T])
         x, outputs = torch.cat([self.queries.expand(len(visual), -1, -1), visual], 1), []

@@ -192,6 +192,49 @@ def test_every_knob(clip, knobs):
     assert found.labels.shape == (50, 70) and np.isfinite(found.scores).all()
     assert MROVSegConfig.from_dict(json.loads(json.dumps(system.config.to_dict()))) == system.config
 
+# ---- what enters the adapter
+
+STEMS = [dict(), dict(layers=(0, 3, 6, 9, 12)), dict(layers=(3, 6, 9)), dict(layers=(3, 6, 9, 12)), dict(layers=(9, 0, 3, 6)),
+         dict(layers=(3, 6, 9), multi_resolution=False), dict(layers=(3, 6, 9), multi_resolution=False, multi_grained=False),
+         dict(layers=(6,), hierarchical=False), dict(layers=(1, 3, 4), pyramid=(2, 1, 0), start=1)]
+
+@pytest.mark.parametrize("knobs", STEMS)
+def test_the_stem_enters_the_adapter_whatever_is_fused(knobs):
+    "SYSTEMS 4.2: queries join the tokens of layer 0; the expected ones come from the encoder's own `embed`, slice by slice."
+    system = MROVSeg(small_clip(12), size=64, **(TINY | knobs), keep_aspect=False)
+    image, given = system.encode_image(picture(64, 64)), []
+    handle = system.network.adapter.stem.register_forward_hook(lambda module, arguments, result: given.append(arguments[0]))
+    with torch.no_grad(): system.outputs([image])
+    handle.remove()
+    shown = system.look(picture(64, 64))[0]
+    with torch.no_grad():
+        if system.config.multi_resolution:
+            expected = torch.zeros(1, 32, 4, 4)
+            for top, left in itertools.product((0, 32), (0, 32)):
+                tokens = system.encoder.embed(shown[..., top:top + 32, left:left + 32])[:, 1:]
+                expected[..., top//16:top//16 + 2, left//16:left//16 + 2] = tokens.mT.unflatten(-1, (2, 2))
+        else:
+            small = F.interpolate(shown, (32, 32), mode="bilinear", antialias=True)
+            expected = F.interpolate(system.encoder.embed(small)[:, 1:].mT.unflatten(-1, (2, 2)), (4, 4), mode="bilinear")
+    close(given[0], expected.flatten(2).mT)
+    close(system.scores(system.unpack(system.pack(image)), system.encode_text(WORDS)), system.scores(image, system.encode_text(WORDS)))
+
+def test_the_stem_matters_though_it_is_not_fused(clip):
+    system = MROVSeg(clip, size=64, **TINY, layers=(1, 2, 3), keep_aspect=False)
+    changed = system.unpack(system.pack(system.encode_image(picture(64, 64))))
+    text, before = system.encode_text(WORDS), system.scores(changed, system.encode_text(WORDS))
+    for name in ("high", "low"): getattr(changed.views, name)[0] = getattr(changed.views, name)[0].flip(1)
+    assert not torch.allclose(system.scores(changed, text), before, atol=1e-3)
+
+@pytest.mark.parametrize("layers, levels", [((0, 3, 6, 9, 12), (3, 2, 1)), ((0, 3, 6, 9), (3, 2, 1)), ((3, 6, 9), (2, 1, 0)), ((3, 6, 9, 12), (2, 1, 0)), ((12, 9, 6, 3), (1, 2, 3)), ((0, 2, 4), (2, 1, 0))])
+def test_levels_of_the_pyramid_skip_the_stem(layers, levels):
+    "SYSTEMS 4.3: layers 9, 6 and 3, the deepest at the lowest level."
+    assert MROVSeg(small_clip(12), size=64, **TINY, layers=layers).network.levels == levels
+
+def test_two_layers_make_no_pyramid(clip):
+    with pytest.raises(ValueError, match="hierarchical=False"): MROVSeg(clip, size=64, **TINY, layers=(0, 3))
+    assert MROVSeg(clip, size=64, **TINY, layers=(0, 3), hierarchical=False).network.levels == ()
+
 # ---- files
 
 def test_weights_round_trip(clip, tmp_path):

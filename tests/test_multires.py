@@ -137,31 +137,34 @@ def test_adapter_step_by_step(positions):
     fused = [fusion(h, l, (4, 6)) for fusion, h, l in zip(adapter.fusions, high, low)]
     places = F.interpolate(adapter.positions, (4, 6), mode="bicubic").flatten(2).mT[0]
     added = torch.cat([adapter.query_positions, places])
-    x = torch.cat([adapter.queries, adapter.stem(high[0].flatten(2).mT)[0]])[None] + added
+    stem = random(1, 32, 4, 6, seed=20)
+    x = torch.cat([adapter.queries, adapter.stem(stem.flatten(2).mT)[0]])[None] + added
     expected = []
     for i, block in enumerate(adapter.blocks):
         if i and positions == "every": x = x + added
         for k in {0: [0], 2: [1, 2]}.get(i, []): x = x + torch.cat([torch.zeros(5, 16), fused[k].flatten(2).mT[0]])
         x = block(x)
         expected.append(F.layer_norm(x, (16,)))
-    outputs, seen = adapter(high, low, (4, 6), every=True)
+    outputs, seen = adapter(stem, high, low, (4, 6), every=True)
     assert len(outputs) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, seen))
     for (queries, tokens), o in zip(outputs, expected[-2:]):
         assert torch.allclose(queries, o[:, :5], atol=1e-4) and torch.allclose(tokens.flatten(2).mT, o[:, 5:], atol=1e-4)
-    (last,), _ = adapter(high, low, (4, 6))
+    (last,), _ = adapter(stem, high, low, (4, 6))
     assert torch.allclose(last[0], outputs[-1][0], atol=1e-5)
 
 def test_a_batch_is_its_images():
     torch.manual_seed(0)
     adapter, (high, low) = MultiResAdapter(32, **SIZES), layers(3)
-    (queries, tokens), = adapter(high, low, (4, 6))[0]
+    stem = random(3, 32, 4, 6, seed=20)
+    (queries, tokens), = adapter(stem, high, low, (4, 6))[0]
     for b in range(3):
-        (q, t), = adapter([o[b:b + 1] for o in high], [o[b:b + 1] for o in low], (4, 6))[0]
+        (q, t), = adapter(stem[b:b + 1], [o[b:b + 1] for o in high], [o[b:b + 1] for o in low], (4, 6))[0]
         assert torch.allclose(queries[b:b + 1], q, atol=1e-5) and torch.allclose(tokens[b:b + 1], t, atol=1e-5)
 
 def test_single_resolution_needs_no_slices():
     adapter = MultiResAdapter(32, fusion="low", **SIZES)
-    (queries, tokens), = adapter(None, layers()[1], (4, 6))[0]
+    stem = random(1, 32, 2, 3, seed=20)
+    (queries, tokens), = adapter(stem, None, layers()[1], (4, 6))[0]
     assert queries.shape == (1, 5, 16) and tokens.shape == (1, 16, 4, 6)
     assert sum(o.numel() for o in adapter.parameters()) < sum(o.numel() for o in MultiResAdapter(32, **SIZES).parameters())
 

@@ -64,13 +64,14 @@ def build(name):
     if name == "lmseg": return LMSeg(small_clip(), second=Edges(), prompts="names", **CATSEG)
     if name == "san": return SAN(small_clip(), **SMALL_SAN)
     if name == "mrovseg": return MROVSeg(small_clip(), **MROVSEG)
+    if name == "mrovseg without the stem fused": return MROVSeg(small_clip(), **MROVSEG, layers=(1, 2, 3))
     if name == "ebseg that ships": return create("ebseg", full_resolution=False, device="cpu")
     return EBSeg(small_clip(), second="none", **EBSEG)
 
 
 LONG = pytest.mark.skipif("OVSS_NB_BIG" not in os.environ, reason="an export takes up to a minute: set OVSS_NB_BIG=1 to try all systems")
 
-@pytest.mark.parametrize("name", ["maskclip max", *(pytest.param(o, marks=LONG) for o in ("lmseg", "catseg", "san", "mrovseg", "ebseg", "ebseg that ships"))])
+@pytest.mark.parametrize("name", ["maskclip max", *(pytest.param(o, marks=LONG) for o in ("lmseg", "catseg", "san", "mrovseg", "mrovseg without the stem fused", "ebseg", "ebseg that ships"))])
 def test_labels_agree(name, tmp_path):
     "At least 99.9 % of the pixels of photographs, for vocabularies of several sizes, some classes with several texts."
     system = build(name)
