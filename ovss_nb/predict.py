@@ -23,7 +23,8 @@ from .vocabulary import Vocabulary
 ENCODERS = {
     "lite": ("ovss_nb.encoders.lite", "offline: ConSE, and a local head and a ViT trained on captions; or lite:WEIGHTS, a file made by train_lite.ipynb"),
     "conse": ("ovss_nb.encoders.lite", "offline and untrained: EfficientNet-Lite0 class probabilities in MiniLM's words; knows ImageNet's classes"),
-    "clip": ("ovss_nb.encoders.clip", "clip:MODEL/PRETRAINED, e.g. clip:ViT-B-16/openai or clip:ViT-B-16//path/to/weights: any open_clip ViT"),
+    "clip": ("ovss_nb.encoders.clip", "clip:MODEL/PRETRAINED, any open_clip ViT with a tag, e.g. clip:ViT-B-16/openai, or a file; a file that does not tell how it was trained is named with "
+        "a tag that was trained alike, e.g. clip:ViT-B-16/openai=path/to/weights.pt; or clip:local-dir:FOLDER, clip:hf-hub:REPO"),
     "simseg": ("ovss_nb.encoders.simseg", "simseg:CHECKPOINT, e.g. simseg:simseg.vit-s.pth: the authors' released ViT + BERT"),
 }
 SYSTEMS = {
@@ -67,7 +68,10 @@ def create_encoder(
         return module.ConSEEncoder(device=device, **knobs)
     if not rest: raise ValueError(f"say which {kind} model: {ENCODERS[kind][1]}")
     if kind == "clip":
+        if rest.startswith(("local-dir:", "hf-hub:")): return module.CLIPEncoder(rest, device=device, **knobs)
         model, _, pretrained = rest.partition("/")
+        like, equals, file = pretrained.partition("=")
+        if equals and "/" not in like and not Path(pretrained).is_file(): pretrained, knobs["like"] = file, like
         return module.CLIPEncoder(model, pretrained or None, device=device, **knobs)
     encoder = module.SimSegEncoder.from_checkpoint(rest, **knobs)
     return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))

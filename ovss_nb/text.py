@@ -170,7 +170,8 @@ def _steps(rows:list[tuple[str, ...]], size:int):
 
 def _encoded(encoder, texts:dict[tuple[str, ...], str], cache:Cache|None, batch_size:int, progress:bool) -> dict[tuple[str, ...], torch.Tensor]:
     "A unit vector for each row of prompts, from the cache or the text tower."
-    keys = {row: cache.key("text", encoder.fingerprint, *row) for row in texts} if cache else {}
+    known = getattr(encoder, "text_fingerprint", encoder.fingerprint)
+    keys = {row: cache.key("text", known, *row) for row in texts} if cache else {}
     stored = {row: cache.get(key) for row, key in keys.items()}
     vectors = {row: torch.from_numpy(o["embedding"]).to(encoder.device) for row, o in stored.items() if o is not None}
     missing = [o for o in texts if o not in vectors]
@@ -203,7 +204,7 @@ def encode_text(
     # Names need no bank of prompts: words and templates say all, and the whole result is found without spelling out every sentence.
     own = dict(zip(vocabulary.names, vocabulary.words)) | (instead or {})
     said = [tuple(dict.fromkeys(own[o])) for o in vocabulary.names]
-    whole = cache.key("bank", encoder.fingerprint, sentences, said) if cache and prompt_sources(prompts) == ("names",) else None
+    whole = cache.key("bank", getattr(encoder, "text_fingerprint", encoder.fingerprint), sentences, said) if cache and prompt_sources(prompts) == ("names",) else None
     stored = cache.get(whole) if whole else None
     if stored is not None: vectors = torch.from_numpy(stored["embeddings"]).to(encoder.device)
     else:

@@ -1,5 +1,5 @@
 "CLIPEncoder against plain tensor algebra written here, against open_clip itself, and against the numbers of CAT-Seg and EBSeg."
-import json, os, subprocess, sys
+import hashlib, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
 import open_clip
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from ovss_nb.encoders.base import resize_positions
-from ovss_nb.encoders.clip import CLIPEncoder, count_tokens, load_clip
+from ovss_nb.encoders.clip import MEANS, CLIPEncoder, count_tokens, file_settings, load_clip
+from ovss_nb.predict import create_encoder
 
 GOLDEN = Path(__file__).parent/"golden"
 WIDTH, HEADS, LAYERS, PATCH, DIM = 48, 3, 7, 8, 20
@@ -261,6 +262,152 @@ def test_local_folder(tmp_path):
     assert torch.equal(encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense="tokens", device="cpu").dense(x))
     (tmp_path/"open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="Cannot get local-dir"): load_clip(f"local-dir:{tmp_path}")   # never random by accident
+
+# ---- what a file was trained with
+
+OPENAI, IMAGENET, HALF = ({"mean": mean, "std": std, "interpolation": "bicubic"} for mean, std in (MEANS["openai-mean"], MEANS["imagenet-mean"], MEANS["inception-mean"]))
+QUICK = OPENAI | dict(quick_gelu=True)
+
+@pytest.fixture
+def published(folder, monkeypatch, tmp_path):
+    "A function that gives the small architecture published tags; and a file of weights."
+    def publish(**tags): monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ovss-test", tags)
+    torch.save(tiny(seed=7, text=WORDS).state_dict(), path := tmp_path/"weights.pt")
+    return publish, path
+
+class Module(torch.nn.Module):
+    def forward(self, x): return x
+
+def archive(path, state, **numbers):
+    "A TorchScript archive like OpenAI's: half precision, and three numbers among the weights."
+    root = Module()
+    for name, value in (state | {key: torch.tensor(o) for key, o in numbers.items()}).items():
+        module = root
+        for part in name.split(".")[:-1]:
+            if not hasattr(module, part): module.add_module(part, Module())
+            module = getattr(module, part)
+        module.register_buffer(name.rpartition(".")[2], value.half() if value.is_floating_point() else value)
+    with warnings.catch_warnings(action="ignore"): torch.jit.script(root).save(path)
+
+MARKED = dict(input_resolution=32, context_length=77, vocab_size=49408)
+
+def test_a_file_of_one_of_several_kinds_is_asked_for(published):
+    publish, path = published
+    publish(openai=QUICK, laion=OPENAI)
+    for call in (lambda: CLIPEncoder("ovss-test", path), lambda: create_encoder(f"clip:ovss-test/{path}"), lambda: create_encoder(f"clip:ovss-test//{str(path)[1:]}")):
+        with pytest.raises(ValueError, match=f"clip:ovss-test/openai={path}.*like='openai'.*QuickGELU, openai mean.*: openai; exact GELU.*: laion"): call()
+    x, exact, quick = images(32, 32), tiny(seed=7, text=WORDS, quick_gelu=False), tiny(seed=7, text=WORDS)
+    for like, expected in (("openai", quick), ("laion", exact)):
+        reference = CLIPEncoder(expected, device="cpu").dense(x)
+        assert torch.equal(CLIPEncoder("ovss-test", path, like=like, device="cpu").dense(x), reference)
+        assert torch.equal(create_encoder(f"clip:ovss-test/{like}={path}", device="cpu").dense(x), reference)
+    with pytest.raises(ValueError, match="neither a tag of ovss-test .openai, laion."): CLIPEncoder("ovss-test", path, like="dfn")
+
+@pytest.mark.parametrize("model", ["ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-H-14", "ViT-bigG-14"])
+def test_published_architectures_of_several_kinds(model, tmp_path):
+    "For the real names: before anything is built, since the file is small."
+    (path := tmp_path/"weights.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="several kinds.*QuickGELU.*metaclip_fullcc"): load_clip(model, path)
+    assert file_settings(f"{model}-quickgelu", path, {}) == file_settings(model, path, {}, like="metaclip_fullcc") == (True, (*MEANS["openai-mean"], "bicubic"))
+
+@pytest.mark.parametrize("model", ["ViT-L-14-CLIPA", "ViT-L-14-CLIPA-336", "ViT-H-14-CLIPA-336", "ViT-bigG-14-CLIPA"])
+def test_clipa_files_have_its_own_normalisation(model, tmp_path):
+    assert file_settings(model, tmp_path/"weights.pt", {}) == (False, (*MEANS["imagenet-mean"], "bilinear"))
+
+def test_normalisation_and_filter_of_a_file_are_those_of_all_tags(published):
+    publish, path = published
+    publish(a=IMAGENET | dict(interpolation="bilinear"), b=IMAGENET | dict(interpolation="bilinear", resize_mode="squash"))
+    encoder = CLIPEncoder("ovss-test", path, device="cpu")
+    assert (encoder.mean, encoder.std) == MEANS["imagenet-mean"] and encoder.resample.name == "BILINEAR"
+    assert CLIPEncoder("ovss-test", "random", device="cpu").mean == encoder.mean
+    publish(a=OPENAI, b=HALF)
+    with pytest.raises(ValueError, match="exact GELU, openai mean, bicubic: a; exact GELU, inception mean, bicubic: b"): CLIPEncoder("ovss-test", path)
+    publish(a=OPENAI, b=OPENAI | dict(interpolation="bilinear"))
+    with pytest.raises(ValueError, match="bilinear: b"): CLIPEncoder("ovss-test", path)
+
+def test_normalisation_belongs_into_the_fingerprint(published):
+    publish, path = published
+    publish(a=OPENAI, b=HALF, c=OPENAI | dict(interpolation="bilinear"))
+    found = {o: CLIPEncoder("ovss-test", path, like=o, device="cpu") for o in "abc"}
+    assert len({o.fingerprint for o in found.values()}) == 3 and found["a"].fingerprint == CLIPEncoder("ovss-test", path, like="a", device="cpu").fingerprint
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    assert not torch.allclose(found["a"].preprocess(picture), found["b"].preprocess(picture)) and not torch.equal(found["a"].preprocess(picture), found["c"].preprocess(picture))
+    assert torch.equal(found["a"].text(["cat"]), found["b"].text(["cat"]))
+    # So does the way of reading; texts are the same, and are cached once.
+    assert len({o.text_fingerprint for o in found.values()}) == 1
+    assert len({CLIPEncoder("ovss-test", path, dense=o, like="a", device="cpu").fingerprint for o in ("tokens", "value", "vv", "loda")}) == 4
+
+@pytest.mark.parametrize("form", ["archive", "table", "wrapped"])
+def test_openais_own_file_is_known_by_its_marks(published, form):
+    publish, path = published
+    publish(openai=QUICK, laion=OPENAI)
+    state = tiny(seed=7, text=WORDS).state_dict()
+    if form == "archive": archive(path, state, **MARKED)
+    else:
+        table = state | {name: torch.tensor(o) for name, o in MARKED.items()}
+        torch.save(table if form == "table" else dict(state_dict={f"module.{name}": o for name, o in table.items()}), path)
+    encoder, x = create_encoder(f"clip:ovss-test/{path}", device="cpu"), images(32, 32)
+    expected = tiny(seed=7, text=WORDS)
+    if form == "archive": expected.load_state_dict({name: o.half().float() for name, o in state.items()})
+    assert "QuickGELU" in encoder.name and torch.equal(encoder.dense(x), CLIPEncoder(expected, device="cpu").dense(x))
+    with pytest.raises(ValueError, match="OpenAI's own file.*like='laion' denies"): CLIPEncoder("ovss-test", path, like="laion")
+
+def test_an_archive_of_somebody_else_is_not_openais(published):
+    publish, path = published
+    publish(openai=QUICK, laion=OPENAI)
+    archive(path, tiny(seed=7, text=WORDS).state_dict())
+    with pytest.raises(ValueError, match="several kinds"): CLIPEncoder("ovss-test", path)
+
+@pytest.mark.parametrize("url", ["https://openaipublic.azureedge.net/clip/models/{}/small.pt", "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/small-{:.8}.pt"])
+def test_a_published_digest_tells(published, url):
+    publish, path = published
+    url = url.format(hashlib.sha256(path.read_bytes()).hexdigest())
+    publish(mine=QUICK | dict(url=url), other=HALF | dict(url=url.replace("/", "-")))
+    encoder = CLIPEncoder("ovss-test", path, device="cpu")
+    assert "QuickGELU" in encoder.name and encoder.mean == MEANS["openai-mean"][0]
+    with pytest.raises(ValueError, match="published file of mine"): CLIPEncoder("ovss-test", path, like="other")
+
+def test_the_configuration_beside_a_file_counts(published):
+    publish, path = published
+    publish(openai=QUICK, laion=OPENAI)
+    beside = path.with_name("open_clip_config.json")
+    beside.write_text(json.dumps(dict(model_cfg=CONFIG | dict(quick_gelu=True), preprocess_cfg=dict(mean=[.5, .5, .5], std=[.25, .25, .25], interpolation="bilinear"))))
+    encoder = CLIPEncoder("ovss-test", path, device="cpu")
+    assert "QuickGELU" in encoder.name and (encoder.mean, encoder.std, encoder.resample.name) == ((.5,)*3, (.25,)*3, "BILINEAR")
+    assert CLIPEncoder("ovss-test", path, like="laion", device="cpu").mean == MEANS["openai-mean"][0]   # an explicit word counts for more
+    link = path.parent/"snapshot"/"open_clip_pytorch_model.bin"   # Hugging Face's cache: links, the configuration beside the link
+    link.parent.mkdir(); link.symlink_to(path); beside.rename(link.with_name(beside.name))
+    assert CLIPEncoder("ovss-test", link, device="cpu").mean == (.5,)*3
+    with pytest.raises(ValueError, match="take clip:local-dir"): CLIPEncoder("ovss-test", link.parent)
+    for other in (dict(model_cfg=CONFIG | dict(embed_dim=21, quick_gelu=True)), dict(preprocess_cfg={}), [], "{"):   # another architecture's, or none
+        link.with_name(beside.name).write_text(other if isinstance(other, str) else json.dumps(other))
+        with pytest.raises(ValueError, match="several kinds"): CLIPEncoder("ovss-test", link)
+
+def test_an_architecture_of_ones_own_is_warned_of(published):
+    path = published[1]
+    with pytest.warns(UserWarning, match=f"no published weights.*clip:ovss-test/openai-mean={path}"): assert CLIPEncoder("ovss-test", path, device="cpu").mean == MEANS["openai-mean"][0]
+    with warnings.catch_warnings(action="error"):
+        assert create_encoder(f"clip:ovss-test-quick/imagenet-mean={path}", device="cpu").mean == MEANS["imagenet-mean"][0]
+
+def test_a_file_knows_its_grid_and_its_number_of_tokens(folder, tmp_path):
+    "A table of 6 x 6 positions is of 48 pixels, whatever size the architecture's name means; nothing is resampled."
+    torch.save((model := tiny(seed=7, text=WORDS | dict(context_length=40), image_size=48)).state_dict(), path := tmp_path/"weights.pt")
+    encoder, x = CLIPEncoder("ovss-test-quick", path, like="openai-mean", device="cpu"), images(48, 48)
+    assert encoder.size == 48 and torch.equal(encoder.visual.positional_embedding, model.visual.positional_embedding)
+    assert torch.equal(encoder.dense(x), CLIPEncoder(model, device="cpu").dense(x)) and encoder.model.context_length == 40
+
+def test_a_folder_must_say_its_normalisation(tmp_path):
+    (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=CONFIG)))
+    save_file(tiny(seed=7, text=WORDS).state_dict(), tmp_path/"open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="preprocess_cfg"): create_encoder(f"clip:local-dir:{tmp_path}")
+    assert CLIPEncoder(f"local-dir:{tmp_path}", like="imagenet-mean", device="cpu").mean == MEANS["imagenet-mean"][0]
+    (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=CONFIG, preprocess_cfg=dict(mean=[.5]*3, std=[.25]*3, interpolation="bilinear"))))
+    encoder = create_encoder(f"clip:local-dir:{tmp_path}", device="cpu")
+    assert encoder.mean == (.5,)*3 and encoder.resample.name == "BILINEAR"
+
+def test_like_is_for_files(folder):
+    for options in (dict(model="ovss-test", pretrained="random"), dict(model="ViT-B-16", pretrained="openai"), dict(model=tiny())):
+        with pytest.raises(ValueError, match="like"): CLIPEncoder(**options, like="openai")
 
 def test_random_must_be_asked_for(folder):
     with pytest.raises(ValueError, match="list_pretrained"): CLIPEncoder("ovss-test")

@@ -102,6 +102,11 @@ class Encoder(nn.Module):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    @property
+    def text_fingerprint(self) -> str:
+        "What text embeddings are cached by: less than `fingerprint` where settings change pictures' features alone."
+        return self.fingerprint
+
     def preprocess(self,
         image:np.ndarray, # H x W x 3 uint8 RGB
         size:int|tuple[int, int]|None=None, # pixels: a (height, width), or one number; default: the encoder's own
