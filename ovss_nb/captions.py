@@ -13,8 +13,8 @@ from importlib.resources import files
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 import numpy as np
-from .datasets import DatasetError, IMAGE_SUFFIXES
-from .images import load_image
+from .datasets import DatasetError
+from .images import is_image_name, load_image
 
 # %% ../nbs/40_captions.ipynb #174302fd
 def _tar_members(path:Path) -> dict[str, tuple[Path, int, int]]: # name -> (shard, offset, bytes)
@@ -26,7 +26,7 @@ def _tar_members(path:Path) -> dict[str, tuple[Path, int, int]]: # name -> (shar
         raise DatasetError(f"{path} is damaged, or no uncompressed tar file ({e}). Copy or download it again") from e
     return {PurePosixPath(o.name).as_posix(): (path, o.offset_data, o.size) for o in members if _is_picture(o.name)}
 
-def _is_picture(name:str) -> bool: return name.lower().endswith(IMAGE_SUFFIXES) and not PurePosixPath(name).name.startswith(".")
+def _is_picture(name:str) -> bool: return is_image_name(PurePosixPath(name).name)
 
 # %% ../nbs/40_captions.ipynb #787a7681
 def _read_captions(path:Path) -> dict[str, list[str]]:

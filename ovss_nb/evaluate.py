@@ -6,7 +6,7 @@
 __all__ = ['EvaluationError', 'read_records', 'Evaluation', 'evaluate', 'StoredPredictions']
 
 # %% ../nbs/41_evaluate.ipynb #cd9d9314
-import hashlib, json, os, shutil, tempfile, threading, time
+import hashlib, json, os, shutil, tempfile, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -172,6 +172,13 @@ class Evaluation:
     @property
     def tag_accuracy(self) -> float|None: return self.tags[0]/self.tags[1] if self.tags[1] else None
 
+    def warn_of_one_class(self):
+        "Warn if the truth holds a single class of several: a mean over it says nothing about the others."
+        there = np.flatnonzero(self.confusion.counts.sum(1))
+        if len(there) == 1 < len(self.names):
+            warnings.warn(f"of {len(self.names)} classes only {self.names[there[0]]!r} occurs in the truth that was scored, so the mean IoU is that of one class: "
+                          "check what the mask values mean with `ovss-nb data check` (Python: ovss_nb.protocols.check)", stacklevel=3)
+
     def metrics(self) -> dict:
         "Everything, ready for JSON; independent of the order in which images were counted."
         number = lambda o: None if np.isnan(o) else float(o)
@@ -325,6 +332,7 @@ def evaluate(
         if run_dir:
             with atomic_path(run_dir/"metrics.json") as temporary: temporary.write_text(json.dumps(found.metrics(), indent=1, allow_nan=False), encoding="utf-8")
             shutil.rmtree(pending)
+        found.warn_of_one_class()
         return found
     finally:
         if bar is not None: bar.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from .images import MAX_PIXELS, PILLOW_ERRORS
+from .images import IMAGE_SUFFIXES, MAX_PIXELS, PILLOW_ERRORS
 from .vocabulary import label_map, load_vocabulary
 
 # %% ../nbs/40_label_files.ipynb #d73aeb2d
@@ -55,7 +55,7 @@ def _check_png(data:bytes, path):
     raise _damaged(path, "the end is missing")
 
 # %% ../nbs/40_label_files.ipynb #0ac9a287
-_SUFFIXES = {"PNG": (".png",), "TIFF": (".tif", ".tiff")}
+_SUFFIXES = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
 
 def _decode(path, formats=("PNG", "TIFF")) -> tuple[Image.Image, int]:
     "The decoded Pillow image, in the mode of the file, and its bits per sample."
@@ -84,20 +84,27 @@ def _decode(path, formats=("PNG", "TIFF")) -> tuple[Image.Image, int]:
 
 # %% ../nbs/40_label_files.ipynb #2d54abc0
 def read_index_mask(
-    path, # 8- or 16-bit PNG, palette PNG, or TIFF with one whole number per pixel
+    path, # 8- or 16-bit PNG, palette PNG, TIFF or BMP with one whole number per pixel
 ) -> np.ndarray: # H x W, uint8 or uint16
     "The class numbers as stored. Raises `LabelFileError` for colours, fractions, damage, or any other kind of file."
-    image, bits = _decode(path)
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES and not any(suffix in o for o in _SUFFIXES.values()):
+        raise LabelFileError(f"{path} does not end with .png, .tif, .tiff or .bmp: other formats change or renumber class numbers. Save the mask as PNG, from its source")
+    image, bits = _decode(path, ("BMP",) if suffix == ".bmp" else ("PNG", "TIFF"))
     values = np.array(image)   # never convert("L"): it replaces the numbers of a palette PNG by the brightness of their colours
     if image.mode in ("1", "L") and (bits < 8 or image.mode == "1"):
         raise LabelFileError(f"{path} has {bits if bits < 8 else 1}-bit grey levels, which do not tell class 1 from 255: "
-                             "save it with 8 bits per pixel")
+                             "save it with 8 bits per pixel, e.g. Image.fromarray(mask.astype(np.uint8)).save(path)")
     if image.mode in ("L", "P"): return values
     if image.mode.startswith("I"):
         if values.min() < 0 or values.max() > 65535:
             raise LabelFileError(f"{path} holds {values.min()}..{values.max()}: labels must lie in 0..65535")
         return values.astype(np.uint16)
     if image.mode == "F": raise LabelFileError(f"{path} holds fractions: save whole class numbers")
+    channels = values[..., :1 if image.mode == "LA" else 3]
+    if image.mode in ("RGB", "RGBA", "LA") and (channels == channels[..., :1]).all():
+        raise LabelFileError(f"{path} holds colours ({image.mode}), though all of them are grey: save one channel, "
+                             "e.g. Image.fromarray(np.asarray(image)[..., 0]).save(path)")
     raise LabelFileError(f"{path} holds colours ({image.mode}), not class numbers: it is a picture of the labels. Take the file that holds numbers, "
                          "or for CamVid and ADE20K_2021_17_01 their own readers")
 

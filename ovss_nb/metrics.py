@@ -195,7 +195,7 @@ class Confusion:
         return {"pixels": int(truth.sum()), "classes": len(truth), "classes_present": int((truth > 0).sum()), "classes_seen": int((truth + predicted > 0).sum())} \
             | {name: none(value) for name, value in scores.items()}
 
-    def __repr__(self): return f"Confusion({len(self.counts)} classes, {self.counts.sum():,} pixels, mIoU {self.miou():.4f} present, {self.miou('seen'):.4f} seen)"
+    def __repr__(self): return f"Confusion({(self.counts.sum(1) > 0).sum()} of {len(self.counts)} classes occur, {self.counts.sum():,} pixels, mIoU {self.miou():.4f} present, {self.miou('seen'):.4f} seen)"
 
 # %% ../nbs/40_metrics.ipynb #2f0602ba
 def boundary_band(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from .cache import atomic_path
-from .images import ImageError, load_image
+from .images import ImageError, is_system_file, load_image
 from .label_files import LabelFileError, read_index_mask
 
 # %% ../nbs/40_prepare.ipynb #4f19f713
@@ -101,7 +101,7 @@ def _claim(dataset, target:Path, facts:dict, names:list[tuple[str, str]]):
     if target.exists() and not target.is_dir(): raise PrepareError(f"{target} is a file: choose a folder")
     marks = [target/"unfinished.json", target/"dataset.json"]
     mark = next((o for o in marks if o.is_file()), None)
-    there = [o.name for o in target.iterdir() if not _TEMPORARY.fullmatch(o.name)] if target.is_dir() else []
+    there = [o.name for o in target.iterdir() if not (_TEMPORARY.fullmatch(o.name) or is_system_file(o.name))] if target.is_dir() else []
     if there and mark is None:
         raise PrepareError(f"{target} is not empty, and was not made by `prepare`: choose another target, or empty it")
     if mark:
@@ -112,7 +112,7 @@ def _claim(dataset, target:Path, facts:dict, names:list[tuple[str, str]]):
         if differ:
             raise PrepareError(f"{target} holds another data set (it differs in {', '.join(differ)}): choose another target, or remove it")
     for part, expected in (("images", {o for o, _ in names}), ("masks", {o for _, o in names})):
-        strange = [o.name for o in (target/part).glob("*") if o.name not in expected and not o.name.startswith(".")]
+        strange = [o.name for o in (target/part).glob("*") if o.name not in expected and not is_system_file(o.name)]
         if strange:
             raise PrepareError(f"{target}/{part} has {len(strange)} files of another data set, e.g. {min(strange)}: choose another target, or remove them")
     target.mkdir(parents=True, exist_ok=True)

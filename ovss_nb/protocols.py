@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from .datasets import FOLDER, DatasetError, FolderDataset, Layout, LayoutDataset, folder_facts, is_folder
-from .images import PILLOW_ERRORS, ImageError
+from .images import ImageError, image_size, is_system_file
 from .label_files import coco_instance_labels, read_ade20k_full, read_camvid_colours, read_matlab_labels
 from .mess import mess_records
 from .vocabulary import LabelMap, Vocabulary, label_map, load_vocabulary
@@ -247,12 +247,18 @@ def _class_list(title:str) -> Vocabulary: return next(p.vocabulary for p in PROT
 
 def _open_folder(root:Path, p:Protocol) -> LayoutDataset:
     "A plain folder under the rules of a protocol."
-    folder = FolderDataset.open(root)
+    folder = FolderDataset.open(root, strict=False)   # the protocol says what 255 means
+    folder.refuse_lonely_masks()
     for title, step in p.folders:
         if _fits(folder.names, _class_list(title)): return LayoutDataset(root, replace(FOLDER, map=_then(folder.map, step)), p)
     wanted = " or ".join(f"{len(_class_list(title))} names, the first {_class_list(title).names[0]!r}" for title, _ in p.folders)
     raise DatasetError(f"{root} does not fit {p.name}: its classes.txt has {len(folder.names)} names, the first {folder.names[0]!r}; "
                        f"{p.name} needs {wanted}, in their order")
+
+def _content(root:Path) -> str:
+    "What lies in a folder, in a few words."
+    names = sorted(o.name + "/"*o.is_dir() for o in root.iterdir() if not is_system_file(o.name))
+    return ", ".join(names[:6]) + f" and {len(names) - 6} more"*(len(names) > 6) or "nothing"
 
 def find_layouts(root, as_) -> list[tuple[Layout, Path]]: # layout and the folder in which it lies, the preferred one first
     "The layouts of a protocol that lie at or below `root`."
@@ -288,9 +294,9 @@ def open_dataset(
         if is_folder(root): return FolderDataset.open(root)
         able = [o for o in PROTOCOLS if find_layouts(root, o)]
         if len(able) != 1:
-            raise DatasetError(f"{root} can be read as {', '.join(able)}: say which, e.g. as_={able[0]!r}" if able else
-                               f"{root} holds no known data set: say which it should be, e.g. as_='ADE-150', to learn what is missing; "
-                               f"known: {', '.join(PROTOCOLS)}")
+            raise DatasetError(f"{root} can be read as {', '.join(able)}: say which, e.g. as_={able[0]!r} (in the shell --as {able[0]})" if able else
+                               f"{root} holds no known data set. One of your own is a folder with images/, masks/ and classes.txt; this one has {_content(root)}. "
+                               f"For a benchmark, say which it should be, e.g. as_='ADE-150' (in the shell --as ADE-150), to learn what is missing; known: {', '.join(PROTOCOLS)}")
         as_ = able[0]
     p = protocol(as_)
     if is_folder(root) and layout in (None, FOLDER.name): return _open_folder(root, p)
@@ -303,71 +309,117 @@ class Report:
     "What `check` found; `str()` is the text to print."
     ok:bool # true: nothing is wrong with what is there
     complete:bool # true: and all of it is there
-    protocol:str
+    protocol:str # of a set of one's own, the folder's name
     layout:str|None # None: no layout was found
     counts:dict # pairs, without_labels, without_image, without_either, unreadable, sizes_differ, stray_values, classes_present
     problems:list[str]
     lines:list[str] # the whole report
+    values:dict = field(default_factory=dict) # {stored value: share of the pixels}
 
     def __str__(self): return "\n".join(self.lines)
 
-def _header_size(path:Path) -> tuple[int, int]: # height, width
-    "Size of a photograph as `load_image` will give it, without decoding it. Raises `ImageError`."
-    try:
-        with Image.open(path) as image:
-            try: sideways = image.getexif().get(274) in (5, 6, 7, 8)   # 274: EXIF orientation
-            except PILLOW_ERRORS: sideways = False   # load_image ignores damaged EXIF data too
-            return image.size if sideways else image.size[::-1]
-    except PILLOW_ERRORS as e: raise ImageError(f"{path} is not a readable image ({e})") from e
-
 def _first(what:str, stems:list) -> str: return f"{what}: {len(stems):,}, the first is {stems[0]}"
+
+@dataclass
+class _Scan:
+    "What the files of a data set hold."
+    unreadable:list = field(default_factory=list) # messages
+    differ:list = field(default_factory=list) # pairs of different size
+    sizes:set = field(default_factory=set) # height and width of the photographs
+    pixels:dict = field(default_factory=dict) # stored value -> number of pixels
+    files:dict = field(default_factory=dict) # stored value -> label files
+
+def _scan(dataset, decode:bool, progress:bool) -> _Scan:
+    "Read all labels, and the photographs or their headers."
+    found = _Scan()
+    for i in tqdm(range(len(dataset)), desc=f"check {dataset.protocol.name}", disable=not progress):
+        try:
+            stored = dataset.stored(i)
+            size = dataset.image(i).shape[:2] if decode else image_size(dataset.image_paths[i])
+        except (DatasetError, ImageError) as e: found.unreadable.append(str(e)); continue
+        found.sizes.add(size)
+        if stored.shape != size:
+            found.differ.append(f"{dataset.label_paths[i]}, which is {stored.shape} where {dataset.image_paths[i].name} is {size}")
+        values, pixels = np.unique(stored, return_counts=True)
+        for value, count in zip(values.tolist(), pixels.tolist()):
+            found.pixels[value] = found.pixels.get(value, 0) + count
+            found.files.setdefault(value, []).append(dataset.label_paths[i])
+    return found
+
+# %% ../nbs/40_protocols.ipynb #7fcacad6
+def _findings(dataset, found:_Scan) -> tuple[dict, list[str], list[str], set[int]]: # counts, problems, notes, classes that occur
+    "What is to be said about a set of any kind."
+    legal, name = dataset.map.mapping, dataset.protocol.name
+    stray = {value: files for value, files in sorted(found.files.items()) if value not in legal}
+    seen = {legal[o] for o in found.files if o in legal} - {dataset.ignore}
+    names = [*dataset.names[:dataset.classes - 1], "background"] if dataset.classes < len(dataset.names) else dataset.names
+    absent, problems, notes = [name for k, name in enumerate(names) if k not in seen], [], []
+    counts = dict(pairs=len(dataset), without_labels=len(dataset.without_labels), without_image=len(dataset.without_image), without_either=len(dataset.without_either),
+                  unreadable=len(found.unreadable), sizes_differ=len(found.differ), stray_values=len(stray), classes_present=len(seen))
+    if dataset.without_image: problems.append(_first("label files without an image", dataset.without_image) + dataset.hint)
+    if found.unreadable: problems.append(f"files that cannot be read: {len(found.unreadable):,}, the first: {found.unreadable[0]}")
+    if found.differ: problems.append(_first("pairs that differ in size", found.differ))
+    for value, paths in list(stray.items())[:10]: problems.append(_first(f"files with label value {value}, which {name} does not know", paths))
+    if len(stray) > 10: problems.append(f"... and {len(stray) - 10} more values")
+    if dataset.without_labels: notes.append(_first("images without labels (not scored)", dataset.without_labels))
+    if dataset.without_either: notes.append(_first("listed images that are not here at all", dataset.without_either))
+    if absent: notes.append(f"{len(absent)} of {dataset.classes} classes never occur: {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}")
+    return counts, problems, notes, seen
+
+def _report(dataset, found:_Scan, counts:dict, problems:list[str], complete:bool, lines:list[str], notes:list[str], source:str="") -> Report:
+    "The report: its head, what is wrong, and the notes."
+    count, total = len(problems), max(sum(found.pixels.values()), 1)
+    lines = [f"{dataset.protocol.name}: {'ok' if not problems else f'{count} problem' + 's'*(count > 1)}", f"  {dataset.layout.name} in {dataset.root}", *lines,
+             *(f"  wrong: {o}" for o in problems), *(f"  note: {o}" for o in notes)]
+    if source and (problems or not complete): lines.append(f"  get it from {source}")
+    return Report(not problems, complete and not problems, dataset.protocol.name, dataset.layout.name, counts, problems, lines,
+                  {value: pixels/total for value, pixels in sorted(found.pixels.items())})
+
+# %% ../nbs/40_protocols.ipynb #8cb9c8ae
+def _own_report(dataset:FolderDataset, decode:bool, progress:bool) -> Report:
+    "The report on a plain folder that belongs to no benchmark."
+    found = _scan(dataset, decode, progress)
+    counts, problems, notes, seen = _findings(dataset, found)
+    question, severe = dataset.question({value: len(files) for value, files in found.files.items()}) if dataset.guessed is not None else ("", False)
+    if question: (problems if severe else notes).append(question)
+    elif counts["stray_values"]: problems.append(f"mask values without a class: {dataset.advice}")
+    total, ignored = max(sum(found.pixels.values()), 1), sum(n for value, n in found.pixels.items() if dataset.map.mapping.get(value) == dataset.ignore)
+    def meaning(value):
+        k = dataset.stored_classes.get(value)
+        if k is None: return "no class"
+        return "not scored" if dataset.map.mapping[value] == dataset.ignore else f"class {k}, {dataset.all_names[k]}"
+    sizes, rows = sorted(found.sizes), list(sorted(found.pixels.items()))
+    span = f"{sizes[0][0]} x {sizes[0][1]}" + (f" to {sizes[-1][0]} x {sizes[-1][1]}, {len(sizes)} sizes" if len(sizes) > 1 else "") if sizes else "none"
+    lines = [f"  {len(dataset):,} pairs, height x width {span}; {len(seen)} of {dataset.classes} classes occur, {100*ignored/total:.1f} % of the pixels are not scored",
+             *(f"  value {value:>5}: {100*n/total:6.2f} % of the pixels, in {len(found.files[value]):,} masks: {meaning(value)}" for value, n in rows[:40])]
+    if len(rows) > 40: lines.append(f"  ... and {len(rows) - 40} more values")
+    return _report(dataset, found, counts, problems, True, lines, notes)
 
 def check(
     root, # folder of the download, or a plain folder
-    as_, # protocol
+    as_=None, # protocol; None: a folder of one's own, or the only benchmark that lies there
     layout:str|None=None, # name of a layout, where several lie side by side
     decode:bool=False, # decode every photograph too, instead of its header only
     progress:bool=True,
 ) -> Report:
-    "Compare a download with a protocol. What is wrong on disk ends up in the report; an unknown protocol raises `DatasetError`."
-    p = protocol(as_)
-    counts = dict.fromkeys(("pairs", "without_labels", "without_image", "without_either", "unreadable", "sizes_differ", "stray_values", "classes_present"), 0)
-    try: dataset = open_dataset(root, p, layout)
+    "Compare a download with a protocol, or look at a folder of one's own. What is wrong on disk ends up in the report; an unknown protocol raises `DatasetError`."
+    root, p = Path(root), None if as_ is None else protocol(as_)
+    try:
+        own = p is None and is_folder(root) and folder_facts(root).get("protocol") is None
+        dataset = FolderDataset.open(root, strict=False) if own else open_dataset(root, p, layout)
     except DatasetError as e:
-        text = str(e) if p.source in str(e) else f"{e}\nGet it from {p.source}"
-        return Report(False, False, p.name, None, counts, [str(e)], [f"{p.name}: not usable", *text.splitlines()])
-    unreadable, differ, stray, seen = [], [], {}, set()
-    legal = np.array(sorted(dataset.map.mapping))
-    for i in tqdm(range(len(dataset)), desc=f"check {p.name}", disable=not progress):
-        try:
-            stored = dataset.stored(i)
-            size = dataset.image(i).shape[:2] if decode else _header_size(dataset.image_paths[i])
-        except (DatasetError, ImageError) as e: unreadable.append(str(e)); continue
-        if stored.shape != size: differ.append(f"{dataset.label_paths[i]}, which is {stored.shape} where {dataset.image_paths[i].name} is {size}")
-        values = np.unique(stored)
-        for value in np.setdiff1d(values, legal): stray.setdefault(int(value), []).append(dataset.label_paths[i])
-        seen |= {dataset.map.mapping[o] for o in np.intersect1d(values, legal).tolist()} - {dataset.ignore}
-    names = [*dataset.names[:p.classes - 1], "background"] if p.classes < len(dataset.names) else dataset.names
-    absent = [name for k, name in enumerate(names) if k not in seen]
-    counts |= dict(pairs=len(dataset), without_labels=len(dataset.without_labels), without_image=len(dataset.without_image),
-                   without_either=len(dataset.without_either), unreadable=len(unreadable), sizes_differ=len(differ), stray_values=len(stray), classes_present=len(seen))
+        text = str(e) if p is None or p.source in str(e) else f"{e}\nGet it from {p.source}"
+        counts = dict.fromkeys(("pairs", "without_labels", "without_image", "without_either", "unreadable", "sizes_differ", "stray_values", "classes_present"), 0)
+        name = p.name if p else root.absolute().name
+        return Report(False, False, name, None, counts, [str(e)], [f"{name}: not usable", *text.splitlines()])
+    if own: return _own_report(dataset, decode, progress)
+    p, found = dataset.protocol, _scan(dataset, decode, progress)
+    counts, problems, notes, _ = _findings(dataset, found)
     expected, pairs = " or ".join(f"{o:,}" for o in p.expected), len(dataset)
-    problems, notes = [], []
-    if pairs > max(p.expected): problems.append(f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?")
-    if dataset.without_image: problems.append(_first("label files without an image", dataset.without_image))
-    if unreadable: problems.append(f"files that cannot be read: {len(unreadable):,}, the first: {unreadable[0]}")
-    if differ: problems.append(_first("pairs that differ in size", differ))
-    for value, paths in sorted(stray.items())[:10]: problems.append(_first(f"files with label value {value}, which {p.name} does not know", paths))
-    if len(stray) > 10: problems.append(f"... and {len(stray) - 10} more values")
-    if dataset.without_labels: notes.append(_first("images without labels (not scored)", dataset.without_labels))
-    if dataset.without_either: notes.append(_first("listed images that are not here at all", dataset.without_either))
-    if absent: notes.append(f"{len(absent)} of {p.classes} classes never occur: {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}")
+    if pairs > max(p.expected): problems.insert(0, f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?")
     if dataset.layout != FOLDER and dataset.layout.note: notes.append(dataset.layout.note)
     also = [o.name for o, _ in find_layouts(root, p) if o.name != dataset.layout.name]
     if also: notes.append(f"also there, not read: {', '.join(dict.fromkeys(also))}")
     complete = pairs in p.expected and not dataset.without_labels
     state = "complete" if complete else f"a subset of the expected {expected}" if pairs <= max(p.expected) else f"expected {expected}"
-    lines = [f"{p.name}: {'ok' if not problems else f'{len(problems)} problem' + 's'*(len(problems) > 1)}", f"  {dataset.layout.name} in {dataset.root}",
-             f"  {pairs:,} pairs, {state}", f"  background: {p.decided}", *(f"  wrong: {o}" for o in problems), *(f"  note: {o}" for o in notes)]
-    if problems or not complete: lines.append(f"  get it from {p.source}")
-    return Report(not problems, complete and not problems, p.name, dataset.layout.name, counts, problems, lines)
+    return _report(dataset, found, counts, problems, complete, [f"  {pairs:,} pairs, {state}", f"  background: {p.decided}"], notes, p.source)

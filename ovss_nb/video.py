@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .cache import Cache, atomic_path
 from .extras import require
-from .images import ImageError, load_image
+from .images import ImageError, is_image_name, load_image
 from .segmentation import Segmentation, SegmentationError
 from .vocabulary import Vocabulary
 
@@ -53,8 +53,7 @@ def open_frames(
     "The frames of a video or a folder, one at a time. Raises `ImageError` for what is neither, `MissingExtra` for a video without the extra `video`."
     source = Path(source)
     if source.is_dir():
-        kinds = Image.registered_extensions()
-        paths = sorted((o for o in source.iterdir() if o.suffix.lower() in kinds and not o.name.startswith(".")), key=_numbered)
+        paths = sorted((o for o in source.iterdir() if is_image_name(o.name)), key=_numbered)
         if not paths: raise ImageError(f"{source} holds no pictures")
         if len({o.stem for o in paths}) < len(paths): raise ImageError(f"{source} holds pictures that differ in their suffix only: rename or remove one of each pair")
         yield len(paths), 25.0, ((o.stem, lambda o=o: load_image(o)) for o in paths)

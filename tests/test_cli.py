@@ -116,6 +116,25 @@ def test_data_check_and_prepare(tmp_path):
     assert vague.returncode == 2 and "VOC-20, VOC-21 or PAS-20b" in vague.stderr
 
 
+def test_data_check_and_prepare_of_ones_own_folder(tmp_path):
+    "No protocol is needed; masks of 0 and 255 are asked about by both, and the answer settles it."
+    root = tmp_path/"cats"
+    for part in ("images", "masks"): (root/part).mkdir(parents=True)
+    Image.fromarray(np.full((4, 6, 3), 90, np.uint8)).save(root/"images/a.JPG", "JPEG")
+    Image.fromarray(np.resize(np.array([0, 255], np.uint8), (4, 6))).save(root/"masks/a.png")
+    (root/"classes.txt").write_text("background\ncat\n")
+    asked = ovss_nb("data", "check", root)
+    assert asked.returncode == 1 and '{"values": {"0": 0, "255": 1}} reads 255 as' in asked.stdout and "50.00 % of the pixels" in asked.stdout
+    refused = ovss_nb("data", "prepare", root, tmp_path/"plain")
+    assert refused.returncode == 2 and "nobody said what it means" in refused.stderr and "Traceback" not in refused.stderr
+    (root/"dataset.json").write_text('{"values": {"0": 0, "255": 1}}')
+    assert ovss_nb("data", "check", root).returncode == 0
+    assert ovss_nb("data", "prepare", root, tmp_path/"plain").returncode == 0
+    assert set(np.unique(np.asarray(Image.open(tmp_path/"plain/masks/a.png")))) == {0, 1} and ovss_nb("data", "check", tmp_path/"plain").returncode == 0
+    nothing = ovss_nb("data", "check", tmp_path)
+    assert nothing.returncode == 1 and "images/, masks/ and classes.txt" in nothing.stdout
+
+
 def test_run_and_results(tmp_path):
     "The evaluate notebook from the command line; what is misspelt is refused before a kernel starts."
     root = tmp_path/"set"

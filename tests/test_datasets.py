@@ -1,5 +1,5 @@
 "Layouts on disk, and the plain folder: what is found, what is paired, what is refused."
-import json, pickle
+import json, pickle, unicodedata, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +171,99 @@ def test_folder_refuses(tmp_path):
         with pytest.raises(DatasetError, match=match): FolderDataset(root)
     (root/"classes.txt").write_text("cat\ndog\n"); (root/"masks/a.png").unlink()
     with pytest.raises(DatasetError, match="no files masks"): FolderDataset(root)
+
+def binary(root, values, names=("background", "cat"), facts=None, dtype=np.uint8):
+    "A folder whose masks hold these values, the first of them in every mask."
+    for k, value in enumerate(values[1:] or values): picture(root/f"images/{k}.jpg"); mask(root/f"masks/{k}.png", [values[0], value], dtype)
+    (root/"classes.txt").write_text("\n".join(names), encoding="utf-8")
+    if facts: (root/"dataset.json").write_text(json.dumps(facts))
+    return root
+
+@pytest.mark.parametrize("values, names, dtype, match", [
+    ((0, 255), ("background", "cat"), np.uint8, r"class 1, 'cat', is in no mask.*\{\"values\": \{\"0\": 0, \"255\": 1\}\} reads 255 as 'cat'; \{\"ignore\": 255\} leaves it out"),
+    ((255,), ("background", "cat"), np.uint8, "2 of 2 classes are in no mask"),
+    ((0, 255), ("crack",), np.uint8, "names 'crack' only"),
+    ((0, 255), ("background", "cat", "dog"), np.uint8, "2 of 3 classes are in no mask, the first is 'cat'"),
+    ((0, 65535), [f"c{k}" for k in range(300)], np.uint16, "the value 65535 is in 1 masks")])
+def test_black_and_white_masks_are_asked_back(tmp_path, values, names, dtype, match):
+    "0 and 255: nobody said whether 255 is the object or not to be scored, and read as the latter a system that finds nothing scores 1.0."
+    root = binary(tmp_path/"set", values, names, dtype=dtype)
+    for make in (FolderDataset.open, FolderDataset):
+        with pytest.raises(DatasetError, match=match): make(root)
+    void = max(values)
+    assert FolderDataset(root, ignore=void).ignore == void
+    (root/"dataset.json").write_text(json.dumps({"ignore": void}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FolderDataset.open(root).labels(0).max() == void   # said: nothing is left to ask
+
+def test_what_the_question_offers_is_read(tmp_path):
+    root = binary(tmp_path/"set", (0, 255), facts={"values": {"0": 0, "255": 1}})
+    assert FolderDataset.open(root).labels(0)[0].tolist() == [0, 1]*3
+    grey = binary(tmp_path/"grey", (0, 128, 255), ("background", "cat", "dog"))
+    with pytest.raises(DatasetError, match=r"value 128.*\"values\""): FolderDataset.open(grey).labels(0)
+    three = FolderDataset(grey, values={0: 0, 128: 1, 255: 2})
+    assert three.labels(0)[0].tolist() == [0, 1]*3 and three.labels(1)[0].tolist() == [0, 2]*3
+    assert json.loads(json.dumps(three.describe()))["stored"]["values"] == {"0": 0, "128": 1, "255": 2}
+    border = FolderDataset(grey, values={0: 0, 128: None, 255: 1}, classes=2, background=False)
+    assert border.names == ["cat", "dog"] and border.labels(0)[0].tolist() == [255]*6 and border.labels(1)[0].tolist() == [255, 0]*3
+
+@pytest.mark.parametrize("values, names", [((0, 1), ("background", "cat")), ((0, 1, 255), ("background", "cat")), ((1, 0), ("cat", "dog", "cow")), ((0,), ("background", "cat"))])
+def test_usual_masks_are_not_asked_about(tmp_path, values, names):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(FolderDataset.open(binary(tmp_path/"set", values, names))) == max(1, len(values) - 1)
+        FolderDataset(binary(tmp_path/"borders", (0, 1, 255)), background=False)
+
+def test_one_class_of_several_is_absent(tmp_path):
+    "With others there, it is a warning, once for a set."
+    root = binary(tmp_path/"set", (0, 1, 255), ("background", "cat", "dog"))
+    with pytest.warns(UserWarning, match="class 2, 'dog', is in no mask") as told: FolderDataset.open(root)
+    assert len(told) == 1
+
+@pytest.mark.parametrize("facts, match", [
+    ({"ignore": 1}, "also the mask value of class 1, 'cat'"), ({"ignore": "none"}, "`ignore` must be a whole number"), ({"ignore": True}, "`ignore` must be"),
+    ({"first_label": None}, "`first_label` must be"), ({"first_label": 0.5}, "`first_label` must be"), ({"classes": "two"}, "`classes` must be"),
+    ({"values": [0, 255]}, "`values` must be an object"), ({"values": {"0": 0, "255": 2}}, r"names class 2, but classes.txt has 0\.\.1"),
+    ({"values": {"white": 1}}, "`values` must be a whole number"), ({"values": {"0": 0}, "first_label": 1}, "without `first_label`"),
+    ({"values": {"0": 0, "255": 1}, "ignore": 255}, "also the mask value of class 1")])
+def test_facts_that_cannot_be(tmp_path, facts, match):
+    with pytest.raises(DatasetError, match=match): FolderDataset.open(binary(tmp_path/"set", (0, 1), facts=facts))
+
+@pytest.mark.parametrize("image, label", [("a.JPG", "a.png"), ("a.jpg", "a.PNG"), ("a.Jpeg", "a.tif"), ("a.png", "a.TIFF"), ("a.TIF", "a.bmp"), ("a.webp", "a.Tif"),
+                                          ("a.gif", "a.png"), ("a.b.jpg", "a.b.png"), (unicodedata.normalize("NFD", "é.jpg"), unicodedata.normalize("NFC", "é.png"))])
+def test_suffixes_in_any_case(tmp_path, image, label):
+    "Cameras write .JPG, tools write .tif masks; what a system leaves in folders is no image and no mask."
+    picture(tmp_path/"images"/image); mask(tmp_path/"masks"/label, [0, 1])
+    for junk in ("._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", "readme.txt"):
+        for part in ("images", "masks"): (tmp_path/part/junk).write_bytes(b"x")
+    (tmp_path/"classes.txt").write_text("cat\ndog\n")
+    dataset = FolderDataset.open(tmp_path)
+    assert len(dataset) == 1 and not dataset.without_labels and not dataset.without_image and dataset[0][2][0].tolist() == [0, 1]*3
+
+def test_benchmarks_in_any_case(tmp_path):
+    picture(tmp_path/"photos/a.JPG"); mask(tmp_path/"maps/a.PNG", [1, 2])
+    assert LayoutDataset(tmp_path, FLAT, RULES).stems == ["a"]
+
+@pytest.mark.parametrize("name, other", [("images/a.jpg", "images/a.png"), ("images/a.jpg", "images/a.JPG"), ("masks/a.png", "masks/a.tif")])
+def test_two_files_of_one_name_are_asked_back(tmp_path, name, other):
+    root = plain(tmp_path/"pets", stems=("a",))
+    (picture if name.startswith("images") else lambda p: mask(p, [0, 1]))(root/other)
+    with pytest.raises(DatasetError, match="have one name without the suffix") as e: FolderDataset.open(root)
+    assert Path(name).name in str(e.value) and Path(other).name in str(e.value)
+
+@pytest.mark.parametrize("name", ["a_mask.png", "a_seg.png", "a-labelIds.png", "a_gtFine_labelIds.png", "A.png", "mask_a.png", "a.jpg.png"])
+def test_a_mask_of_another_name_is_hinted_at(tmp_path, name):
+    picture(tmp_path/"images/a.jpg"); mask(tmp_path/"masks"/name, [0, 1])
+    (tmp_path/"classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DatasetError, match=r"looks like the mask of a\.jpg.*here a\.png") as e: FolderDataset.open(tmp_path)
+    assert name in str(e.value)
+
+@pytest.mark.parametrize("name, match", [("a.jpg", "other formats change or renumber"), ("a.webp", "other formats"), ("a.gif", "other formats")])
+def test_masks_in_formats_that_change_numbers(tmp_path, name, match):
+    picture(tmp_path/"images/a.png"); mask(tmp_path/"masks"/name, [0, 1])
+    (tmp_path/"classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DatasetError, match=match): FolderDataset.open(tmp_path).labels(0)
 
 def test_shared_sets():
     "Every labelled set of the project's own data opens, with the number of pairs and classes that its table gives."

@@ -250,6 +250,20 @@ def test_names_beyond_the_scored_classes_count_as_the_last():
     assert counts(found) == [[1, 1], [1, 2]] and found.names == ["cat", "background"]
 
 
+def test_a_score_over_one_class_is_warned_about(tmp_path):
+    "A system that finds nothing is right wherever nothing is: 1.0, but of one class in two, and the score says so."
+    class Blind(Stripes):
+        def segment(self, image, words): return Segmentation(np.zeros(image.shape[:2], int), words.names)
+    for part in ("images", "masks"): (tmp_path/part).mkdir()
+    Image.fromarray(np.full((4, 6, 3), 90, np.uint8)).save(tmp_path/"images/a.png")
+    Image.fromarray(np.resize(np.array([0, 255], np.uint8), (4, 6))).save(tmp_path/"masks/a.png")
+    (tmp_path/"classes.txt").write_text("background\ncat\n")
+    with pytest.raises(ValueError, match="nobody said"): evaluate(Blind(), FolderDataset.open(tmp_path), progress=False)
+    with pytest.warns(UserWarning, match="of 2 classes only 'background' occurs"): found = evaluate(Blind(), FolderDataset(tmp_path, ignore=255), progress=False)
+    assert found.metrics()["classes_present"] == 1 and "1 of 2 classes occur" in repr(found.confusion)
+    assert evaluate(Blind(), FolderDataset(tmp_path, values={0: 0, 255: 1}), progress=False).confusion.miou() == 0.25
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(vocabulary=["a", "b"]), "2 names, the data set 3"),
     (dict(save_predictions=True), "run_dir"),

@@ -345,3 +345,42 @@ def test_shared_ade_is_ade():
     for i, path in enumerate(dataset.label_paths): assert (dataset.labels(i) == label_map("ADE-150").apply(np.asarray(Image.open(path)))).all()
     with_unlabelled = open_dataset(SHARED/"ade150-mini", "ADE-150+unl")
     assert all((with_unlabelled.labels(i) == np.asarray(Image.open(path))).all() for i, path in enumerate(dataset.label_paths))
+
+def own(root, masks=("0.png", "1.png"), values=(0, 255), names=("background", "cat"), facts=None):
+    for k in range(2): save(root/f"images/{k}.JPG", Image.fromarray(np.full((4, 6 + k, 3), 90, np.uint8)))
+    for k, name in enumerate(masks): save(root/"masks"/name, Image.fromarray(np.resize(np.array(values, np.uint8), (4, 6 + k))))
+    (root/"classes.txt").write_text("\n".join(names))
+    if facts: (root/"dataset.json").write_text(json.dumps(facts))
+    return root
+
+def test_check_of_ones_own_folder(tmp_path):
+    "Without a protocol: counts, sizes, what each value is and how much of it there is, and the question about 255."
+    root = own(tmp_path/"cats")
+    report = check(root, progress=False)
+    assert not report.ok and report.counts["pairs"] == 2 and report.values == {0: 0.5, 255: 0.5} and "reads 255 as 'cat'" in report.problems[0]
+    assert "4 x 6 to 4 x 7, 2 sizes; 1 of 2 classes occur, 50.0 % of the pixels are not scored" in str(report) and "class 0, background" in str(report)
+    (root/"dataset.json").write_text('{"values": {"0": 0, "255": 1}}')
+    report = check(root, progress=False)
+    assert report.ok and "2 of 2 classes occur, 0.0 %" in str(report) and "class 1, cat" in str(report) and report.protocol == "cats"
+
+def test_check_of_ones_own_folder_lists_what_is_wrong(tmp_path):
+    root = own(tmp_path/"cats", ("0.png", "1_mask.png"), (0, 1, 7))
+    report = check(root, progress=False)
+    assert [report.counts[o] for o in ("pairs", "without_image", "without_labels", "stray_values")] == [1, 1, 1, 1] and not report.ok
+    assert "label value 7" in str(report) and "1_mask.png looks like the mask of 1.JPG" in str(report) and '"values"' in str(report) and "no class" in str(report)
+    (root/"masks/0.png").write_bytes(b"")
+    assert "cannot be read" in str(check(root, progress=False))
+    (root/"classes.txt").write_bytes(b"\xff\xfe\x00")
+    assert "not usable" in str(check(root, progress=False))
+
+def test_check_without_a_protocol_elsewhere(tmp_path):
+    (tmp_path/"labels").mkdir(); (tmp_path/"images").mkdir()
+    report = check(tmp_path, progress=False)
+    assert not report.ok and "images/, masks/ and classes.txt; this one has images/, labels/" in str(report) and "--as ADE-150" in str(report)
+    assert "does not exist" in str(check(tmp_path/"nowhere", progress=False))
+
+def test_a_protocol_says_what_255_means(tmp_path):
+    "The first class and 255 only, as in a subset of VOC: no question."
+    root = folder(tmp_path/"voc", protocol("VOC-21").vocabulary.names, [0, 255])
+    assert open_dataset(root, "VOC-21").labels(0).max() == 255 and check(root, "VOC-21", progress=False).ok
+    with pytest.raises(DatasetError, match="nobody said"): open_dataset(root)

