@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
-from .cache import atomic_path
+from .cache import Journal, atomic_path, difference
 from .metrics import Confusion, boundary_counts, boundary_iou, mean_iou
 from .segmentation import Segmentation
 from .vocabulary import Vocabulary
@@ -98,52 +98,16 @@ class _Judge:
         return image if isinstance(image, dict) else self.count.record(i, *self.predict(image))
 
 # %% ../nbs/41_evaluate.ipynb #50615f7c
-def _difference(a, b, path="") -> str:
-    "Where two nested facts first differ, e.g. `system.config.size: 448 is now 224`."
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(o for o in b if o not in a)]:
-            found = _difference(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-            if found: return found
-        return ""
-    return "" if a == b else f"{path}: {str(a)[:80]} is now {str(b)[:80]}"
-
-class _Journal:
-    "Records of one run in `path`; with `path=None` nothing is stored."
-    def __init__(self, path:Path|None):
-        self.path, self.header, self.file, self.records = path, None, None, []
-        if path is None or not path.exists(): return
-        whole = 0
-        with open(path, "rb") as file:
-            for line in file:
-                try: entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError: entry = None
-                if entry is None: break
-                whole += len(line)
-                if self.header is None: self.header = entry
-                else: self.records.append(entry)
-        os.truncate(path, whole)
-
-    def start(self, header:dict):
-        "Compare `header` with the one that is there, or write it."
-        header = json.loads(json.dumps(header))
-        if self.header is not None and self.header != header:
-            raise EvaluationError(f"{self.path.parent} holds another evaluation ({_difference(self.header, header)}): choose another run_dir, or remove that one")
-        if self.path is None or self.file: return
-        self.file = open(self.path, "ab")
-        if self.header is None: self.append(header)
-        self.header = header
-
-    def append(self, entry:dict):
-        if self.file:
-            self.file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-            self.file.flush()   # what the system has is safe from a kill of this process
-
-    def close(self):
-        if self.file: self.file.close()
+def _start(journal:Journal, header:dict):
+    "Compare `header` with the one that is there, or write it."
+    header = json.loads(json.dumps(header))
+    if journal.header is not None and journal.header != header:
+        raise EvaluationError(f"{journal.path.parent} holds another evaluation ({difference(journal.header, header)}): choose another run_dir, or remove that one")
+    journal.begin(header)
 
 def read_records(run_dir:str|Path) -> list[dict]:
     "The records of an evaluation, one per image, in the order of the set."
-    return sorted(_Journal(Path(run_dir)/"images.jsonl").records, key=lambda record: record["i"])
+    return sorted(Journal(Path(run_dir)/"images.jsonl").records, key=lambda record: record["i"])
 
 # %% ../nbs/41_evaluate.ipynb #7416997d
 @dataclass
@@ -285,14 +249,14 @@ def evaluate(
     home = run_dir or Path(scratch.name)
     journal = bar = None
     try:
-        journal = _Journal(run_dir/"images.jsonl" if run_dir else None)
+        journal = Journal(run_dir/"images.jsonl" if run_dir else None)
         pending = home/"pending"; pending.mkdir(exist_ok=True)
         count = _Count(dataset, vocabulary, boundary, pending, home/"predictions" if save_predictions else None)
         names = list(vocabulary.names) if classes == len(vocabulary) else [*vocabulary.names[:classes - 1], "background"]
         found = Evaluation(facts, names, Confusion(classes, count.ignore), np.zeros((classes, 3), np.int64) if boundary else None, np.zeros(classes, int))
         def start(description):
             _check_threshold(facts["data"], description)
-            journal.start(facts | dict(system=description, words=[list(o) for o in vocabulary.words], images=len(picked), stems=stems, boundary=boundary))
+            _start(journal, facts | dict(system=description, words=[list(o) for o in vocabulary.words], images=len(picked), stems=stems, boundary=boundary))
         judge = None
         if not workers:
             judge = _Judge(system, count)
@@ -351,7 +315,7 @@ class StoredPredictions:
 
     def describe(self) -> dict:
         "What made the predictions, as far as the run beside them says."
-        made_by = _Journal(self.folder.parent/"images.jsonl").header
+        made_by = Journal(self.folder.parent/"images.jsonl").header
         return dict(system="StoredPredictions", made_by=(made_by or {}).get("system"))
 
     def read(self, stem:str, vocabulary:Vocabulary) -> np.ndarray:
@@ -360,5 +324,5 @@ class StoredPredictions:
         if not path.exists(): raise EvaluationError(f"no prediction for {stem}")
         try: stored = Segmentation.from_png(path)
         except ValueError as e: raise EvaluationError(str(e)) from e
-        if stored.names != tuple(vocabulary.names): raise EvaluationError(f"{path} was predicted under other names: {_difference(dict(enumerate(stored.names)), dict(enumerate(vocabulary.names)))}")
+        if stored.names != tuple(vocabulary.names): raise EvaluationError(f"{path} was predicted under other names: {difference(dict(enumerate(stored.names)), dict(enumerate(vocabulary.names)))}")
         return stored.labels

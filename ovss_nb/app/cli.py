@@ -8,9 +8,10 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
 import argparse, html, json, sys, time
 from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
 from .experiments import add_commands, command
-from ..cache import atomic_path
+from ..cache import atomic_path, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
 from ..language_model import LanguageModel
@@ -115,6 +116,7 @@ def _add_large(verbs):
     video.add_argument("file", type=Path, metavar="FILE")
     video.add_argument("--every", type=int, default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
     video.add_argument("--mp4", type=Path, metavar="FILE", help="write the overlays as a video too")
+    video.add_argument("--fps", metavar="RATE", help="frames per second of that video, e.g. 12.5 or 30000/1001 (default: the source's, divided by N; 25/N for a folder of frames)")
     onnx = verbs.add_parser("onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)")
     onnx.add_argument("system", metavar="SYSTEM", help="maskclip, catseg, lmseg, san, ebseg or mrovseg")
     onnx.add_argument("--vocabulary", action="append", default=[], metavar="NAME", help="store the bank of this vocabulary too (repeatable), e.g. VOC-21, or cat,sofa")
@@ -132,22 +134,38 @@ def _add_large(verbs):
 def _large(a) -> int:
     knobs = dict(map(_knob, a.set))
     if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
+    if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
         areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, a.limits)
         for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
         print(a.out)
     elif a.verb == "video":
-        from ovss_nb.video import overlay_video, segment_video
-        count = sum(1 for _ in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every))
-        print(f"{count} frames: {a.out}")
-        if a.mp4: overlay_video(a.out, a.mp4); print(a.mp4)
+        return _video(a, knobs)
     else:
         from ovss_nb.onnx_export import agreement, export_system
         vocabularies, system = [parse_classes(o) for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
         print(export_system(system, a.out, vocabularies, a.with_encoder))
         for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes")
     return 0
+
+def _video(a, knobs:dict) -> int:
+    from ovss_nb.video import check_rate, check_video_path, overlay_video, segment_video
+    if a.fps and not a.mp4: raise ValueError("--fps is the rate of the video that --mp4 writes: name one, e.g. --mp4 overlay.mp4")
+    rate = check_rate(a.fps) if a.fps else None
+    if a.mp4: check_video_path(a.mp4, a.file, a.classes)
+    count, failed = 0, []
+    for name, result in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every):
+        count += 1
+        if isinstance(result, Exception): failed.append((name, result))
+    print(f"{count - len(failed)} frames: {a.out}" + (f", {len(failed)} damaged" if failed else ""))
+    try:
+        if a.mp4:
+            if rate is None and a.file.is_dir(): rate = Fraction(25, a.every); print(f"a folder of frames has no rate: {float(rate):g} frames per second, unless --fps says another")
+            print(f"{a.mp4}: {float(overlay_video(a.out, a.mp4, rate)):g} frames per second")
+    finally:   # what is wrong with frames is said whatever becomes of the video
+        for name, error in failed: print(f"failed: {name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # %% ../../nbs/app/50_cli.ipynb #5d728697
