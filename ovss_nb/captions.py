@@ -6,13 +6,14 @@
 __all__ = ['CaptionSet', 'held_back', 'caption_nouns', 'noun_counts', 'noun_targets']
 
 # %% ../nbs/40_captions.ipynb #adf4ec00
-import json, re, tarfile
+import hashlib, json, re, tarfile
 from collections import Counter
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 import numpy as np
+from .cache import file_digest
 from .datasets import DatasetError
 from .images import is_image_name, load_image
 
@@ -77,6 +78,12 @@ class CaptionSet:
     def captions(self, i:int) -> list[str]:
         "The sentences about picture i."
         return list(self._sentences[i])
+
+    def image_digest(self, i:int) -> str:
+        "SHA-256 of the bytes of picture i, wherever it lies. Raises `OSError`."
+        path, offset, size = self._places[i]
+        if size is None: return file_digest(path)
+        with open(path, "rb") as file: file.seek(offset); return hashlib.sha256(file.read(size)).hexdigest()
 
     def image(self, i:int) -> np.ndarray: # H x W x 3, uint8, RGB
         "Picture i, read from its place. Raises `ImageError` if it is damaged, `DatasetError` if its file is gone."

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np
+from .cache import file_digest
 from .images import IMAGE_SUFFIXES, is_system_file, load_image
 from .label_files import LabelFileError, read_index_mask
 from .vocabulary import LabelMap, Vocabulary, VocabularyError, read_vocabulary
@@ -157,6 +158,18 @@ class LayoutDataset:
     def image(self, i:int) -> np.ndarray: # H x W x 3, uint8, RGB
         "Photograph i. Raises `ImageError`."
         return load_image(self.image_paths[i])
+
+    def image_digest(self, i:int) -> str:
+        "SHA-256 of the bytes of image i, as they are now. Raises `OSError`."
+        return file_digest(self.image_paths[i])
+
+    def label_digest(self, i:int) -> str:
+        "SHA-256 of the label file of item i; of one file for all, read again only after it was written. Raises `OSError`."
+        if "{stem}" in self.layout.labels: return file_digest(self.label_paths[i])
+        state = self.label_paths[i].stat()
+        stamp = state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        if getattr(self, "_common", (None, ""))[0] != stamp: self._common = stamp, file_digest(self.label_paths[i])
+        return self._common[1]
 
     def stored(self, i:int) -> np.ndarray: # H x W integers
         "The labels of item i as its file holds them. Raises `DatasetError` for a file that cannot be read."

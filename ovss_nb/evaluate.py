@@ -9,6 +9,7 @@ __all__ = ['EvaluationError', 'read_records', 'Evaluation', 'evaluate', 'StoredP
 import hashlib, json, os, shutil, tempfile, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
-from .cache import Journal, atomic_path, difference
+from .cache import Cache, Journal, atomic_path, difference, file_digest, refuse_overwrite
 from .metrics import Confusion, boundary_counts, boundary_iou, mean_iou
 from .segmentation import Segmentation
 from .vocabulary import Vocabulary
@@ -30,15 +31,25 @@ class EvaluationError(ValueError):
 
 def _folded(labels:np.ndarray, classes:int) -> np.ndarray: return np.minimum(labels, classes - 1)
 
+def _digest(dataset, i:int, part:str) -> str:
+    "Of the image or the labels of item i: of the file's bytes, or, where a data set says nothing about files, of the array. Empty for what cannot be read."
+    try: return getattr(dataset, f"{part}_digest")(i) if hasattr(dataset, f"{part}_digest") else Cache.key(np.asarray(dataset.image(i) if part == "image" else dataset.labels(i)))
+    except (OSError, ValueError): return ""
+
 class _Count:
     "The half that needs no model: truth and label map in, a record for the journal out."
-    def __init__(self, dataset, vocabulary:Vocabulary, boundary:bool, pending:Path|None, predictions:Path|None):
-        self.dataset, self.vocabulary, self.boundary, self.pending, self.predictions = dataset, vocabulary, boundary, pending, predictions
+    def __init__(self, dataset, vocabulary:Vocabulary, boundary:bool, pending:Path|None, predictions:Path|None, digests:bool=False):
+        self.dataset, self.vocabulary, self.boundary, self.pending, self.predictions, self.digests = dataset, vocabulary, boundary, pending, predictions, digests
         self.classes = getattr(dataset, "classes", len(dataset.names))
         self.ignore = getattr(dataset, "ignore", None)
         self.background = vocabulary.background_index if self.classes == len(vocabulary) else self.classes - 1
 
-    def bad(self, i:int, reason) -> dict: return dict(i=i, stem=self.dataset.stems[i], bad=str(reason))
+    def named(self, i:int, **more) -> dict:
+        "A record: the item, and where it is kept for another run, what it was made from."
+        inputs = {part: _digest(self.dataset, i, part) for part in ("image", "labels")} if self.digests else {}
+        return dict(i=i, stem=self.dataset.stems[i], **more) | (dict(inputs=inputs) if inputs else {})
+
+    def bad(self, i:int, reason) -> dict: return self.named(i, bad=str(reason))
 
     def image(self, i:int) -> np.ndarray|dict:
         "The image, or the record of a file that is none."
@@ -57,7 +68,7 @@ class _Count:
             Segmentation(labels, self.vocabulary.names).save_png(path)
         labels = _folded(labels, self.classes)
         pairs = Confusion(self.classes, self.ignore).add(truth, labels).pairs()
-        record = dict(i=i, stem=self.dataset.stems[i], pairs=pairs)
+        record = self.named(i, pairs=pairs)
         if self.boundary:
             rows = boundary_counts(truth, labels, self.classes, self.ignore)
             record["boundary"] = [[int(k), *rows[k].tolist()] for k in rows.any(1).nonzero()[0]]
@@ -67,8 +78,15 @@ class _Count:
 
     def keep(self, i:int, labels:np.ndarray, best:int):
         "Put a label map where a counting process, or the next attempt after a kill, finds it."
+        image = _digest(self.dataset, i, "image") if self.digests else ""
         with atomic_path(self.pending/f"{i}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, labels=labels.astype(np.uint8 if len(self.vocabulary) <= 256 else np.uint16), best=best)
+            np.savez(file, labels=labels.astype(np.uint8 if len(self.vocabulary) <= 256 else np.uint16), best=best, image=image)
+
+    def is_kept(self, i:int) -> bool:
+        "Whether the label map of this image, as it is now, is there."
+        path = self.pending/f"{i}.npz"
+        if not path.exists(): return False
+        with np.load(path) as file: return str(file["image"]) == (_digest(self.dataset, i, "image") if self.digests else "")
 
     def kept(self, i:int) -> dict:
         with np.load(self.pending/f"{i}.npz") as file: return self.record(i, file["labels"], int(file["best"]))
@@ -90,10 +108,16 @@ class _Judge:
         if words.background_index is not None: scores[words.background_index] = -float("inf")
         return labels, int(scores.argmax())
 
+    def prediction(self, i:int) -> str|None: # None for a system that looks at the image
+        return self.system.digest(self.count.dataset.stems[i]) if hasattr(self.system, "digest") else None
+
     def __call__(self, i:int) -> dict:
         if hasattr(self.system, "read"):   # predictions on disk need no image
-            try: return self.count.record(i, self.system.read(self.count.dataset.stems[i], self.count.vocabulary), -1)
-            except EvaluationError as e: return self.count.bad(i, e)
+            digest = self.prediction(i)
+            try: record = self.count.record(i, self.system.read(self.count.dataset.stems[i], self.count.vocabulary), -1)
+            except EvaluationError as e: record = self.count.bad(i, e)
+            if "inputs" in record: record["inputs"]["prediction"] = digest
+            return record
         image = self.count.image(i)
         return image if isinstance(image, dict) else self.count.record(i, *self.predict(image))
 
@@ -105,9 +129,23 @@ def _start(journal:Journal, header:dict):
         raise EvaluationError(f"{journal.path.parent} holds another evaluation ({difference(journal.header, header)}): choose another run_dir, or remove that one")
     journal.begin(header)
 
+def _latest(journal:Journal) -> dict[int, dict]: return {record["i"]: record for record in journal.records}
+
+def _still_true(journal:Journal, count:_Count, judge:"_Judge|None") -> dict[int, dict]:
+    "The latest record of each item whose image, labels and stored prediction are what they were. Hashing waits for the disk, so several files are read at once."
+    latest = _latest(journal)
+    def holds(record):
+        i, inputs = record["i"], record.get("inputs", {})
+        if count.predictions and "bad" not in record and not (count.predictions/f"{record['stem']}.png").is_file(): return False
+        if "prediction" in inputs and (judge is None or judge.prediction(i) != inputs["prediction"]): return False   # a worker will look, which costs no model
+        return all(inputs.get(part) == _digest(count.dataset, i, part) for part in ("image", "labels"))
+    with ThreadPoolExecutor(8) as pool: kept = list(pool.map(holds, latest.values()))
+    return {i: record for (i, record), true in zip(latest.items(), kept) if true}
+
 def read_records(run_dir:str|Path) -> list[dict]:
     "The records of an evaluation, one per image, in the order of the set."
-    return sorted(Journal(Path(run_dir)/"images.jsonl").records, key=lambda record: record["i"])
+    latest = _latest(Journal(Path(run_dir)/"images.jsonl"))   # an item that changed has more than one
+    return [latest[i] for i in sorted(latest)]
 
 # %% ../nbs/41_evaluate.ipynb #7416997d
 @dataclass
@@ -221,7 +259,7 @@ def evaluate(
     max_bad:float=0.01, # share of unreadable items above which the run fails
     progress:bool=True,
 ) -> Evaluation:
-    """Segment every image of a labelled set and count.
+    """Segment every image of a labelled set and count. A run that goes on, or was finished, judges again what has changed: images, labels, stored predictions.
 
     Raises `EvaluationError` for a vocabulary that does not fit, a `run_dir` that holds another run or is in use, or too many bad files.
     """
@@ -241,6 +279,9 @@ def evaluate(
     facts = dict(data=dataset.describe() if hasattr(dataset, "describe") else {}, vocabulary=dict(title=vocabulary.title, names=list(vocabulary.names)))
     lock = scratch = None
     if run_dir is not None:
+        files = [*getattr(dataset, "image_paths", ())[:1], *getattr(dataset, "label_paths", ())[:1]]
+        refuse_overwrite(run_dir, getattr(dataset, "root", None), *(o.parent for o in files))
+        if save_predictions: refuse_overwrite(Path(run_dir)/"predictions", getattr(system, "folder", None), *(o.parent for o in files))
         run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir/"images.lock")   # `.lock` may be held by who runs this notebook
         try: lock.acquire(timeout=0)
@@ -251,24 +292,28 @@ def evaluate(
     try:
         journal = Journal(run_dir/"images.jsonl" if run_dir else None)
         pending = home/"pending"; pending.mkdir(exist_ok=True)
-        count = _Count(dataset, vocabulary, boundary, pending, home/"predictions" if save_predictions else None)
+        count = _Count(dataset, vocabulary, boundary, pending, home/"predictions" if save_predictions else None, digests=run_dir is not None)
         names = list(vocabulary.names) if classes == len(vocabulary) else [*vocabulary.names[:classes - 1], "background"]
         found = Evaluation(facts, names, Confusion(classes, count.ignore), np.zeros((classes, 3), np.int64) if boundary else None, np.zeros(classes, int))
         def start(description):
             _check_threshold(facts["data"], description)
-            _start(journal, facts | dict(system=description, words=[list(o) for o in vocabulary.words], images=len(picked), stems=stems, boundary=boundary))
+            asked = dict(words=[list(o) for o in vocabulary.words], background=list(vocabulary.background), scored=[classes, count.ignore])
+            _start(journal, facts | dict(system=description, images=len(picked), stems=stems, boundary=boundary) | asked)
         judge = None
         if not workers:
             judge = _Judge(system, count)
             facts["system"] = judge.describe(); start(facts["system"])
-        done = set()
-        for record in journal.records: found.add(record); done.add(record["i"])
+        before, done = _latest(journal), _still_true(journal, count, judge)
+        for record in done.values(): found.add(record)
+        if changed := [i for i, record in before.items() if i not in done and (judge or "prediction" not in record.get("inputs", {}))]:
+            warnings.warn(f"{len(changed)} items in {run_dir} are judged again: their image, labels or prediction has changed", stacklevel=2)
+            (run_dir/"metrics.json").unlink(missing_ok=True)   # it is true no more
         bar = tqdm(total=len(picked), initial=len(done), desc=facts["system"].get("system") if judge else "workers", disable=not progress, unit="image")
         remaining, shown = [i for i in picked if i not in done], 0.0
 
         def results() -> Iterator[dict]:
             if not workers:
-                kept = [i for i in remaining if (pending/f"{i}.npz").exists()]   # labelled before a kill, not yet counted
+                kept = [i for i in remaining if count.is_kept(i)]   # labelled before a kill, not yet counted
                 yield from map(count.kept, kept)
                 unseen = sorted(set(remaining) - set(kept))
                 if readers and unseen: yield from _overlapped(judge, unseen, min(readers, len(unseen)))
@@ -285,7 +330,8 @@ def evaluate(
             yield from fatal
 
         for record in results():
-            journal.append(record); found.add(record)
+            if before.get(record["i"]) != json.loads(json.dumps(record)): journal.append(record)
+            found.add(record)
             (pending/f"{record['i']}.npz").unlink(missing_ok=True)
             bar.update()
             if progress and time.monotonic() - shown > 0.5: bar.set_postfix(mIoU=f"{100*found.confusion.miou():.1f}", bad=len(found.bad)); shown = time.monotonic()
@@ -317,6 +363,11 @@ class StoredPredictions:
         "What made the predictions, as far as the run beside them says."
         made_by = Journal(self.folder.parent/"images.jsonl").header
         return dict(system="StoredPredictions", made_by=(made_by or {}).get("system"))
+
+    def digest(self, stem:str) -> str:
+        "SHA-256 of a prediction's file; empty if there is none."
+        try: return file_digest(self.folder/f"{stem}.png")
+        except OSError: return ""
 
     def read(self, stem:str, vocabulary:Vocabulary) -> np.ndarray:
         "H x W labels of one image. Raises EvaluationError if there are none, or under other names."

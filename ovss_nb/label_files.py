@@ -239,7 +239,7 @@ def _coco_classes() -> dict[int, int]:
     return {value + 1: k for value, k in label_map("COCO-Object-81").mapping.items() if k}
 
 @lru_cache(maxsize=2)
-def _coco_file(path:str, size:int, modified:int) -> dict[int, dict]:
+def _coco_file(path:str, size:int, modified:int, changed:int) -> dict[int, dict]:
     classes, vocabulary = _coco_classes(), load_vocabulary("COCO-Object-81")
     try: content = json.loads(_read_bytes(path, (".json",)))
     except LabelFileError: raise
@@ -271,7 +271,7 @@ def read_coco_instances(
     "The objects of every picture. The last two files stay in memory. Raises `LabelFileError` if the file is damaged or not COCO's."
     try: facts = os.stat(path)
     except (OSError, ValueError) as e: raise LabelFileError(f"{path} cannot be read ({e}): check the path, or complete the download") from None
-    return _coco_file(os.fspath(path), facts.st_size, facts.st_mtime_ns)
+    return _coco_file(os.fspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 # %% ../nbs/40_label_files.ipynb #950e8117
 def _run_lengths(code:str) -> list[int]:

@@ -6,12 +6,12 @@
 __all__ = ['PrepareError', 'prepare']
 
 # %% ../nbs/40_prepare.ipynb #fbdca435
-import filecmp, json, os, re, shutil
+import filecmp, json, os, re, shutil, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from .cache import atomic_path
+from .cache import OverwriteError, atomic_path, refuse_overwrite
 from .images import ImageError, is_system_file, load_image
 from .label_files import LabelFileError, read_index_mask
 
@@ -70,11 +70,6 @@ def _write_image(dataset, i:int, image:np.ndarray, path:Path):
 # %% ../nbs/40_prepare.ipynb #167774e3
 def _depth(dataset) -> type: return np.uint8 if dataset.ignore == 255 and dataset.classes <= 255 else np.uint16
 
-def _mask_is_there(dataset, path:Path) -> bool:
-    "True if `path` holds a whole mask of the right depth."
-    try: return read_index_mask(path).dtype == _depth(dataset)
-    except LabelFileError: return False
-
 def _checked_labels(dataset, labels:np.ndarray) -> np.ndarray:
     "The labels in the depth of the masks. Raises `PrepareError` for a value that stands for no class."
     stray = np.unique(labels[(labels < 0) | (labels >= dataset.classes) & (labels != dataset.ignore)])
@@ -82,6 +77,13 @@ def _checked_labels(dataset, labels:np.ndarray) -> np.ndarray:
         raise PrepareError(f"labels of shape {labels.shape} and type {labels.dtype} hold {stray[:5].tolist()}; "
                            f"they must be integers in 0..{dataset.classes - 1} or {dataset.ignore}")
     return labels.astype(_depth(dataset))
+
+def _mask_is_there(dataset, i:int, path:Path) -> bool:
+    "True if `path` holds the labels of item i as the data set gives them now, whole and in the right depth."
+    if not path.is_file(): return False
+    try: found, labels = read_index_mask(path), _checked_labels(dataset, dataset.labels(i))
+    except ValueError: return False   # a damaged source is named when it is to be written
+    return found.dtype == labels.dtype and np.array_equal(found, labels)
 
 def _write_mask(labels:np.ndarray, path:Path):
     "Write class indices as a grey PNG."
@@ -94,10 +96,10 @@ _MAY_DIFFER = {"prepared", "images", "without_image", "without_labels", "without
 
 def _claim(dataset, target:Path, facts:dict, names:list[tuple[str, str]]):
     "Make `target` the folder of this data set, or raise `PrepareError`."
-    own = {os.path.dirname(os.path.realpath(o)) for o in getattr(dataset, "image_paths", ())}
-    if hasattr(dataset, "root"): own.add(os.path.realpath(dataset.root))
-    if own & {os.path.realpath(target), os.path.realpath(target/"images")}:
-        raise PrepareError(f"{target} is the folder that the data set is read from: choose another target")
+    own = {os.path.dirname(os.path.realpath(o)) for kind in ("image_paths", "label_paths") for o in getattr(dataset, kind, ())}
+    try:
+        for place in (target, target/"images", target/"masks"): refuse_overwrite(place, getattr(dataset, "root", None), *own)
+    except OverwriteError: raise PrepareError(f"{target} is the folder that the data set is read from: choose another target") from None
     if target.exists() and not target.is_dir(): raise PrepareError(f"{target} is a file: choose a folder")
     marks = [target/"unfinished.json", target/"dataset.json"]
     mark = next((o for o in marks if o.is_file()), None)
@@ -134,23 +136,24 @@ def prepare(
 ) -> dict: # written, kept: numbers of items; skipped: {stem: what is wrong with it}
     """Convert a data set to a plain folder: images/, masks/*.png with class indices, classes.txt, dataset.json.
 
-    Can be killed at any moment and called again: whole files are kept, damaged ones made again. Raises `PrepareError` if the target
+    Can be killed at any moment and called again: whole files that say what the source says now are kept, others made again. Raises `PrepareError` if the target
     holds anything else, or is the source; an `OSError`, such as a full disk, ends the call, and the next one goes on from there.
     """
     target, facts, lines, names = Path(target), _facts(dataset), _class_lines(dataset), _file_names(dataset)
     _claim(dataset, target, facts, names)
-    written, kept, skipped = 0, 0, {}
+    written, kept, changed, skipped = 0, 0, 0, {}
     for i, (image_name, mask_name) in enumerate(tqdm(names, desc=target.name, unit="image", disable=not progress)):
         image_path, mask_path = target/"images"/image_name, target/"masks"/mask_name
-        if _mask_is_there(dataset, mask_path) and _image_is_there(dataset, i, image_path):
+        if _mask_is_there(dataset, i, mask_path) and _image_is_there(dataset, i, image_path):
             kept += 1
             continue
+        changed += mask_path.is_file() and image_path.is_file()
         try:
             stem, image, labels = dataset[i]
             labels = _checked_labels(dataset, labels)
         except ValueError as e:
             skipped[dataset.stems[i]] = str(e)
-            mask_path.unlink(missing_ok=True); image_path.unlink(missing_ok=True)   # what lay there was damaged too
+            mask_path.unlink(missing_ok=True); image_path.unlink(missing_ok=True)   # what lay there was damaged, or is of an older state
             continue
         _write_image(dataset, i, image, image_path)
         _write_mask(labels, mask_path)   # the mask last: a mask without its image would be an error
@@ -160,4 +163,5 @@ def prepare(
     _write_json(facts | dict(prepared=dict(images=written + kept, skipped=skipped)), target/"dataset.json")
     with atomic_path(target/"classes.txt") as temporary: temporary.write_text(lines, encoding="utf-8")
     (target/"unfinished.json").unlink(missing_ok=True)
+    if changed: warnings.warn(f"{changed} items of {target} were not what the data set says now, or damaged, and were written again", stacklevel=2)
     return dict(written=written, kept=kept, skipped=skipped)

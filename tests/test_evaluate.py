@@ -1,5 +1,5 @@
 "Evaluation: kills, damaged files, many workers, stored predictions. The systems here are small; the processes and signals are real."
-import io, json, os, random, shutil, signal, subprocess, sys, time
+import io, json, os, random, shutil, signal, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -333,3 +333,122 @@ def test_background_threshold_is_printed_and_must_be_the_protocols(monkeypatch, 
     monkeypatch.setattr(dataset, "describe", lambda: facts | dict(background=dict(threshold=0.2)))
     assert evaluate(Thresholded(Stripes()), dataset, progress=False).metrics()["background_threshold"] == 0.2
     with pytest.raises(EvaluationError, match="threshold of 0.2, the system by None"): evaluate(Stripes(), dataset, progress=False)
+
+
+# ---- what has changed is judged again
+
+def changed(path, **kw):
+    "Other pixels under the same name, size and time: what `cp -p` of an edited file may leave."
+    times, image = path.stat(), np.array(Image.open(path))
+    for level in range(10):
+        Image.fromarray(255 - image if image.ndim == 3 else np.where(image == 255, 255, 2 - image).astype(np.uint8)).save(path, compress_level=level)
+        if path.stat().st_size >= times.st_size: break
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["alone", "readers", "workers"])
+@pytest.mark.parametrize("what", ["masks", "images"])
+def test_a_changed_file_is_judged_again(tmp_path, dataset, what, how):
+    "Only that one, and the score is that of an undisturbed run of the files as they are now."
+    options = dict(run_dir=tmp_path/"run", boundary=True, progress=False)
+    before, log = evaluate(Stripes(), dataset, **options), tmp_path/"log"
+    log.touch()
+    changed(dataset.root/f"{what}/004.png")
+    system = partial(Stripes, str(log)) if how == "workers" else Stripes(str(log))
+    with pytest.warns(UserWarning, match="1 items .* judged again"): again = evaluate(system, dataset, **options, readers=int(how == "readers"), workers=2*(how == "workers"))
+    fresh = evaluate(Stripes(), dataset, **options | dict(run_dir=tmp_path/"fresh"))
+    assert counts(again) == counts(fresh) != counts(before) and len(log.read_text().split()) == 1
+    assert (tmp_path/"run/metrics.json").read_bytes() == (tmp_path/"fresh/metrics.json").read_bytes()
+    assert read_records(tmp_path/"run") == read_records(tmp_path/"fresh")
+    evaluate(Stripes(str(log)), dataset, **options)
+    assert len(log.read_text().split()) == 1
+
+
+def test_a_set_may_be_moved(tmp_path, dataset):
+    "Content counts, not the place."
+    whole, log = evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False), tmp_path/"log"
+    log.touch()
+    shutil.copytree(dataset.root, tmp_path/"copy/set")
+    found = evaluate(Stripes(str(log)), FolderDataset.open(tmp_path/"copy/set"), run_dir=tmp_path/"run", progress=False)
+    assert counts(found) == counts(whole) and not log.read_text()
+
+
+def test_a_mended_file_is_no_longer_bad(tmp_path, dataset):
+    whole = (dataset.root/"images/003.png").read_bytes()
+    (dataset.root/"images/003.png").write_bytes(b"no image")
+    assert len(evaluate(Stripes(), dataset, run_dir=tmp_path/"run", max_bad=0.1, progress=False).bad) == 1
+    (dataset.root/"images/003.png").write_bytes(whole)
+    with pytest.warns(UserWarning, match="1 items"): found = evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    assert not found.bad and counts(found) == counts(evaluate(Stripes(), dataset, progress=False))
+
+
+def test_a_label_map_that_waits_is_of_the_image_as_it_was(tmp_path, dataset):
+    "Labelled before a kill, not yet counted, and then the image was replaced."
+    evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    journal, log = tmp_path/"run/images.jsonl", tmp_path/"log"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:5]))
+    (tmp_path/"run/pending").mkdir()
+    from ovss_nb.evaluate import _Count
+    from ovss_nb.vocabulary import Vocabulary
+    count = _Count(dataset, Vocabulary.of(NAMES), False, tmp_path/"run/pending", None, digests=True)
+    for i in (6, 7): count.keep(i, np.zeros((40, 60), int), -1)
+    changed(dataset.root/"images/007.png")
+    evaluate(Stripes(str(log)), dataset, run_dir=tmp_path/"run", progress=False)
+    assert "6" not in log.read_text().split() and len(log.read_text().split()) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_prediction_is_judged_again(tmp_path, dataset, workers):
+    evaluate(Stripes(), dataset, run_dir=tmp_path/"run", save_predictions=True, progress=False)
+    stored = partial(StoredPredictions, tmp_path/"run/predictions")
+    options = dict(run_dir=tmp_path/"again", workers=workers, progress=False)
+    first = evaluate(stored if workers else stored(), dataset, **options)
+    Segmentation(np.ones((40, 60), int), NAMES).save_png(tmp_path/"run/predictions/003.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = evaluate(stored if workers else stored(), dataset, **options)
+    assert counts(second) == counts(evaluate(stored(), dataset, progress=False)) != counts(first)
+
+
+def test_predictions_that_are_asked_for_later_are_written(tmp_path, dataset):
+    evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    with pytest.warns(UserWarning, match="12 items"): evaluate(Stripes(), dataset, run_dir=tmp_path/"run", save_predictions=True, progress=False)
+    assert len(list((tmp_path/"run/predictions").glob("*.png"))) == 12
+
+
+def test_another_class_list_is_refused(tmp_path, dataset):
+    "Also if only the words behind a name, or what is background, differ."
+    evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    for lines in (["left", "right", "centre"], ["left, sinister", "right", "middle"]):
+        (dataset.root/"classes.txt").write_text("\n".join(lines))
+        with pytest.raises(EvaluationError, match="another evaluation"): evaluate(Stripes(), FolderDataset.open(dataset.root), run_dir=tmp_path/"run", progress=False)
+
+
+def test_labels_in_one_file_for_all(tmp_path):
+    "COCO's: a changed JSON file changes the labels of every image, in a session that has read it before."
+    from ovss_nb.datasets import Layout, LayoutDataset, _FolderRules
+    from ovss_nb.label_files import coco_instance_labels
+    from ovss_nb.vocabulary import LabelMap, Vocabulary
+    (tmp_path/"images").mkdir()
+    for n in range(3): Image.fromarray(np.full((40, 60, 3), 20 + n, np.uint8)).save(tmp_path/f"images/{n}.png")
+    def write(category):
+        square = [[0, 0, 30, 0, 30, 40, 0, 40]]
+        (tmp_path/"all.json").write_text(json.dumps(dict(images=[dict(id=n, height=40, width=60, file_name=f"{n}.png") for n in range(3)],
+            annotations=[dict(id=n, image_id=n, category_id=category, segmentation=square, iscrowd=0) for n in range(3)], categories=[])))
+    write(1)
+    times = (tmp_path/"all.json").stat()
+    words = Vocabulary.of(NAMES)
+    layout = Layout("one file", ("images/{stem}.*",), "all.json", reader=coco_instance_labels)
+    dataset = LayoutDataset(tmp_path, layout, _FolderRules("one", words, LabelMap("one", 3, {0: 0, 1: 1, 2: 2}, 255), {}))
+    first = evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    write(2)
+    os.utime(tmp_path/"all.json", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.warns(UserWarning, match="3 items"): second = evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)
+    assert counts(first) != counts(second) and sum(map(sum, counts(second))) == 3*40*60
+
+
+def test_the_set_is_no_place_for_a_run(dataset):
+    before = sorted(o.relative_to(dataset.root) for o in dataset.root.rglob("*"))
+    for run in (dataset.root, dataset.root/"images", dataset.root/"masks/../masks"):
+        with pytest.raises(ValueError, match="another place"): evaluate(Stripes(), dataset, run_dir=run, progress=False)
+    assert sorted(o.relative_to(dataset.root) for o in dataset.root.rglob("*")) == before

@@ -266,3 +266,44 @@ def test_kill_before_every_file_operation(tmp_path):
         assert tree(tmp_path/f"out{step}") == tree(tmp_path/"whole"), step
         step += 1
     assert step > 20 and tree(tmp_path/f"out{step}") == tree(tmp_path/"whole")
+
+@pytest.mark.parametrize("what", ["labels", "image", "first label"])
+def test_what_has_changed_in_the_source_is_written_again(tmp_path, what):
+    "Also under the name, the size and the time of the old file; and the folder is that of a fresh call."
+    data, target = source(tmp_path/"download"), tmp_path/"prepared"
+    prepare(data, target, progress=False)
+    path = tmp_path/"download"/("images/002.jpg" if what == "image" else "masks/002.png")
+    times = path.stat()
+    if what == "labels": Image.fromarray((np.array(Image.open(path)) + 1) % 4).save(tmp_path/"new.png"); os.replace(tmp_path/"new.png", path)
+    elif what == "image": Image.fromarray(255 - np.array(Image.open(path))).save(tmp_path/"new.jpg"); os.replace(tmp_path/"new.jpg", path)
+    else:
+        (tmp_path/"download/dataset.json").write_text(json.dumps(dict(ignore=9, first_label=0)))
+        (tmp_path/"download/classes.txt").write_text("cat, kitten\ndog\nsofa, couch, settee\nelse\n")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    data = FolderDataset.open(tmp_path/"download")
+    if what == "first label":
+        with pytest.raises(PrepareError, match="another data set"): prepare(data, target, progress=False)
+        return
+    with pytest.warns(UserWarning, match="1 items .* written again"): assert prepare(data, target, progress=False) == dict(written=1, kept=5, skipped={})
+    prepare(data, tmp_path/"fresh", progress=False)
+    assert tree(target) == tree(tmp_path/"fresh")
+    assert prepare(data, target, progress=False)["kept"] == 6
+
+def test_arrays_that_change(tmp_path):
+    "Without files, pixels are compared."
+    data = Arrays(4)
+    prepare(data, tmp_path/"a", progress=False)
+    before = data.labels
+    data.labels = lambda i: np.where(before(i) == 0, 1, before(i)).astype(np.uint8) if i == 2 else before(i)
+    with pytest.warns(UserWarning, match="1 items"): assert prepare(data, tmp_path/"a", progress=False)["written"] == 1
+
+def test_the_source_is_no_target(tmp_path):
+    "By whatever link: the root, the folder of the images, or that of the labels."
+    data = source(tmp_path/"download")
+    before = tree(tmp_path/"download")
+    (tmp_path/"link").symlink_to("download", target_is_directory=True)
+    (tmp_path/"other").mkdir()
+    (tmp_path/"other/masks").symlink_to("../download/masks", target_is_directory=True)
+    for target in ("download", "link", "download/../link/.", "download/images", "download/masks", "other"):
+        with pytest.raises(PrepareError): prepare(data, tmp_path/target, progress=False)
+    assert tree(tmp_path/"download") == before

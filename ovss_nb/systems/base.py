@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 import numpy as np
 import torch
-from ..cache import Cache
+from ..cache import Cache, file_digest
 from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
 from ..refine import upsample_argmax
@@ -96,9 +96,9 @@ class System:
     def encode_text(self, words) -> TextBank:
         "Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the system has a cache. Raises as `ovss_nb.text.encode_text`."
         vocabulary = Vocabulary.of(words)
-        # A file that has been written again since is read again.
+        # A file that says something else by now is read again.
         files = [Path(o) for o in prompt_sources(self.config.prompts) if o not in SOURCES]
-        key = (vocabulary, *(o.stat().st_mtime_ns if o.is_file() else 0 for o in files))
+        key = (vocabulary, *(file_digest(o) if o.is_file() else "" for o in files))
         if key not in self._banks:
             # A session that tries hundreds of vocabularies must not grow without bound.
             while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
