@@ -195,6 +195,32 @@ def test_authors_checkpoint(released):
     again = loaded.segment(photo(), WORDS)
     assert np.allclose(again.scores, first.scores, atol=1e-5) and (again.labels == first.labels).mean() > 0.999
 
+VALUES = dict(B=dict(encoder_scale=0.5, alpha=0.09, beta=0.3, gamma=0.7), L=dict(encoder_scale=0.7, alpha=0.12, beta=0.4, gamma=0.6))
+
+@pytest.mark.parametrize("layers, size", [(6, "B"), (12, "B"), (24, "L")])
+def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size):
+    "SYSTEMS 3.1 and 3.7: what CLIP sees and the balance differ between EBSeg_base.pth and EBSeg_large.pth; what the caller says counts for more."
+    knobs = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    made = EBSeg(small_clip(1, layers=layers), second=small_sam(1), **knobs)
+    torch.save({"model": authors_state(made, made.encoder.model, made.second.model)}, path := tmp_path/"EBSeg.pth")
+    def load(**more): return EBSeg(small_clip(5, layers=layers), second=small_sam(5), **(knobs | dict(weights=str(path)) | more))
+    loaded = load()
+    def values(system): return {name: getattr(system.config, name) for name in VALUES[size]}
+    assert values(loaded) == VALUES[size] == {name: loaded.describe()["config"][name] for name in VALUES[size]}
+    assert loaded.encode_image(photo()).layers[0].shape[-2:] == (2, 4 if size == "B" else 5)   # of 64 x 128 filled-up pixels
+    for name, value in dict(encoder_scale=0.6, alpha=0.2, beta=0.25, gamma=0.5).items(): assert values(load(**{name: value})) == VALUES[size] | {name: value}
+    assert values(load(alpha=0.09, beta=0.3, gamma=0.7)) == VALUES[size] | dict(alpha=0.09, beta=0.3, gamma=0.7)
+    loaded.save(ours := str(tmp_path/"ours.safetensors"))
+    assert values(load(weights=ours)) == VALUES[size]
+
+def test_what_differs_by_size_follows_from_the_encoder():
+    "Without any file too: blocks that are fused, that proposals start at and that the second path starts at (SYSTEMS 3.1)."
+    knobs = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    for layers, first, start, fused in ((12, 9, 2, (3, 6, 9)), (24, 18, 4, (6, 12, 18))):
+        system = EBSeg(small_clip(layers=layers), second=None, **knobs)
+        assert (system.first, system.start, system.fused) == (first, start, fused) and system.config.alpha == (0.09 if layers == 12 else 0.12)
+    with pytest.raises(ValueError, match="may pass 1 - gamma"): EBSeg(small_clip(), second=None, **knobs, beta=0.35)   # gamma is 0.7 here
+
 def test_authors_checkpoint_survives_our_own_file(released, tmp_path):
     path, system = released
     loaded = EBSeg(small_clip(5), second=small_sam(5), **(SMALL | dict(weights=str(path))))

@@ -67,6 +67,15 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
         expected = golden[f"out.{name}.sem_seg_{resolution}"][0]
         assert torch.allclose(system.scores(images[0], text)[:len(expected)], expected, atol=1e-5)
 
+@pytest.mark.parametrize("layers, patch, scale, entered, start", [(4, 16, 0.5, (0, 1, 2, 3), 3), (12, 16, 0.5, (0, 3, 6, 9), 9), (24, 14, 0.7, (0, 6, 12, 18), 18), (24, 16, 0.7, (0, 6, 12, 18), 18)])
+def test_what_differs_by_size_follows_from_the_encoder(layers, patch, scale, entered, start):
+    "SYSTEMS 1.6: B/16 sees half of the picture's pixels, L/14 seven tenths; a knob that is given counts for more."
+    vision = dict(image_size=4*patch, patch_size=patch, width=32, layers=layers, head_width=16)
+    encoder = CLIPEncoder(open_clip.CLIP(24, vision, dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1)), device="cpu")
+    system = SAN(encoder, weights="random", **TINY)
+    assert (system.config.encoder_scale, system.layers, system.start) == (scale, entered, start)
+    assert SAN(encoder, weights="random", encoder_scale=0.6, **TINY).config.encoder_scale == 0.6
+
 def test_what_follows_from_the_checkpoint(golden, checkpoint):
     system = SAN(tiny_clip(), weights=str(checkpoint), **TINY)
     assert (system.layers, system.start) == ((0, 1, 2, 3), 3)

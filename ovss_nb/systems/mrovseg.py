@@ -141,7 +141,7 @@ class MROVSeg(TrainedSystem):
         c, encoder = self.config, self.encoder
         blocks, stride = list(getattr(encoder, "blocks", ())), encoder.stride
         if len(blocks) < 2: raise ValueError(f"{encoder.name} has no transformer blocks to look into. Take an encoder such as lite or clip:ViT-B-16/openai")
-        if c.size % stride: raise ValueError(f"size={c.size} is no multiple of the {stride} pixels that {encoder.name} takes as one place: take {c.size//stride*stride} or {(c.size//stride + 1)*stride}")
+        if c.size % stride: raise ValueError(f"size={c.size} is no multiple of the {stride} pixels that {encoder.name} takes as one place: take {c.size//stride*stride} or {(c.size//stride + 1)*stride}{'; 672 for L/14' if stride == 14 else ''}")
         self.slice = c.slice_pixels or max(1, round(c.size*c.slice_ratio/stride))*stride
         if self.slice % stride or self.slice > c.size: raise ValueError(f"slices of {self.slice} pixels must be a multiple of {stride} and at most size={c.size}")
         self.pad = c.pad_to or (self.slice if c.size % self.slice == 0 else c.reduction*stride)

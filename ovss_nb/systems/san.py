@@ -7,7 +7,7 @@ __all__ = ['SANConfig', 'SideNetwork', 'translate', 'SideImage', 'SAN']
 
 # %% ../../nbs/systems/37_san.ipynb #8e8150b9
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from ..text import TextBank
 # %% ../../nbs/systems/37_san.ipynb #2872ad9a
 @dataclass(frozen=True)
 class SANConfig(TrainedConfig):
-    "Knobs of SAN; the defaults are those of the released B/16, and of L/14 with `encoder_scale=0.7` (SYSTEMS 1.4 and 1.6)."
+    "Knobs of SAN; the defaults are those of the released B/16 and L/14 (SYSTEMS 1.4 and 1.6)."
     size:int = 640 # pixels of the shorter side, as the side network sees it
     keep_aspect:bool = True
     templates:str = "vild14"
     pad_to:int = 32 # sides are filled up to multiples of so many pixels, with zeros after normalising
-    encoder_scale:float = 0.5 # the encoder sees the picture so many times as large
+    encoder_scale:float|None = None # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
     layers:tuple[int, ...]|None = None # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
     start:int|None = None # proposals start after so many blocks; default: three quarters
     queries:int = 100 # masks that are proposed
@@ -159,12 +159,13 @@ class SAN(TrainedSystem):
 
     Raises `ValueError` as `TrainedSystem` does, and for an encoder without transformer blocks or with fewer than `layers` and `start` ask for."""
     config_class = SANConfig
-    authors = "the authors' (san_vit_b_16.pth with encoder='clip:ViT-B-16-quickgelu/random', san_vit_large_14.pth with 'clip:ViT-L-14-336-quickgelu/random' and encoder_scale=0.7)"
+    authors = "the authors' (san_vit_b_16.pth with encoder='clip:ViT-B-16-quickgelu/random', san_vit_large_14.pth with 'clip:ViT-L-14-336-quickgelu/random')"
 
     def build(self) -> SideNetwork:
         c, blocks = self.config, list(getattr(self.encoder, "blocks", ()))
         count = len(blocks)
         if not blocks: raise ValueError(f"{self.encoder.name} has no transformer blocks to send proposals through. Take an encoder such as lite or clip:ViT-B-16/openai")
+        if c.encoder_scale is None: self.config = c = replace(c, encoder_scale=0.7 if count >= 24 or self.encoder.stride == 14 else 0.5)
         self.start = 3*count//4 if c.start is None else c.start
         self.layers = tuple(dict.fromkeys(i*count//4 for i in range(4))) if c.layers is None else c.layers
         if not 0 <= self.start < count or not all(0 <= o <= count for o in self.layers): raise ValueError(f"layers={self.layers} go from 0 to {count}, and start={self.start} from 0 to {count - 1}, for {self.encoder.name}")
