@@ -1316,6 +1316,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ovss_nb.systems.ebseg.EBSegConfig': ('systems/ebseg.html#ebsegconfig', 'ovss_nb/systems/ebseg.py'),
                                        'ovss_nb.systems.ebseg.EBSegConfig.__post_init__': ( 'systems/ebseg.html#ebsegconfig.__post_init__',
                                                                                             'ovss_nb/systems/ebseg.py'),
+                                       'ovss_nb.systems.ebseg.EBSegConfig.completed': ( 'systems/ebseg.html#ebsegconfig.completed',
+                                                                                        'ovss_nb/systems/ebseg.py'),
                                        'ovss_nb.systems.ebseg.EBSegNetwork': ( 'systems/ebseg.html#ebsegnetwork',
                                                                                'ovss_nb/systems/ebseg.py'),
                                        'ovss_nb.systems.ebseg.EBSegNetwork.__init__': ( 'systems/ebseg.html#ebsegnetwork.__init__',
