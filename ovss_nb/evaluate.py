@@ -263,7 +263,8 @@ def evaluate(
 
     Raises `EvaluationError` for a vocabulary that does not fit, a `run_dir` that holds another run or is in use, or too many bad files.
     """
-    vocabulary = Vocabulary.of(vocabulary if vocabulary is not None else getattr(dataset, "vocabulary", list(dataset.names)))
+    if vocabulary is None: vocabulary = getattr(dataset, "vocabulary", None) or Vocabulary(list(dataset.names), list(dataset.names))
+    vocabulary = Vocabulary.of(vocabulary)
     classes = getattr(dataset, "classes", len(dataset.names))
     if len(vocabulary) != len(dataset.names):
         raise EvaluationError(f"the vocabulary has {len(vocabulary)} names, the data set {len(dataset.names)}: give the vocabulary in the data set's order, with or without background as there")

@@ -18,6 +18,7 @@ from .cache import atomic_path
 from .extras import require
 from .images import PILLOW_ERRORS
 from .segmentation import Segmentation, SegmentationError
+from .vocabulary import composed, find_background
 
 # %% ../nbs/06_formats.ipynb #2bdad49d
 def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
@@ -105,7 +106,7 @@ def load_panoptic(
             with Image.open(file, formats=["PNG"]) as image: rgb = np.asarray(image.convert("RGB")).astype(np.int64)
         except PILLOW_ERRORS as e: raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
         ids, position = np.unique(rgb @ [1, 256, 65536], return_inverse=True)
-        table = {o["id"]: index.get(o["category_id"], -1) for o in annotation["segments_info"]} | ({0: names.index("background")} if "background" in names else {})
+        table = {o["id"]: index.get(o["category_id"], -1) for o in annotation["segments_info"]} | ({0: background} if (background := find_background(names)) is not None else {})
         classes = np.array([table.get(o, -1) for o in ids.tolist()])
         if (classes < 0).any(): raise SegmentationError(f"{file}: segment {ids[classes < 0][0]} has no category. Add the name 'background' for 0, or mend the JSON file")
         found[titles.get(annotation["image_id"], annotation["file_name"])] = Segmentation(classes[position].reshape(rgb.shape[:2]), names, palette)
@@ -156,18 +157,19 @@ def load_geojson(
     "The inverse of `save_geojson`: features are drawn in their order. Raises `SegmentationError` for other files, unknown names, or uncovered pixels without a `background`."
     stored = _read_json(path, ("features", "ovss_nb"), "GeoJSON")
     own, features = stored["ovss_nb"], require("rasterio.features", "geo")
-    names, size, matrix = list(own["names"]), tuple(own["size"]), require("affine", "geo").Affine(*own["transform"])
-    strange = [o["properties"].get("name") for o in stored["features"] if o["properties"].get("name") not in names]
+    names, size, matrix = list(map(composed, own["names"])), tuple(own["size"]), require("affine", "geo").Affine(*own["transform"])
+    found = [composed(str(o["properties"].get("name"))) for o in stored["features"]]
+    strange = [o for o in found if o not in names]
     if strange: raise SegmentationError(f"{path}: there is no class {strange[0]!r}. The classes are: {', '.join(names[:20])}")
-    shapes = [(o["geometry"], names.index(o["properties"]["name"]) + 1) for o in stored["features"]]
+    shapes = [(o["geometry"], names.index(name) + 1) for o, name in zip(stored["features"], found)]
     labels = features.rasterize(shapes, size, transform=matrix, dtype="int32").astype(np.int64) - 1
     return Segmentation(_covered(labels, names, path), names, np.array(own["palette"]))
 
 def _covered(labels:np.ndarray, names:list[str], path) -> np.ndarray:
     "Labels with -1 replaced by the background. Raises `SegmentationError` where there is none."
     if (labels < 0).any():
-        if "background" not in names: raise SegmentationError(f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them")
-        labels[labels < 0] = names.index("background")
+        if (background := find_background(names)) is None: raise SegmentationError(f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them")
+        labels[labels < 0] = background
     return labels
 
 # %% ../nbs/06_formats.ipynb #613a57f8
@@ -203,8 +205,10 @@ def load_labelme(
     "Paint the shapes of a labelme file in order, as labelme does. Raises `SegmentationError` for other shapes, unknown labels, or uncovered pixels without a `background`."
     stored = _read_json(path, ("shapes", "imageHeight", "imageWidth"), "labelme")
     own, shapes = stored.get("ovss_nb") or {}, stored["shapes"]
-    if names is None: names = own.get("names") or list(dict.fromkeys(["background", *(o["label"] for o in shapes)]))
-    names = list(names)
+    shapes = [o | {"label": composed(o["label"])} for o in shapes]
+    found = list(dict.fromkeys(o["label"] for o in shapes))
+    if names is None: names = own.get("names") or (found if find_background(found) is not None else ["background", *found])
+    names = list(map(composed, names))
     canvas = Image.new("I", (stored["imageWidth"], stored["imageHeight"]), -1)
     draw = ImageDraw.Draw(canvas)
     for o in shapes:

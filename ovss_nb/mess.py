@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from .datasets import Layout
-from .vocabulary import LabelMap, Vocabulary
+from .vocabulary import LabelMap, Vocabulary, is_background
 
 # %% ../nbs/40_mess.ipynb #58e747c6
 def mess_sets() -> list[dict]: # name, registered, domain, images, background, home, photographs, labels, source, note, classes
@@ -41,7 +41,7 @@ def mess_records() -> dict[str, dict]: # name of the protocol -> arguments of `P
     for o in mess_sets():
         name, k, classes = _mess_name(o["name"]), o["background"], tuple(o["classes"])
         words = () if k is None else (classes[k],)
-        vocabulary = Vocabulary(classes, background=tuple(w for w in words if w in ("background", "others", "unlabeled")), title=name)
+        vocabulary = Vocabulary(classes, background=tuple(w for w in words if is_background(w) or w in ("others", "unlabeled")), title=name)
         map = _mess_map(name, len(classes))
         layout = MessLayout(f"{o['home']}/ (MESS)", (o["photographs"],), o["labels"], (o["home"],), shared=o["name"] == "CWFID")   # CWFID: all 60 pictures in one
         records[name] = dict(name=name, vocabulary=vocabulary, label_map=map, expected=tuple(o["images"]), family="mess", resize="shortest:640:2560",

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .cache import OverwriteError, atomic_path, refuse_overwrite
 from .images import ImageError, is_system_file, load_image
 from .label_files import LabelFileError, read_index_mask
+from .vocabulary import quoted
 
 # %% ../nbs/40_prepare.ipynb #4f19f713
 class PrepareError(ValueError):
@@ -31,8 +32,10 @@ def _class_lines(dataset) -> str:
             raise PrepareError(f"the class name {name!r} cannot stand in classes.txt: rename the class, without comma or #")
     vocabulary = getattr(getattr(dataset, "protocol", None), "vocabulary", None)
     words = vocabulary.words if vocabulary and list(vocabulary.names) == list(dataset.names) else [()] * len(dataset.names)
-    lines = [[name, *(o for o in own if o != name and not re.search("[,#]", o))] for name, own in zip(dataset.names, words)]
-    return "".join(", ".join(line) + "\n" for line in lines)
+    rows = [[name, *(o for o in own if o != name)] for name, own in zip(dataset.names, words)]
+    lines = [", ".join(map(quoted, row)) for row in rows]
+    if len(rows) == 1 and len(rows[0]) > 1: lines = [f"{quoted(rows[0][0])}: {lines[0]}"]   # commas on a line of its own could separate classes
+    return "".join(line + "\n" for line in lines)
 
 # %% ../nbs/40_prepare.ipynb #aa73c2b5
 def _file_names(dataset) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from .cache import atomic_path
 from .images import PILLOW_ERRORS, load_image
+from .vocabulary import composed, find_background, is_background
 
 # %% ../nbs/04_segmentation.ipynb #aff60117
 def _oklab(rgb:np.ndarray) -> np.ndarray:
@@ -47,10 +48,10 @@ def _colours(count:int) -> np.ndarray:
 def default_palette(
     names, # the class names, in order
 ) -> np.ndarray: # `K x 3`, `uint8`, RGB
-    """One well distinguishable colour per name, the same at every call; `background` is black and takes no colour from the sequence.
+    """One well distinguishable colour per name, the same at every call; a background, however it is spelt, is black and takes no colour from the sequence.
 
     All colours differ up to 2296 names; after that the sequence starts again."""
-    ground = np.array([name.casefold() == "background" for name in names])
+    ground = np.array([is_background(str(name)) for name in names])
     palette = np.zeros((len(ground), 3), np.uint8)
     palette[~ground] = _colours(int((~ground).sum()))
     return palette
@@ -77,6 +78,7 @@ class Segmentation:
         if not self.names: raise SegmentationError("names is empty: give at least one")
         for name in self.names:
             if not isinstance(name, str) or not name.strip(): raise SegmentationError(f"{name!r} is not a name: give non-empty text")
+        self.names = tuple(map(composed, self.names))
         if len(set(self.names)) < len(self.names):
             double = Counter(self.names).most_common(1)[0]
             raise SegmentationError("The name {!r} occurs {} times: names must differ".format(*double))
@@ -113,6 +115,7 @@ def mask(self:Segmentation,
     name:str, # one of `names`
 ) -> np.ndarray: # `H x W` booleans
     "The pixels of one class. Raises `SegmentationError` for an unknown name and suggests a close one."
+    name = composed(name) if isinstance(name, str) else name
     if name not in self.names:
         close = get_close_matches(str(name), self.names, n=1)
         raise SegmentationError(f"There is no class {name!r}. " + (f"Did you mean {close[0]!r}?" if close else f"The classes are: {', '.join(self.names[:20])}"))
@@ -248,11 +251,11 @@ def from_coco(cls:Segmentation,
     names, # all class names, in order
 ) -> Segmentation:
     "The inverse of `to_coco`. Raises `SegmentationError` for broken masks, unknown classes, or uncovered pixels where there is no `background`."
-    names, labels = tuple(names), None
+    names, labels = tuple(map(composed, names)), None
     if not annotations: raise SegmentationError("Without annotations the size of the image is unknown: give at least one")
     for number, annotation in enumerate(annotations):
         name, k = annotation.get("category_name"), annotation.get("category_id", 0) - 1
-        if name is not None: k = names.index(name) if name in names else -1
+        if name is not None: k = names.index(composed(name)) if composed(name) in names else -1
         if not 0 <= k < len(names): raise SegmentationError(f"Annotation {number}: class {name or k + 1!r} is not among the {len(names)} names")
         rle = annotation.get("segmentation")
         if not isinstance(rle, dict) or not isinstance(rle.get("counts"), (str, bytes)):
@@ -266,6 +269,6 @@ def from_coco(cls:Segmentation,
         if mask.shape != labels.shape: raise SegmentationError(f"Annotation {number}: mask of {mask.shape}, but the first has {labels.shape}: one image at a time")
         labels[mask == 1] = k
     if (labels < 0).any():
-        if "background" not in names: raise SegmentationError(f"{(labels < 0).sum():,} pixels have no annotation: add the name 'background' for them")
-        labels[labels < 0] = names.index("background")
+        if (background := find_background(names)) is None: raise SegmentationError(f"{(labels < 0).sum():,} pixels have no annotation: add the name 'background' for them")
+        labels[labels < 0] = background
     return cls(labels, names)

@@ -160,3 +160,24 @@ def test_scores_keep_their_precision(tmp_path):
     assert (load_file(tmp_path/"a.safetensors")["scores"] == scores).all() and (np.load(tmp_path/"a.npz")["scores"] == scores).all()
     for suffix in ("npz", "safetensors"): assert load_scores(tmp_path/f"a.{suffix}").scores.dtype == np.float16
     with pytest.raises(SegmentationError, match="safetensors or .npz"): save_scores(result, tmp_path/"a.txt")
+
+
+@pytest.mark.parametrize("name", ["_background_", "Background", "bg"])
+def test_what_nothing_covers_is_the_background_however_it_is_spelt(name, tmp_path):
+    "In COCO, panoptic PNG, labelme and GeoJSON; and accents are equal however they were typed."
+    names = ("cafe\u0301", name)
+    result = Segmentation(np.array([[0, 0, 1], [0, 0, 1]]), names)
+    covered = [o for o in result.to_coco() if o["category_id"] == 1]
+    assert (Segmentation.from_coco(covered, [*names]).labels == result.labels).all() and (Segmentation.from_coco(covered, ["café", name]).labels == result.labels).all()
+    shape = dict(label="cafe\u0301", points=[[0, 0], [1, 0], [1, 1], [0, 1]], shape_type="polygon", flags={}, group_id=None)
+    stored = dict(version="5.5.0", flags={}, shapes=[shape], imagePath="", imageData=None, imageHeight=2, imageWidth=3)
+    (tmp_path/"one.json").write_text(json.dumps(stored))
+    read = load_labelme(tmp_path/"one.json", ["café", name])
+    assert (read.labels == result.labels).all() and read.mask("cafe\u0301").sum() == 4
+    (tmp_path/"two.json").write_text(json.dumps(stored | dict(shapes=[shape | dict(label=name, points=[[0, 0], [2, 0], [2, 1], [0, 1]]), shape])))
+    assert load_labelme(tmp_path/"two.json").names == (name, "café")   # labelme's own background is the one
+    save_panoptic({"a.png": result}, tmp_path/"p.json")
+    panoptic = json.loads((tmp_path/"p.json").read_text())
+    pixels = np.array(Image.open(tmp_path/"p/a.png")); pixels[:, 2] = 0
+    Image.fromarray(pixels).save(tmp_path/"p/a.png")
+    assert (load_panoptic(tmp_path/"p.json")["a.png"].labels == result.labels).all() and len(panoptic["categories"]) == 2

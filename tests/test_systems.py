@@ -64,6 +64,13 @@ def test_one_name_alone(system):
     assert (result.labels == 0).all()
 
 
+@pytest.mark.parametrize("name", ["Background", "__background__", "bg"])
+def test_a_background_is_one_however_it_is_spelt(system, name):
+    image = system.encode_image(PHOTOS/"rocket.jpg")
+    plain, other = (system.segment(image, ["rocket", o]) for o in ("background", name))
+    assert (plain.labels == other.labels).all() and other.names == ("rocket", name)
+
+
 def test_without_background_every_pixel_is_named(system):
     labels = system.segment(PHOTOS/"coffee.png", "VOC-20").labels
     assert labels.min() >= 0 and labels.max() < 20

@@ -7,7 +7,6 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
 import argparse, html, json, sys, time
-from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from .experiments import add_commands, command
@@ -18,21 +17,16 @@ from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation
-from ..vocabulary import Vocabulary, list_vocabularies, load_vocabulary
+from ..vocabulary import Vocabulary, VocabularyError, list_vocabularies, load_vocabulary, read_lines
 
 # %% ../../nbs/app/50_cli.ipynb #42144dc8
 def parse_classes(
     text:str, # "cat,sofa", "animal:cat|dog,background", a shipped vocabulary or a file
+    option:str="--classes", # what the error calls it
 ) -> Vocabulary:
     "The vocabulary meant by a command-line argument. Raises VocabularyError."
-    if text in list_vocabularies() or text.endswith(".txt") or Path(text).is_file(): return Vocabulary.of(text)
-    if get_close_matches(text, list_vocabularies(), cutoff=0.8): return Vocabulary.of(text)   # raises: a misspelt list, not a word
-    entries = {}
-    for entry in text.split(","):
-        name, _, words = (o.strip() for o in entry.partition(":"))
-        if name in entries: return Vocabulary.of([o.split(":")[0].strip() for o in text.split(",")])   # raises: a dict would hide the double
-        entries[name] = [o.strip() for o in words.split("|")] if words else name
-    return Vocabulary.of(entries)
+    try: return read_lines(text, prompt=True)
+    except VocabularyError as e: raise VocabularyError(f"{option}: {e}") from None
 
 # %% ../../nbs/app/50_cli.ipynb #7d3318a0
 def write_report(
@@ -144,7 +138,7 @@ def _large(a) -> int:
         return _video(a, knobs)
     else:
         from ovss_nb.onnx_export import agreement, export_system
-        vocabularies, system = [parse_classes(o) for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
+        vocabularies, system = [parse_classes(o, "--vocabulary") for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
         print(export_system(system, a.out, vocabularies, a.with_encoder))
         for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes")
     return 0
@@ -176,7 +170,7 @@ def main(arguments:list[str]|None=None) -> int:
     demo = verbs.add_parser("demo", help="segment the photographs that scikit-image ships")
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line: name, synonym, ...")
+    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line; names that hold , : | go in \"quotes\"")
     app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
     app.add_argument("file", metavar="FILE")
     app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
@@ -264,7 +258,7 @@ def _add_prompts(verbs):
         o.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
 
 def _prompts(a) -> int:
-    vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary)
+    vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary, "--vocabulary")
     path = a.bank
     if path is None and vocabulary is not None:
         ships = a.task in ("show", "check") and vocabulary.title in list_banks(a.kind or KINDS[0])

@@ -40,7 +40,7 @@ class MaskCLIP(System):
         "The configured words, less those that are taken, for a background without words of its own."
         taken = {o.casefold() for name, own in zip(vocabulary.names, vocabulary.words) for o in (name, *own)}
         described = [o for o in self.config.background_words if o.casefold() not in taken]
-        return {name: described for name, own in zip(vocabulary.names, vocabulary.words) if described and name in vocabulary.background and own == (name,)}
+        return {name: described for name, own in zip(vocabulary.names, vocabulary.words) if described and name in vocabulary.background and own in ((name,), ("background",))}
 
     def scores(self, image, text:TextBank) -> torch.Tensor:
         "K x h x w cosines; with a background and a threshold, probabilities."
