@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'PILLOW_ERRORS', 'IMAGE_SUFFIXES', 'ImageError', 'is_system_file', 'is_image_name', 'image_size',
-           'load_image']
+           'check_limits', 'check_bands', 'Picture', 'open_picture', 'load_image']
 
 # %% ../nbs/02_images.ipynb #79c57009
-import re, struct, threading, warnings, zlib
-from contextlib import contextmanager
+import operator, re, shlex, struct, sys, threading, warnings, zlib
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import BytesIO
-from os import PathLike, fspath
+from os import PathLike, fsdecode
+from pathlib import Path
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from .extras import MissingExtra, require
 
 # %% ../nbs/02_images.ipynb #d4e4fec5
 MAX_PIXELS = 178_956_970
@@ -21,7 +26,12 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Index
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 class ImageError(ValueError):
-    "An image could not be read or has an unsuitable form; the message names the source and the fix."
+    """An image could not be read or has an unsuitable form; the message names the source and the fix.
+
+    `shell` is the message in the words of the command line."""
+    def __init__(self, message:str, shell:str=""):
+        super().__init__(message)
+        self.shell = shell or message
 
 # %% ../nbs/02_images.ipynb #3a4e5335
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga",
@@ -54,9 +64,15 @@ def image_size(
 def _check_size(width:int, height:int, max_pixels:int, name:str):
     "Refuse an empty image, or one of more than `max_pixels` pixels."
     if width * height == 0: raise ImageError(f"{name}: the image is empty ({height} x {width} pixels)")
-    if width * height > max_pixels:
-        raise ImageError(f"{name}: {height} x {width} = {width * height:,} pixels are more than max_pixels={max_pixels:,}. "
-                         "Make the image smaller, or pass a larger max_pixels if you trust it")
+    if width * height > max_pixels: raise _too_large(f"{height} x {width} = {width * height:,} pixels", max_pixels, name)
+
+def _too_large(size:str, max_pixels:int, name:str) -> ImageError:
+    many, tiff, convert = f"{name}: {size} are more than", shlex.quote(name), ""
+    if not name.lower().endswith((".tif", ".tiff")):
+        convert, tiff = f"Convert it to a tiled TIFF (`rio convert {tiff} large.tif --co tiled=yes`, extra `geo`), and l", "large.tif"
+    return ImageError(f"{many} max_pixels={max_pixels:,}. Make the image smaller, label it in tiles (segment_tiles, from a tiled TIFF "
+                      "of any size), or pass a larger max_pixels to load_image if you trust it",
+                      f"{many} {max_pixels:,}. {convert or 'L'}abel it in tiles: ovss-nb tiles {tiff} --classes ... --out labels.tif")
 
 # %% ../nbs/02_images.ipynb #08f3f81b
 _pillow_lock = threading.RLock()
@@ -74,114 +90,534 @@ def _pillow_allows(max_pixels:int):
         finally: Image.MAX_IMAGE_PIXELS = before
 
 # %% ../nbs/02_images.ipynb #43634aee
-def _eight_bit(a:np.ndarray, name:str) -> np.ndarray:
-    "Grey levels 0..255 from booleans, `uint8`, `uint16` or floats in 0..1, shape kept."
-    if a.dtype == np.uint8: return a
-    if a.dtype == np.bool_: return a.astype(np.uint8) * 255
-    if a.dtype == np.uint16: return ((a.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if a.dtype.kind == "f":
-        low, high = a.min(), a.max()
-        if not (low >= -1e-3 and high <= 1 + 1e-3): # written so that NaN fails too
-            raise ImageError(f"{name}: float pixels must lie in 0..1, these span {low:.4g}..{high:.4g}. "
-                             "Divide by the largest value, or convert to uint8")
-        return (a.clip(0, 1) * 255 + .5).astype(np.uint8)
-    raise ImageError(f"{name}: pixels of type {a.dtype} have no fixed range. Convert to uint8 (0..255), uint16, bool, or float in 0..1")
+def check_limits(
+    limits:tuple[float, float]|str|None, # the values that become black and white, "stretch", or None for those of the type
+) -> tuple[float, float]|str|None: # the same, as floats
+    "Limits that can be meant. Raises `ImageError` for all else."
+    if limits is None or (isinstance(limits, str) and limits == "stretch"):
+        return limits
+    try:
+        low, high = (float("nan"),)*2 if isinstance(limits, (str, bytes)) else map(float, limits)
+    except (TypeError, ValueError):
+        low = high = float("nan")
+    if -np.inf < low < high < np.inf:
+        return low, high
+    given = " ".join(map(str, limits)) if isinstance(limits, (tuple, list)) else limits
+    what = "black and white, two numbers, the first below the second"
+    raise ImageError(f"limits={limits!r}: limits are {what}, e.g. limits=(0, 4095), or limits='stretch' to take them from the image",
+                     f"--limits {given}: limits are {what}, e.g. --limits 0 4095, or --limits stretch to take them from the image")
+
+def _levels(a:np.ndarray, black:float, white:float) -> np.ndarray:
+    "Grey levels 0..255 of values between `black` and `white`, shape kept; NaN becomes white."
+    if a.dtype == np.uint8 and (black, white) == (0, 255):
+        return a
+    if a.dtype == np.uint16 and (black, white) == (0, 65535):
+        return ((a.astype(np.uint32) + 128)//257).astype(np.uint8)
+    if a.dtype.kind == "f" and (black, white) == (0, 1):
+        return (np.nan_to_num(a, nan=1).clip(0, 1)*255 + .5).astype(np.uint8)
+    a = a.astype(np.float32 if a.dtype.itemsize < 4 or a.dtype == np.float32 else np.float64)
+    return np.rint((np.nan_to_num(a, nan=white).clip(black, white) - black)*(255/(white - black))).astype(np.uint8)
+
+# %% ../nbs/02_images.ipynb #b5c88b7d
+def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
+    "The value of white that a type implies. Raises `ImageError` for types that imply none."
+    if dtype.kind == "b": return 1
+    if dtype in (np.uint8, np.uint16): return np.iinfo(dtype).max
+    if dtype.kind in "iu" and dtype.itemsize == 4 and low >= 0 and high <= 65535: return 65535   # nearly always a 16-bit file
+    ask = "limits=({0:.6g}, {1:.6g}), or limits='stretch', in load_image", "--limits {0:.6g} {1:.6g}, or --limits stretch"
+    ask = [o.format(low, high) for o in ask]
+    if dtype.kind == "f":
+        if low >= -1e-3 and high <= 1 + 1e-3: return 1   # written so that NaN fails too
+        what = f"{name}: float pixels must lie in 0..1, these span {low:.4g}..{high:.4g}. "
+        raise ImageError(f"{what}Divide by the largest value, or say what is black and white: {ask[0]}", f"{what}Say what is black and white: {ask[1]}")
+    what = f"{name}: {8*dtype.itemsize}-bit pixels of type {dtype} have no fixed range, these span {low:.6g}..{high:.6g}. "
+    raise ImageError(f"{what}Say what is black and white: {ask[0]}. Or convert to uint8 (0..255), uint16, bool, or float in 0..1",
+                     f"{what}Say what is black and white: {ask[1]}")
+
+def _check_use(low:float, high:float, white:float, name:str):
+    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black."
+    deep = white > 255
+    span = f"{name}: its values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
+    likely = 2**int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
+    ask = f"limits=(0, {likely}), or limits='stretch' to take them from the image", f"--limits 0 {likely}, or --limits stretch to take them from the image"
+    if deep and 0 < high < white/4:
+        say = f"{span}, and it would be nearly black. Say what is black and what is white, e.g. "
+        raise ImageError(f"{say}load_image(..., {ask[0]})", say + ask[1])
+    if 0 < high < white/(2 if deep else 8) or (deep and 0 < high - low < white/8):
+        mask = "" if deep or white == 1 else " Is it a mask or a label map?"
+        warnings.warn(f"{span}: it looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
+
+def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable, white:float|None=None) -> tuple[float, float]:
+    """The values that become black and white.
+
+    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it."""
+    if dtype.kind not in "buif":
+        raise ImageError(f"{name}: pixels of type {dtype} are no brightness. Convert them to real numbers first, e.g. by np.abs")
+    if limits == "stretch":
+        values = sample()
+        values = values[np.isfinite(values)]
+        low, high = np.percentile(values, (2, 98)) if values.size else (0, 1)
+        if low == high: low, high = float(values.min()), float(values.max())
+        return (low, high) if low < high else (low, low + 1)
+    if limits is not None: return limits
+    low, high = map(float, span())
+    white = white or _fixed_white(dtype, low, high, name)
+    _check_use(low, high, white, name)
+    return 0, white
 
 # %% ../nbs/02_images.ipynb #2c56688b
-def _rgb(image:Image.Image, name:str) -> np.ndarray:
-    "`H x W x 3` `uint8` RGB from a Pillow image of any mode."
+def check_bands(
+    bands, # numbers of bands from 1: three for red, green and blue, or one for grey; None for those the file names
+) -> tuple[int, ...]|None:
+    "Bands that can be meant. Raises `ImageError` for all else."
+    if bands is None: return None
+    try:
+        numbers = tuple(operator.index(o) for o in (bands if isinstance(bands, (tuple, list, np.ndarray)) else (bands,)))
+    except TypeError:
+        numbers = ()
+    if len(numbers) in (1, 3) and min(numbers) > 0: return numbers
+    given = ",".join(map(str, bands)) if isinstance(bands, (tuple, list)) else bands
+    what = "bands are counted from 1: three for red, green and blue, or one for grey"
+    raise ImageError(f"bands={bands!r}: {what}, e.g. bands=(3, 2, 1)", f"--bands {given}: {what}, e.g. --bands 3,2,1")
+
+def _check_count(bands:tuple[int, ...], count:int, name:str):
+    "Refuse bands that an image does not have."
+    if max(bands) > count:
+        what = f"{name} has {count} band{'s'*(count > 1)}: "
+        raise ImageError(f"{what}bands={bands} asks for number {max(bands)}", f"{what}--bands {','.join(map(str, bands))} asks for number {max(bands)}")
+
+def _on_white(rgb:np.ndarray, alpha:np.ndarray|None) -> np.ndarray:
+    "RGB composited on white paper."
+    if alpha is None: return rgb
+    image = Image.fromarray(np.dstack([rgb, alpha]))
+    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str, white:float|None=None) -> np.ndarray:
+    "`H x W x 3` `uint8` RGB of samples `H x W x C`, C = 1 or 3, of any type, and an opacity `H x W` `uint8`."
+    step = max(1, round((samples.shape[0]*samples.shape[1]/2**20)**.5))
+    black, white = _black_white(limits, samples.dtype, name, lambda: (samples.min(), samples.max()), lambda: samples[::step, ::step], white)
+    rgb = _levels(samples, black, white)
+    return _on_white(np.repeat(rgb, 3, axis=2) if rgb.shape[2] == 1 else rgb, alpha)
+
+# %% ../nbs/02_images.ipynb #3febdb9b
+_OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+def _sixteen_bits(image:Image.Image, file) -> np.ndarray|None:
+    "`H x W x C` `uint16` of a file whose colours have 16 bits, of which Pillow would give the high 8; None for other files."
+    rawmode = _rawmode(image)
+    if image.format == "PPM" and image.mode == "RGB" and image.tile and image.tile[0][0] == "ppm" and image.tile[0][3][1] > 255:
+        file.seek(image.tile[0][2])
+        return np.frombuffer(file.read(image.width*image.height*6), ">u2").reshape(image.height, image.width, 3).astype(np.uint16)
+    if not re.fullmatch(r"(RGBA?|RGBX|LA);16[BLN]", rawmode): return None
+    def decoded(rawmode):
+        def renamed(tile):
+            arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
+            return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+        file.seek(0)
+        with Image.open(file, formats=[image.format]) as again:
+            again.tile = [renamed(o) for o in again.tile]
+            return np.asarray(again).astype(np.uint16)
+    if rawmode.startswith("LA"):   # four bytes per pixel, as RGBA has
+        both = decoded("RGBA")
+        return both[..., ::2]*256 + both[..., 1::2]
+    return decoded(rawmode)*256 + decoded(rawmode[:-1] + _OTHER_BYTE[rawmode[-1]])
+
+def _rawmode(image:Image.Image) -> str:
+    "How the file stores its samples, by Pillow's name; empty once the image is decoded."
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+def _samples(image:Image.Image, bands, name:str) -> tuple[np.ndarray, np.ndarray|None]:
+    "Samples `H x W x C`, C = 1 or 3, and opacity `H x W` or None, of a Pillow image; `bands` counts its channels."
+    if bands:
+        _check_count(bands, len(image.getbands()), name)
+        if image.mode in ("P", "PA"): return np.asarray(image.convert("RGB")), None
+        channels = np.asarray(image)
+        return np.atleast_3d(channels)[..., [o - 1 for o in bands]], None
     if image.mode.startswith("I") or image.mode == "F":
-        deep = np.asarray(image)
-        if image.mode == "I": # 32 bits wide, but what it holds is nearly always a 16-bit file
-            if deep.min() < 0 or deep.max() > 65535:
-                raise ImageError(f"{name}: 32-bit integer pixels have no fixed range. Scale them to 16 bits, or to floats in 0..1")
-        if image.mode != "F": deep = deep.astype(np.uint16)
-        grey = _eight_bit(deep, name)
+        deep = np.asarray(image)[..., None]
         clear = image.info.get("transparency")
-        if isinstance(clear, int): grey = np.where(deep == clear, np.uint8(255), grey)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return deep, np.where(deep[..., 0] == clear, np.uint8(0), np.uint8(255)) if isinstance(clear, int) else None
     if image.has_transparency_data:
         if image.mode == "La": image = image.convert("LA") # Pillow has no direct way from premultiplied grey
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+        rgba = np.array(image.convert("RGBA"))
+        return rgba[..., :3], rgba[..., 3]
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), None
 
 # %% ../nbs/02_images.ipynb #49eb5954
-def _upright(image:Image.Image, name:str) -> Image.Image:
-    "The image with its EXIF orientation applied."
-    image.load()
-    try: return ImageOps.exif_transpose(image)
+@dataclass
+class Picture:
+    "A picture that is read by windows."
+    size:tuple[int, int] # height and width
+    read:Callable # top, left, height, width -> H x W x 3 uint8 RGB
+    place:dict|None = None # of a GeoTIFF: `crs`, `transform`, `gcps`, as rasterio takes them
+    holes:Callable|None = None # as `read` -> H x W uint8, 0 where there are no data
+
+def _orientation(image:Image.Image, name:str) -> int:
+    "The EXIF orientation of a decoded image, 1 to 8."
+    try:
+        return image.getexif().get(0x0112, 1)
     except PILLOW_ERRORS as e:
         warnings.warn(f"{name}: damaged EXIF data, orientation not applied ({e})", stacklevel=4)
-        return image
+        return 1
+
+def _turned(picture:Picture, orientation:int) -> Picture:
+    "The picture with an EXIF orientation applied: from 5 on transposed, then perhaps mirrored down and across."
+    if orientation not in range(2, 9): return picture
+    transposed, down, across = orientation >= 5, orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    height, width = picture.size[::-1] if transposed else picture.size
+    def turn(read):
+        def window(top, left, h, w):
+            top, left = height - top - h if down else top, width - left - w if across else left
+            a = read(left, top, w, h).swapaxes(0, 1) if transposed else read(top, left, h, w)
+            return a[::-1 if down else 1, ::-1 if across else 1]
+        return window
+    return Picture((height, width), turn(picture.read), None, picture.holes and turn(picture.holes))
 
 # %% ../nbs/02_images.ipynb #c6cdfdff
-def _decode(file, max_pixels:int, name:str) -> np.ndarray:
-    "Decode a binary file object to `H x W x 3` `uint8` RGB."
+def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture:
+    "A `Picture` of a Pillow image; `file`, if it is at hand, holds the 16-bit samples that Pillow shortens."
+    deep = None if file is None else _sixteen_bits(image, file)
+    white = 4095 if _rawmode(image) == "I;12" else None
+    # Pillow has scaled a PGM to 16 bits; `limits` count in the values of the file
+    most = image.tile[0][3][1] if image.format == "PPM" and image.mode == "I" and "ppm" in image.tile[0][0] else None
+    image.load()
+    if deep is None and not bands and limits is None and not (image.mode.startswith("I") or image.mode == "F"):
+        seen = image.convert("RGB") if image.mode in ("P", "PA") else image
+        if seen.mode in ("L", "LA", "RGB", "RGBA", "RGBX"):
+            low, high = np.array(seen.getextrema()).reshape(-1, 2)[:3 if seen.mode.startswith("RGB") else 1].T
+            _check_use(low.min(), high.max(), 255, name)
+        def read(top, left, height, width):
+            whole = (height, width) == image.size[::-1]
+            return _on_white(*_samples(image if whole else image.crop((left, top, left + width, top + height)), None, name))
+        return _turned(Picture(image.size[::-1], read), _orientation(image, name))
+    if deep is None: samples, alpha = _samples(image, bands, name)
+    else: samples, alpha = _deep_samples(deep, image.info.get("transparency"), bands, name)
+    if most: samples, white = np.rint(samples*(most/65535)).astype(np.uint16), most
+    return _turned(_array_picture(_colour(samples, alpha, limits, name, white)), _orientation(image, name))
+
+def _deep_samples(deep:np.ndarray, clear, bands, name:str) -> tuple[np.ndarray, np.ndarray|None]:
+    "Samples and opacity of `H x W x C` `uint16`, C = 2 to 4; `clear`: the one colour that is transparent."
+    if bands:
+        _check_count(bands, deep.shape[2], name)
+        return deep[..., [o - 1 for o in bands]], None
+    if deep.shape[2] in (2, 4): return deep[..., :-1], _levels(deep[..., -1], 0, 65535)
+    return deep, np.where((deep == clear).all(2), np.uint8(0), np.uint8(255)) if isinstance(clear, tuple) else None
+
+def _array_picture(rgb:np.ndarray) -> Picture:
+    return Picture(rgb.shape[:2], lambda top, left, height, width: rgb[top:top + height, left:left + width])
+
+def _decode(file, limits, bands, max_pixels:int, name:str) -> Picture:
+    "A `Picture` of a binary file object."
     Image.init() # all plugins, so that the list of formats is complete
     formats = [f for f in Image.ID if f != "EPS"]
     try:
         with _pillow_allows(max_pixels), Image.open(file, formats=formats) as image:
             _check_size(*image.size, max_pixels, name)
-            return _rgb(_upright(image, name), name)
+            return _pillow_picture(image, file, limits, bands, name)
     except ImageError: raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image of a known format. Check the file, or convert it to PNG or JPEG") from None
+        raise ImageError(f"{name} cannot be read: it is not an image of a known format. Check the file, or convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ImageError(f"{name}: {e}. Make the image smaller, or pass a larger max_pixels if you trust it") from None
+        size = re.search(r"\d+ pixels", str(e))
+        raise _too_large(size[0] if size else "its pixels", max_pixels, name) from None
     except PILLOW_ERRORS as e:
         raise ImageError(f"{name}: the image is damaged or incomplete ({e}). Copy or download the file again") from e
 
-# %% ../nbs/02_images.ipynb #c6590a10
-def _from_array(a:np.ndarray, max_pixels:int, name:str) -> np.ndarray:
-    "`H x W x 3` `uint8` RGB from an array `H x W` or `H x W x C`, `C` in 1, 3, 4."
-    if a.ndim == 3 and a.shape[2] == 1: a = a[:, :, 0]
-    if not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] in (3, 4))):
-        raise ImageError(f"{name} has shape {a.shape}; one image is H x W or H x W x C with C = 1, 3 or 4")
-    _check_size(a.shape[1], a.shape[0], max_pixels, name)
-    return _rgb(Image.fromarray(np.ascontiguousarray(_eight_bit(a, name))), name)
+# %% ../nbs/02_images.ipynb #f30f9c1f
+_PLACED = {33550, 33922, 34264, 34735} # tags that make a TIFF a GeoTIFF
 
-def _tensor_array(t, name:str) -> np.ndarray:
+def _tiff_tags(file) -> dict:
+    "Tags of the first page of a TIFF, which begins a binary file; empty for other files. Tag 0 says whether a later page is its mask."
+    head = file.read(8)
+    try:
+        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return {}
+        pages = ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[:4] else b""))
+        file.seek(pages.next)
+        pages.load(file)
+        tags = {o: pages.get(o) for o in (258, 262, 274, 277, 338, 339, 42113, *_PLACED) if o in pages}
+        for _ in range(16):
+            if not pages.next: break
+            file.seek(pages.next)
+            pages.load(file)
+            tags[0] = tags.get(0, False) or bool(pages.get(254, 0) & 4)
+        return tags
+    except PILLOW_ERRORS:
+        return {}
+    finally:
+        file.seek(0)
+
+def _for_rasterio(file, limits, bands) -> str:
+    "How a file needs rasterio: 'only' it reads the file rightly, it is 'better', or not at all ('')."
+    tags, head = _tiff_tags(file), file.read(100)
+    file.seek(0)
+    header = head.find(b"ihdr")
+    if header > 0 or head.startswith(b"\xff\x4f\xff\x51"):   # JPEG 2000: the depth of its first channel
+        depth = head[header + 14:header + 15] if header > 0 else head[42:43]
+        return "better" if (depth and (depth[0] & 127) + 1 > 8) or limits or bands else ""
+    if not tags: return ""
+    bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
+    photometric, samples, extra = tags.get(262), tags.get(277, 1), np.atleast_1d(tags.get(338, ()))
+    alpha = int(np.isin(extra, (1, 2)).sum())
+    fits = {0: 1 + alpha, 1: 1 + alpha, 2: 3 + len(extra)}.get(photometric, samples)   # Pillow takes a band more for alpha
+    if samples != fits or set(bits) == {12} or (photometric == 0 and 16 in bits): return "only"
+    if set(kinds) != {1} and (set(bits) == {8} or samples > 1): return "only"
+    try:
+        with Image.open(file, formats=["TIFF"]): pass
+    except PILLOW_ERRORS:
+        return "only"
+    finally:
+        file.seek(0)
+    return "better" if set(kinds) != {1} or 42113 in tags or tags.get(0) or bands else ""
+
+# %% ../nbs/02_images.ipynb #ddce1402
+def _choose_bands(source, bands, name:str) -> list[int]:
+    "Numbers of the bands to show, of an open rasterio data set: three, or one. Raises `ImageError` where the file does not say which."
+    from rasterio.enums import ColorInterp as Kind
+    if bands:
+        _check_count(bands, source.count, name)
+        return list(bands)
+    kinds, colours = source.colorinterp, ("red", "green", "blue")
+    if kinds[0] == Kind.palette: return [1]
+    names = [(o or "").strip().lower() for o in source.descriptions]
+    if set(colours) <= set(names): return [names.index(o) + 1 for o in colours]
+    kinds = [o.name for o in kinds]
+    if set(colours) <= set(kinds): return [kinds.index(o) + 1 for o in colours]
+    others = [i for i, kind in enumerate(kinds, 1) if kind != "alpha"]
+    if len(others) in (1, 3): return others
+    what = f"{name} has {len(others)} bands, and does not say which are red, green and blue. Say it, counted from 1, e.g. "
+    raise ImageError(f"{what}bands=(3, 2, 1) of load_image or segment_tiles; or one band for grey", f"{what}--bands 3,2,1; or one band for grey")
+
+def _span_of_rows(read:Callable, size:tuple[int, int], enough:float) -> tuple[float, float]:
+    "Smallest and largest of the values that `read(top, left, height, width)` gives, 256 rows at a time, until one reaches `enough`."
+    low, high = np.inf, -np.inf
+    for top in range(0, size[0], 256):
+        values = read(top, 0, min(256, size[0] - top), size[1])
+        values = values[values == values]   # NaN holds no data
+        if values.size:
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+        if high >= enough: break
+    return (low, high) if low <= high else (0, 0)
+
+# %% ../nbs/02_images.ipynb #f36ef1ee
+@contextmanager
+def _raster_picture(
+    source, # a path, or the bytes of a file
+    limits, bands, name:str,
+    orientation:int=1,
+    keep_place:bool=False, # let the place on Earth win over the orientation
+): # yields a `Picture`
+    "Open a file by rasterio, to be read by windows."
+    rasterio = require("rasterio", "geo")
+    from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        # GDAL would keep a twentieth of the machine's memory for what it has read.
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=64))
+        try:
+            if isinstance(source, bytes): data = stack.enter_context(stack.enter_context(rasterio.MemoryFile(source)).open())
+            else: data = stack.enter_context(rasterio.open(fsdecode(source)))
+        except RasterioIOError as e:
+            raise ImageError(f"{name} cannot be read ({e})") from e
+        picture = _Raster(data, limits, bands, name).picture()
+        if picture.place and keep_place and orientation != 1:
+            warnings.warn(f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place counts, and it is labelled as it is stored", stacklevel=2)
+        yield picture if picture.place and keep_place else _turned(picture, orientation)
+
+class _Raster:
+    "An open rasterio data set as samples, by windows of (top, left, height, width)."
+    def __init__(self, data, limits, bands, name:str):
+        from rasterio.enums import ColorInterp, MaskFlags
+        self.data, self.name, self.chosen = data, name, _choose_bands(data, bands, name)
+        first, kinds = self.chosen[0] - 1, data.colorinterp
+        alpha = None if bands or ColorInterp.alpha not in kinds else kinds.index(ColorInterp.alpha) + 1
+        self.alpha = alpha if alpha and data.dtypes[alpha - 1] in ("uint8", "uint16") else None
+        flags = data.mask_flag_enums[first]
+        self.whole = MaskFlags.all_valid in flags or (bool(bands) and MaskFlags.alpha in flags)
+        self.dtype = np.dtype(complex if data.dtypes[first].startswith("complex") else data.dtypes[first])
+        self.table = _colour_table(data, self.dtype) if kinds[first] == ColorInterp.palette and len(self.chosen) == 1 else None
+        bits = int(data.tags(first + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0)) if self.dtype.kind == "u" else 0
+        self.white = 2**bits - 1 if bits and self.table is None else None
+        self.inverted = data.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and self.table is None and not isinstance(limits, tuple)
+        factors, offsets = (np.array([o[i - 1] for i in self.chosen]) for o in (data.scales, data.offsets))
+        self.scale = (factors, offsets) if limits and self.table is None and ((factors != 1).any() or offsets.any()) else None
+        self.black_white = _black_white(limits, np.dtype(np.uint8) if self.table is not None else self.dtype, name, self.span, self.sample, self.white)
+
+    def fetch(self, call:Callable, *arguments, window, shape=None) -> np.ndarray:
+        from rasterio.errors import RasterioIOError
+        from rasterio.windows import Window
+        top, left, height, width = window
+        try:
+            return call(*arguments, window=Window(left, top, width, height), **(dict(out_shape=shape) if shape else {}))
+        except RasterioIOError as e:
+            raise ImageError(f"{self.name} is damaged ({e})") from e
+
+    def samples(self, window, shape=None) -> np.ndarray:
+        "H x W x C; `shape`: height and width to read it at, if not its own."
+        a = self.fetch(self.data.read, self.chosen, window=window, shape=shape and (len(self.chosen), *shape)).transpose(1, 2, 0)
+        if self.table is not None: return self.table[a[..., 0]]
+        if self.scale: return a*self.scale[0] + self.scale[1]
+        return (self.white or np.iinfo(a.dtype).max) - a if self.inverted and a.dtype.kind == "u" else a
+
+    def valid(self, window, shape=None) -> np.ndarray:
+        "H x W uint8, 0 where there are no data."
+        mask = np.full(shape or window[2:], 255, np.uint8) if self.whole else self.fetch(self.data.dataset_mask, window=window, shape=shape)
+        return mask if self.dtype.kind != "f" else np.where(np.isnan(self.samples(window, shape)).any(2), np.uint8(0), mask)
+
+    def span(self) -> tuple[float, float]:
+        most = self.white or (255 if self.table is not None else np.iinfo(self.dtype).max if self.dtype.kind == "u" and self.dtype.itemsize < 4 else np.inf)
+        return _span_of_rows(lambda *window: self.samples(window)[self.valid(window) > 0], self.data.shape, most/(2 if most > 255 else 8))
+
+    def sample(self) -> np.ndarray:
+        "A million pixels at most, for percentiles."
+        height, width = self.data.shape
+        share = min(1, (2**20/(height*width))**.5)
+        window, shape = (0, 0, height, width), (max(1, int(height*share)), max(1, int(width*share)))
+        return self.samples(window, shape)[self.valid(window, shape) > 0]
+
+    def rgb(self, *window) -> np.ndarray:
+        rgb = _levels(self.samples(window), *self.black_white)
+        if rgb.shape[2] == 1: rgb = np.repeat(rgb, 3, axis=2)
+        if self.alpha:
+            alpha = self.fetch(self.data.read, self.alpha, window=window)
+            rgb = _on_white(rgb, _levels(alpha, 0, np.iinfo(alpha.dtype).max))
+        if self.whole and self.dtype.kind != "f": return rgb
+        return np.where(self.valid(window)[..., None] == 0, np.uint8(255), rgb)
+
+    def picture(self) -> Picture:
+        data = self.data
+        known = data.crs is not None or not data.transform.is_identity
+        place = dict(crs=data.crs, transform=data.transform) if known else None
+        if data.gcps[0]: place = dict(crs=data.gcps[1], gcps=data.gcps[0])
+        return Picture(data.shape, self.rgb, place, None if self.whole and self.dtype.kind != "f" else lambda *window: self.valid(window))
+
+def _colour_table(data, dtype:np.dtype) -> np.ndarray:
+    "Colours of a palette, one row per value."
+    table = np.zeros((np.iinfo(dtype).max + 1, 3), np.uint8)
+    for value, colour in data.colormap(1).items(): table[value] = colour[:3]
+    return table
+
+# %% ../nbs/02_images.ipynb #c6590a10
+def _from_array(a:np.ndarray, limits, bands, max_pixels:int, name:str) -> np.ndarray:
+    "`H x W x 3` `uint8` RGB from an array `H x W` or `H x W x C`, `C` in 1, 3, 4, or more if `bands` chooses."
+    if a.ndim == 2: a = a[:, :, None]
+    if a.ndim != 3 or (a.shape[2] not in (1, 3, 4) and not bands):
+        raise ImageError(f"{name} has shape {a.shape}; one image is H x W or H x W x C with C = 1, 3 or 4. "
+                         "Of other bands choose those to see: load_image(..., bands=(3, 2, 1))")
+    _check_size(a.shape[1], a.shape[0], max_pixels, name)
+    if bands:
+        _check_count(bands, a.shape[2], name)
+        a = a[..., [o - 1 for o in bands]]
+    if limits is None and a.dtype == np.uint8: limits = 0, 255   # taken at its word: it may be a dark part of an image
+    colour, alpha = a[..., :3], None
+    if a.shape[2] == 4:
+        alpha = _levels(a[..., 3], 0, _fixed_white(a.dtype, a[..., 3].min(), a[..., 3].max(), name))
+    return np.array(_colour(colour, alpha, limits, name))
+
+def _tensor_array(t, bands=None) -> np.ndarray:
     "A tensor `C x H x W` or `H x W x C` as an array `H x W x C`."
     t = t.detach().cpu()
     if t.is_floating_point(): t = t.float() # bfloat16 has no NumPy type
     a = t.numpy()
-    return a.transpose(1, 2, 0) if a.ndim == 3 and a.shape[0] in (1, 3, 4) else a
+    first = a.ndim == 3 and (a.shape[0] in (1, 3, 4) or (bands and a.shape[0] < min(a.shape[1:])))
+    return a.transpose(1, 2, 0) if first else a
 
 # %% ../nbs/02_images.ipynb #8463a3c8
-def load_image(
-    source, # path, bytes, binary file object, Pillow image, NumPy array or torch tensor
-    max_pixels:int=MAX_PIXELS, # the largest number of pixels accepted, read from the header before decoding
-) -> np.ndarray: # `H x W x 3`, `uint8`, RGB; a fresh array
-    """Read one image as `H x W x 3` `uint8` RGB.
-
-    EXIF orientation is applied, transparency is composited on white, 16-bit levels are scaled, an animated file gives its
-    first frame. Arrays: `H x W` or `H x W x C` with 1, 3 or 4 channels, of type `uint8`, `uint16`, `bool`, or float in 0..1.
-    Tensors: `C x H x W` or `H x W x C`. Raises `ImageError` for anything that is not one whole image of at most `max_pixels` pixels.
-    """
-    if isinstance(source, Image.Image):
-        name = getattr(source, "filename", "") or "The Pillow image"
-        _check_size(*source.size, max_pixels, name)
-        try:
-            with _pillow_allows(max_pixels): return _rgb(_upright(source, name), name)
-        except ImageError: raise
-        except PILLOW_ERRORS as e: raise ImageError(f"{name}: the image cannot be decoded ({e}). Open it again") from e
-    if isinstance(source, np.ndarray): return _from_array(source, max_pixels, "The NumPy array")
-    if hasattr(source, "detach") and hasattr(source, "cpu"): return _from_array(_tensor_array(source, "tensor"), max_pixels, "The tensor")
-    if isinstance(source, (bytes, bytearray, memoryview)): return _decode(BytesIO(source), max_pixels, f"These {len(source):,} bytes")
+def _named_file(source, name:str=""): # a path, bytes or a binary file object -> an open binary file and its name
+    "Open what holds the bytes of a file. Raises `ImageError`."
+    if isinstance(source, (bytes, bytearray, memoryview)): return BytesIO(source), f"These {len(source):,} bytes"
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "The file object"))
         try: data = source.read()
         except (OSError, ValueError) as e: raise ImageError(f"{name} cannot be read ({e}). Open it with open(path, 'rb')") from e
         if not isinstance(data, bytes): raise ImageError(f"{name} is open as text. Open it with open(path, 'rb')")
-        return _decode(BytesIO(data), max_pixels, name)
+        return BytesIO(data), name
     if not isinstance(source, (str, PathLike)):
         raise ImageError(f"Cannot read an image from {type(source).__name__}. Pass a path, bytes, a file object, a Pillow image, an array or a tensor")
-    path = fspath(source)
-    if isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+    path = fsdecode(source)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ImageError(f"{path} is a web address. Download the file first, then pass its path")
-    try: file = open(path, "rb")
+    try: return open(path, "rb"), path
     except FileNotFoundError: raise ImageError(f"{path} does not exist. Check the path") from None
     except IsADirectoryError: raise ImageError(f"{path} is a folder. Pass one image file") from None
     except (OSError, ValueError) as e: raise ImageError(f"{path} cannot be opened ({e}). Check the path and its permissions") from e
-    with file: return _decode(file, max_pixels, str(path))
+
+def _from_pillow(image:Image.Image, limits, bands, max_pixels:int) -> Picture:
+    "A `Picture` of a Pillow image, which stays as it is; one that was opened and not yet decoded is read from its file."
+    name = getattr(image, "filename", "") or "The Pillow image"
+    _check_size(*image.size, max_pixels, name)
+    file = getattr(image, "fp", None)
+    if file and (image.format == "PPM" or "16" in _rawmode(image)):
+        at = file.tell()
+        file.seek(0)
+        data = BytesIO(file.read())
+        file.seek(at)
+        return _decode(data, limits, bands, max_pixels, name)
+    try:
+        with _pillow_allows(max_pixels): return _pillow_picture(image, None, limits, bands, name)
+    except ImageError: raise
+    except PILLOW_ERRORS as e: raise ImageError(f"{name}: the image cannot be decoded ({e}). Open it again") from e
+
+@contextmanager
+def _opened(source, limits, bands, max_pixels:int, large:bool=False):
+    "Anything `load_image` takes as a `Picture`; `large`: a TIFF by windows, at its place on Earth."
+    limits, bands = check_limits(limits), check_bands(bands)
+    if isinstance(source, Image.Image):
+        yield _from_pillow(source, limits, bands, max_pixels)
+        return
+    tensor = hasattr(source, "detach") and hasattr(source, "cpu")
+    if tensor or isinstance(source, np.ndarray):
+        a = _tensor_array(source, bands) if tensor else source
+        yield _array_picture(_from_array(a, limits, bands, max_pixels, "The tensor" if tensor else "The NumPy array"))
+        return
+    file, name = _named_file(source)
+    with file:
+        path = None if isinstance(file, BytesIO) else name
+        wanted = "only" if name.lower().endswith(".vrt") else _for_rasterio(file, limits, bands)
+        tags = _tiff_tags(file)
+        by_window = large and path and (tags or name.lower().endswith((".tif", ".tiff", ".vrt", ".jp2")))
+        if wanted or by_window:
+            try:
+                require("rasterio", "geo")
+            except MissingExtra as e:
+                if by_window and (wanted == "only" or _PLACED & tags.keys()): raise
+                if wanted == "only": raise ImageError(f"{name}: this kind of TIFF is read by rasterio only: {e}. Or convert it to 8 bits of RGB") from None
+                wanted = by_window = None
+        if not (wanted or by_window):
+            yield _decode(file, limits, bands, max_pixels, name)
+            return
+        with _raster_picture(path or file.getvalue(), limits, bands, name, tags.get(274, 1), large) as picture:
+            _check_size(*picture.size[::-1], np.inf if by_window else max_pixels, name)
+            yield picture
+
+@contextmanager
+def open_picture(
+    source, # anything `load_image` takes
+    limits:tuple[float, float]|str|None=None, # as for `load_image`
+    bands:tuple[int, ...]|None=None,
+): # yields a `Picture`
+    """Open a picture to be read by windows: a TIFF of any size by rasterio (extra `geo`), all else by Pillow.
+
+    Raises `ImageError` as `load_image` does, `MissingExtra` for a GeoTIFF without `geo`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # it begins at half of our limit
+        with _opened(source, limits, bands, MAX_PIXELS, large=True) as picture: yield picture
+
+def load_image(
+    source, # path, bytes, binary file object, Pillow image, NumPy array or torch tensor
+    max_pixels:int=MAX_PIXELS, # the largest number of pixels accepted, read from the header before decoding
+    limits:tuple[float, float]|str|None=None, # the values of black and white, or "stretch": 2 % of this image's become black, 2 % white; default: those of the type
+    bands:tuple[int, ...]|None=None, # from 1, those for red, green and blue, or one for grey; default: those that the file names
+) -> np.ndarray: # `H x W x 3`, `uint8`, RGB; a fresh array
+    """Read one image as `H x W x 3` `uint8` RGB.
+
+    EXIF orientation is applied, transparency is composited on white, 16-bit levels are scaled, an animated file gives its
+    first frame. Arrays: `H x W` or `H x W x C` with 1, 3 or 4 channels, of type `uint8`, `uint16`, `bool`, or float in 0..1.
+    Tensors: `C x H x W` or `H x W x C`. Other types and other numbers of channels need `limits` and `bands`.
+    Raises `ImageError` for anything that is not one whole image of at most `max_pixels` pixels, and for deep pixels (more than
+    8 bits) that use less than a quarter of their range; warns of an image that looks dark because it uses little of it.
+    """
+    with _opened(source, limits, bands, max_pixels) as picture:
+        pixels = picture.read(0, 0, *picture.size)
+        return pixels if pixels.flags.c_contiguous and pixels.flags.writeable and pixels.base is None else pixels.copy()
