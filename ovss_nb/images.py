@@ -58,7 +58,12 @@ def image_size(
             try: sideways = image.getexif().get(274) in (5, 6, 7, 8)   # 274: EXIF orientation
             except PILLOW_ERRORS: sideways = False   # load_image ignores damaged EXIF data too
             return image.size if sideways else image.size[::-1]
-    except PILLOW_ERRORS as e: raise ImageError(f"{path} is not a readable image ({e})") from e
+    except PILLOW_ERRORS as e:
+        try:
+            with open(path, "rb") as file: tags = _tiff_tags(file)   # Pillow does not know every kind of TIFF
+            return (tags[256], tags[257]) if tags.get(274, 1) in (5, 6, 7, 8) else (tags[257], tags[256])
+        except (OSError, KeyError):
+            raise ImageError(f"{path} is not a readable image ({e})") from e
 
 # %% ../nbs/02_images.ipynb #5800e562
 def _check_size(width:int, height:int, max_pixels:int, name:str):
@@ -137,15 +142,15 @@ def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
 def _check_use(low:float, high:float, white:float, name:str):
     "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black."
     deep = white > 255
-    span = f"{name}: its values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
+    span = f"{name}: values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
     likely = 2**int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
     ask = f"limits=(0, {likely}), or limits='stretch' to take them from the image", f"--limits 0 {likely}, or --limits stretch to take them from the image"
     if deep and 0 < high < white/4:
-        say = f"{span}, and it would be nearly black. Say what is black and what is white, e.g. "
+        say = f"{span}, and the image would be nearly black. Say what is black and what is white, e.g. "
         raise ImageError(f"{say}load_image(..., {ask[0]})", say + ask[1])
     if 0 < high < white/(2 if deep else 8) or (deep and 0 < high - low < white/8):
         mask = "" if deep or white == 1 else " Is it a mask or a label map?"
-        warnings.warn(f"{span}: it looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
+        warnings.warn(f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
 
 def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable, white:float|None=None) -> tuple[float, float]:
     """The values that become black and white.
@@ -279,9 +284,12 @@ def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture
     "A `Picture` of a Pillow image; `file`, if it is at hand, holds the 16-bit samples that Pillow shortens."
     deep = None if file is None else _sixteen_bits(image, file)
     white = 4095 if _rawmode(image) == "I;12" else None
-    # Pillow has scaled a PGM to 16 bits; `limits` count in the values of the file
-    most = image.tile[0][3][1] if image.format == "PPM" and image.mode == "I" and "ppm" in image.tile[0][0] else None
+    most = image.tile[0][3][1] if image.format == "PPM" and image.tile and image.tile[0][0] != "raw" else None   # white of a PGM or PPM
+    if deep is not None: white = most
     image.load()
+    orientation = _orientation(image, name)
+    if image.format == "TIFF" and image.mode == "RGBA" and not bands and _is_picture(np.asarray(image.getchannel("A")), name):
+        image, deep = image.convert("RGB"), None if deep is None else deep[..., :3]
     if deep is None and not bands and limits is None and not (image.mode.startswith("I") or image.mode == "F"):
         seen = image.convert("RGB") if image.mode in ("P", "PA") else image
         if seen.mode in ("L", "LA", "RGB", "RGBA", "RGBX"):
@@ -290,11 +298,12 @@ def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture
         def read(top, left, height, width):
             whole = (height, width) == image.size[::-1]
             return _on_white(*_samples(image if whole else image.crop((left, top, left + width, top + height)), None, name))
-        return _turned(Picture(image.size[::-1], read), _orientation(image, name))
+        return _turned(Picture(image.size[::-1], read), orientation)
     if deep is None: samples, alpha = _samples(image, bands, name)
     else: samples, alpha = _deep_samples(deep, image.info.get("transparency"), bands, name)
-    if most: samples, white = np.rint(samples*(most/65535)).astype(np.uint16), most
-    return _turned(_array_picture(_colour(samples, alpha, limits, name, white)), _orientation(image, name))
+    # Pillow has scaled a PGM to 16 bits; `limits` count in the values of the file
+    if most and image.mode == "I": samples, white = np.rint(samples*(most/65535)).astype(np.uint16), most
+    return _turned(_array_picture(_colour(samples, alpha, limits, name, white)), orientation)
 
 def _deep_samples(deep:np.ndarray, clear, bands, name:str) -> tuple[np.ndarray, np.ndarray|None]:
     "Samples and opacity of `H x W x C` `uint16`, C = 2 to 4; `clear`: the one colour that is transparent."
@@ -327,6 +336,15 @@ def _decode(file, limits, bands, max_pixels:int, name:str) -> Picture:
 # %% ../nbs/02_images.ipynb #f30f9c1f
 _PLACED = {33550, 33922, 34264, 34735} # tags that make a TIFF a GeoTIFF
 
+def _is_picture(alpha:np.ndarray, name:str) -> bool:
+    "Whether a band that a TIFF calls transparency holds a picture, since more than half of it is neither clear nor opaque; warns."
+    most = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
+    found = alpha.min() < alpha.max() and ((alpha > 0) & (alpha < most)).mean() > 0.5
+    if found:
+        warnings.warn(f"{name}: its last band is marked as transparency, but holds a picture (near infrared?), and is left out. "
+                      "To choose bands, say bands=(1, 2, 3) (in the shell --bands 1,2,3)", stacklevel=2)
+    return bool(found)
+
 def _tiff_tags(file) -> dict:
     "Tags of the first page of a TIFF, which begins a binary file; empty for other files. Tag 0 says whether a later page is its mask."
     head = file.read(8)
@@ -335,7 +353,7 @@ def _tiff_tags(file) -> dict:
         pages = ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[:4] else b""))
         file.seek(pages.next)
         pages.load(file)
-        tags = {o: pages.get(o) for o in (258, 262, 274, 277, 338, 339, 42113, *_PLACED) if o in pages}
+        tags = {o: pages.get(o) for o in (256, 257, 258, 262, 274, 277, 284, 338, 339, 42113, *_PLACED) if o in pages}
         for _ in range(16):
             if not pages.next: break
             file.seek(pages.next)
@@ -360,7 +378,7 @@ def _for_rasterio(file, limits, bands) -> str:
     photometric, samples, extra = tags.get(262), tags.get(277, 1), np.atleast_1d(tags.get(338, ()))
     alpha = int(np.isin(extra, (1, 2)).sum())
     fits = {0: 1 + alpha, 1: 1 + alpha, 2: 3 + len(extra)}.get(photometric, samples)   # Pillow takes a band more for alpha
-    if samples != fits or set(bits) == {12} or (photometric == 0 and 16 in bits): return "only"
+    if samples != fits or set(bits) == {12} or (16 in bits and (photometric == 0 or tags.get(284) == 2)): return "only"
     if set(kinds) != {1} and (set(bits) == {8} or samples > 1): return "only"
     try:
         with Image.open(file, formats=["TIFF"]): pass
@@ -431,17 +449,14 @@ class _Raster:
         from rasterio.enums import ColorInterp, MaskFlags
         self.data, self.name, self.chosen = data, name, _choose_bands(data, bands, name)
         first, kinds = self.chosen[0] - 1, data.colorinterp
-        alpha = None if bands or ColorInterp.alpha not in kinds else kinds.index(ColorInterp.alpha) + 1
-        self.alpha = alpha if alpha and data.dtypes[alpha - 1] in ("uint8", "uint16") else None
-        flags = data.mask_flag_enums[first]
-        self.whole = MaskFlags.all_valid in flags or (bool(bands) and MaskFlags.alpha in flags)
+        self.alpha, flags = kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else None, data.mask_flag_enums[first]
+        if self.alpha and (bands or _is_picture(data.read(self.alpha, out_shape=self.small()), name)): self.alpha = None
+        self.whole = MaskFlags.all_valid in flags or (self.alpha is None and MaskFlags.alpha in flags)
         self.dtype = np.dtype(complex if data.dtypes[first].startswith("complex") else data.dtypes[first])
         self.table = _colour_table(data, self.dtype) if kinds[first] == ColorInterp.palette and len(self.chosen) == 1 else None
         bits = int(data.tags(first + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0)) if self.dtype.kind == "u" else 0
         self.white = 2**bits - 1 if bits and self.table is None else None
         self.inverted = data.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and self.table is None and not isinstance(limits, tuple)
-        factors, offsets = (np.array([o[i - 1] for i in self.chosen]) for o in (data.scales, data.offsets))
-        self.scale = (factors, offsets) if limits and self.table is None and ((factors != 1).any() or offsets.any()) else None
         self.black_white = _black_white(limits, np.dtype(np.uint8) if self.table is not None else self.dtype, name, self.span, self.sample, self.white)
 
     def fetch(self, call:Callable, *arguments, window, shape=None) -> np.ndarray:
@@ -457,7 +472,6 @@ class _Raster:
         "H x W x C; `shape`: height and width to read it at, if not its own."
         a = self.fetch(self.data.read, self.chosen, window=window, shape=shape and (len(self.chosen), *shape)).transpose(1, 2, 0)
         if self.table is not None: return self.table[a[..., 0]]
-        if self.scale: return a*self.scale[0] + self.scale[1]
         return (self.white or np.iinfo(a.dtype).max) - a if self.inverted and a.dtype.kind == "u" else a
 
     def valid(self, window, shape=None) -> np.ndarray:
@@ -469,17 +483,19 @@ class _Raster:
         most = self.white or (255 if self.table is not None else np.iinfo(self.dtype).max if self.dtype.kind == "u" and self.dtype.itemsize < 4 else np.inf)
         return _span_of_rows(lambda *window: self.samples(window)[self.valid(window) > 0], self.data.shape, most/(2 if most > 255 else 8))
 
+    def small(self) -> tuple[int, int]:
+        "Height and width of a copy of a million pixels at most."
+        share = min(1, (2**20/(self.data.width*self.data.height))**.5)
+        return max(1, int(self.data.height*share)), max(1, int(self.data.width*share))
+
     def sample(self) -> np.ndarray:
-        "A million pixels at most, for percentiles."
-        height, width = self.data.shape
-        share = min(1, (2**20/(height*width))**.5)
-        window, shape = (0, 0, height, width), (max(1, int(height*share)), max(1, int(width*share)))
+        window, shape = (0, 0, *self.data.shape), self.small()
         return self.samples(window, shape)[self.valid(window, shape) > 0]
 
     def rgb(self, *window) -> np.ndarray:
         rgb = _levels(self.samples(window), *self.black_white)
         if rgb.shape[2] == 1: rgb = np.repeat(rgb, 3, axis=2)
-        if self.alpha:
+        if self.alpha and self.data.dtypes[self.alpha - 1] in ("uint8", "uint16"):
             alpha = self.fetch(self.data.read, self.alpha, window=window)
             rgb = _on_white(rgb, _levels(alpha, 0, np.iinfo(alpha.dtype).max))
         if self.whole and self.dtype.kind != "f": return rgb
@@ -524,7 +540,7 @@ def _tensor_array(t, bands=None) -> np.ndarray:
     return a.transpose(1, 2, 0) if first else a
 
 # %% ../nbs/02_images.ipynb #8463a3c8
-def _named_file(source, name:str=""): # a path, bytes or a binary file object -> an open binary file and its name
+def _named_file(source): # a path, bytes or a binary file object -> an open binary file and its name
     "Open what holds the bytes of a file. Raises `ImageError`."
     if isinstance(source, (bytes, bytearray, memoryview)): return BytesIO(source), f"These {len(source):,} bytes"
     if hasattr(source, "read"):
@@ -543,17 +559,20 @@ def _named_file(source, name:str=""): # a path, bytes or a binary file object ->
     except IsADirectoryError: raise ImageError(f"{path} is a folder. Pass one image file") from None
     except (OSError, ValueError) as e: raise ImageError(f"{path} cannot be opened ({e}). Check the path and its permissions") from e
 
-def _from_pillow(image:Image.Image, limits, bands, max_pixels:int) -> Picture:
-    "A `Picture` of a Pillow image, which stays as it is; one that was opened and not yet decoded is read from its file."
-    name = getattr(image, "filename", "") or "The Pillow image"
-    _check_size(*image.size, max_pixels, name)
+def _not_decoded(image:Image.Image) -> BytesIO|None:
+    "The file of a Pillow image of a format that can be deep, as long as Pillow has not decoded it."
     file = getattr(image, "fp", None)
-    if file and (image.format == "PPM" or "16" in _rawmode(image)):
-        at = file.tell()
-        file.seek(0)
-        data = BytesIO(file.read())
-        file.seek(at)
-        return _decode(data, limits, bands, max_pixels, name)
+    deep = image.format in ("PPM", "TIFF", "JPEG2000") or "16" in _rawmode(image)
+    if not (file and deep and getattr(image, "tile", None)) or image.tell(): return None
+    at = file.tell()
+    file.seek(0)
+    data = BytesIO(file.read())
+    file.seek(at)
+    return data
+
+def _from_pillow(image:Image.Image, limits, bands, max_pixels:int, name:str) -> Picture:
+    "A `Picture` of a Pillow image, which stays as it is."
+    _check_size(*image.size, max_pixels, name)
     try:
         with _pillow_allows(max_pixels): return _pillow_picture(image, None, limits, bands, name)
     except ImageError: raise
@@ -563,15 +582,19 @@ def _from_pillow(image:Image.Image, limits, bands, max_pixels:int) -> Picture:
 def _opened(source, limits, bands, max_pixels:int, large:bool=False):
     "Anything `load_image` takes as a `Picture`; `large`: a TIFF by windows, at its place on Earth."
     limits, bands = check_limits(limits), check_bands(bands)
+    file = None
     if isinstance(source, Image.Image):
-        yield _from_pillow(source, limits, bands, max_pixels)
-        return
+        name = getattr(source, "filename", "") or "The Pillow image"
+        file = _not_decoded(source)
+        if file is None:
+            yield _from_pillow(source, limits, bands, max_pixels, name)
+            return
     tensor = hasattr(source, "detach") and hasattr(source, "cpu")
     if tensor or isinstance(source, np.ndarray):
         a = _tensor_array(source, bands) if tensor else source
         yield _array_picture(_from_array(a, limits, bands, max_pixels, "The tensor" if tensor else "The NumPy array"))
         return
-    file, name = _named_file(source)
+    if file is None: file, name = _named_file(source)
     with file:
         path = None if isinstance(file, BytesIO) else name
         wanted = "only" if name.lower().endswith(".vrt") else _for_rasterio(file, limits, bands)
