@@ -7,30 +7,51 @@ __all__ = ['FORMATS', 'save_coco', 'load_coco', 'save_panoptic', 'load_panoptic'
            'save_labelme', 'load_labelme', 'save_scores', 'load_scores', 'save_as']
 
 # %% ../nbs/06_formats.ipynb #ff4a2198
-import json
-from pathlib import Path
+import base64, binascii, hashlib, json, os, warnings, zipfile
+from io import BytesIO
+from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from .cache import atomic_path
 from .extras import require
-from .images import PILLOW_ERRORS
-from .segmentation import Segmentation, SegmentationError
+from .images import MAX_PIXELS, PILLOW_ERRORS, ImageError, image_size
+from .segmentation import Segmentation, SegmentationError, _object_mask, _rle_size, _whole
 from .vocabulary import composed, find_background
 
 # %% ../nbs/06_formats.ipynb #2bdad49d
 def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
     "The object in a JSON file. Raises `SegmentationError` for another kind of file, or one without all of `keys`."
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
-    missing = [o for o in keys if not isinstance(found, dict) or o not in found]
+    try: found = json.loads(Path(path).read_bytes())   # of bytes, it knows UTF-8, UTF-16 and their marks
+    except (OSError, ValueError, RecursionError, MemoryError) as e: raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
+    missing = [o for o in keys if not isinstance(found, dict) or found.get(o) is None]
     if missing: raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
     return found
 
 def _write_json(path, content):
     with atomic_path(path) as temporary: temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+_KINDS = {"a name": lambda o: composed(o) if isinstance(o, str) and o.strip() else None, "text": lambda o: o if isinstance(o, str) and o.strip() else None, "a list": lambda o: o if isinstance(o, list) else None,
+          "an object": lambda o: o if isinstance(o, dict) else None, "a whole number": _whole,
+          "an id": lambda o: o if isinstance(o, str) else _whole(o), "a size in pixels": lambda o: (_whole(o) or 0) if (_whole(o) or 0) > 0 else None}
+
+def _get(entry, key:str, kind:str, where:str, needed:bool=True):
+    "The value of a key, of one of `_KINDS`; None if it is missing or null and not needed. Raises `SegmentationError`, which begins with `where`."
+    if not isinstance(entry, dict): raise SegmentationError(f"{where} is {str(entry)[:60]!r}, not an object")
+    value = entry.get(key)
+    if value is None:
+        if needed: raise SegmentationError(f"{where} has no {key!r}: add {kind}")
+        return None
+    found = _KINDS[kind](value)
+    if found is None: raise SegmentationError(f"{where}: {key!r} is {str(value)[:60]!r}, not {kind}")
+    return found
+
+def _size(entry, where:str) -> tuple[int, int]|None: # None: it says none, or half of one
+    "`height` and `width` of an entry. Raises `SegmentationError` for what cannot be one."
+    height, width = (_get(entry, o, "a size in pixels", where, needed=False) for o in ("height", "width"))
+    if height and width and height*width > MAX_PIXELS: raise SegmentationError(f"{where}: {height} x {width} pixels are more than {MAX_PIXELS:,}")
+    return (height, width) if height and width else None
 
 # %% ../nbs/06_formats.ipynb #d8802598
 def _categories(results:dict[str, Segmentation]) -> list[dict]:
@@ -40,12 +61,46 @@ def _categories(results:dict[str, Segmentation]) -> list[dict]:
     if any(o.names != first.names for o in others): raise SegmentationError("The segmentations have different names: write them to different files")
     return [{"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": colour.tolist()} for k, (name, colour) in enumerate(zip(first.names, first.palette))]
 
-def _vocabulary(path, categories:list[dict]) -> tuple[list[str], np.ndarray|None, dict[int, int]]:
-    "Names in the order of their numbers, their colours if all have one, and {number: index}."
-    rows = sorted(categories, key=lambda o: o["id"])
-    colours = [o.get("color") for o in rows]
-    return [o["name"] for o in rows], np.array(colours) if rows and all(colours) else None, {o["id"]: k for k, o in enumerate(rows)}
+def _colour(entry:dict) -> list[int]|None:
+    "The RGB colour of a category, if it has one that can be."
+    colour = [_whole(o) for o in entry["color"]] if isinstance(entry.get("color"), list) else []
+    return colour if len(colour) == 3 and all(o is not None and 0 <= o <= 255 for o in colour) else None
 
+def _vocabulary(path, categories) -> tuple[list[str], np.ndarray|None, dict[int|str, int]]:
+    "Names in the order of their numbers, their colours if all have one, and {number: index}. Raises `SegmentationError`."
+    if not isinstance(categories, list): raise SegmentationError(f"{path}: 'categories' is not a list")
+    rows = [(_get(o, "id", "an id", f"{path}: category {n}"), _get(o, "name", "a name", f"{path}: category {n}"), _colour(o)) for n, o in enumerate(categories)]
+    if all(isinstance(number, int) for number, *_ in rows): rows.sort(key=lambda o: o[0])
+    index = {number: k for k, (number, *_) in enumerate(rows)}
+    for what, found in (("id", [o[0] for o in rows]), ("name", [o[1] for o in rows])):
+        twice = next((o for o in found if found.count(o) > 1), None)
+        if twice is not None: raise SegmentationError(f"{path}: two categories have the {what} {twice!r}: rename one")
+    colours = [o[2] for o in rows]
+    return [o[1] for o in rows], np.array(colours) if rows and all(colours) else None, index
+
+def _images(path, images) -> dict[int|str, tuple[str, tuple[int, int]|None]]: # by id: the file's name, and its height and width
+    "The pictures that a file lists. Raises `SegmentationError`, also for two of one name, since results go by name."
+    if not isinstance(images, list): raise SegmentationError(f"{path}: 'images' is not a list")
+    found, places = {}, {}
+    for n, o in enumerate(images):
+        where = f"{path}: image {n}"
+        number, name, size = _get(o, "id", "an id", where), _get(o, "file_name", "text", where), _size(o, where)
+        if number in found: raise SegmentationError(f"{where} has the id {number!r}, which another image has too: renumber one")
+        if name in places: raise SegmentationError(f"{where} is named {name!r} as image {places[name]} is: results go by name, so rename one (a path with folders is a name too)")
+        found[number], places[name] = (name, size), n
+    return found
+
+def _finished(path, maps:dict[str, np.ndarray], names:list[str], palette:np.ndarray|None) -> dict[str, Segmentation]:
+    "Label maps in which -1 is `background`, a name that is added if it is needed and not there."
+    names, ground = list(names), find_background(names)
+    if ground is None and any((o < 0).any() for o in maps.values()):
+        ground = len(names)
+        names.append("background")
+        if palette is not None: palette = np.vstack([palette, np.zeros((1, 3), int)])
+    try: return {name: Segmentation(np.where(labels < 0, ground or 0, labels), names, palette) for name, labels in maps.items()}
+    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
+
+# %% ../nbs/06_formats.ipynb #e5e5e24a
 def save_coco(
     results:dict[str, Segmentation], # {file name of the picture: its label map}, all with the same names
     path, # the JSON file
@@ -55,23 +110,48 @@ def save_coco(
     for number, (name, result) in enumerate(results.items(), 1):
         images.append({"id": number, "file_name": name, "height": result.labels.shape[0], "width": result.labels.shape[1]})
         annotations += result.to_coco(number)
-    _write_json(path, {"images": images, "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)], "categories": categories})
+    _write_json(path, {"info": {"description": "label maps of ovss_nb"}, "licenses": [], "images": images,
+                       "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)], "categories": categories})
+
+def _no_mask(segmentation) -> bool: return segmentation is None or isinstance(segmentation, list) and not any(segmentation)
+
+def _painted(image:str, size:tuple[int, int]|None, rows:list) -> np.ndarray: # H x W, -1 where nothing is
+    "The masks of one picture, crowds first. `rows`: where it stands, class, whether it is a crowd, mask."
+    rows = sorted((o for o in rows if not _no_mask(o[3])), key=lambda o: not o[2])
+    for where, _, _, mask in rows:
+        if not isinstance(mask, dict): continue
+        try: own = _rle_size(mask)
+        except ValueError as e: raise SegmentationError(f"{where}: broken mask ({e})") from None
+        if size and own != size: raise SegmentationError(f"{where}: its mask has {own[0]} x {own[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+        size = own
+    if size is None: raise SegmentationError(f"{image} has no 'height' and 'width', and no run-length mask that says them: add them")
+    labels = np.full(size, -1)
+    for where, k, _, mask in rows:
+        try: labels[_object_mask(mask, *size)] = k
+        except (ValueError, TypeError, OverflowError, MemoryError) as e: raise SegmentationError(f"{where}: broken mask ({e})") from e
+    return labels
 
 def load_coco(
-    path, # a COCO file with RLE masks
+    path, # a COCO file; masks may be polygons or run lengths, compressed or not
 ) -> dict[str, Segmentation]: # {file name of the picture: its label map}
-    "The inverse of `save_coco`; also for such files from elsewhere. Raises `SegmentationError` as `Segmentation.from_coco` does."
+    """The inverse of `save_coco`; also for such files from elsewhere. Pixels under no annotation are `background`, a name that is added at
+    the end if no category has it. Raises `SegmentationError`, which names the entry at fault, and warns of annotations without a mask."""
     stored = _read_json(path, ("images", "annotations", "categories"), "COCO")
     names, palette, index = _vocabulary(path, stored["categories"])
-    found = {}
-    for image in stored["images"]:
-        rows = [o for o in stored["annotations"] if o["image_id"] == image["id"]]
-        strange = [o["category_id"] for o in rows if o["category_id"] not in index]
-        if strange: raise SegmentationError(f"{path}: an annotation has category {strange[0]}, which the file does not list")
-        rows = [{k: v for k, v in o.items() if k != "category_name"} | {"category_id": index[o["category_id"]] + 1} for o in rows]
-        result = Segmentation.from_coco(rows, names)
-        found[image["file_name"]] = Segmentation(result.labels, names, palette)
-    return found
+    images, annotations = _images(path, stored["images"]), stored["annotations"]
+    if not isinstance(annotations, list): raise SegmentationError(f"{path}: 'annotations' is not a list")
+    rows = {number: [] for number in images}
+    for n, o in enumerate(annotations):
+        where = f"{path}: annotation {o.get('id', n) if isinstance(o, dict) else n}"
+        image, category = _get(o, "image_id", "an id", where), _get(o, "category_id", "an id", where)
+        if image not in images: raise SegmentationError(f"{where} belongs to image {image!r}, which the file does not list")
+        if category not in index: raise SegmentationError(f"{where} has category {category!r}, which the file does not list")
+        rows[image].append((where, index[category], bool(o.get("iscrowd")), o.get("segmentation")))
+    bare = [where for found in rows.values() for where, *_, mask in found if _no_mask(mask)]
+    if bare and len(bare) == len(annotations): raise SegmentationError(f"{path} has boxes only: no annotation has a mask in 'segmentation'")
+    if bare: warnings.warn(f"{bare[0]} has no mask" + (f", and {len(bare) - 1} others have none" if len(bare) > 1 else "") + ": left out", stacklevel=2)
+    maps = {name: _painted(f"{path}: image {name}", size, rows[number]) for number, (name, size) in images.items()}
+    return _finished(path, maps, names, palette)
 
 # %% ../nbs/06_formats.ipynb #6702922c
 def save_panoptic(
@@ -93,24 +173,44 @@ def save_panoptic(
         annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
     _write_json(path, {"images": images, "annotations": annotations, "categories": categories})
 
+def _panoptic_picture(file:Path, size:tuple[int, int]|None) -> np.ndarray: # H x W numbers of segments
+    "The numbers that a panoptic PNG stores. Raises `SegmentationError` for another kind of file, or another size."
+    try:
+        with Image.open(file, formats=["PNG"]) as image: rgb = np.asarray(image.convert("RGB")).astype(np.int64)
+    except PILLOW_ERRORS as e: raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
+    if size and rgb.shape[:2] != size: raise SegmentationError(f"{file} has {rgb.shape[0]} x {rgb.shape[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+    return rgb @ [1, 256, 65536]
+
 def load_panoptic(
     path, # the JSON file, with the PNG files in the folder of the same name
 ) -> dict[str, Segmentation]: # {file name of the picture: its label map}; segments of one category become one class
-    "The inverse of `save_panoptic`; also for such files from elsewhere. Raises `SegmentationError` for missing pictures, or unlabelled pixels without a `background`."
+    """The inverse of `save_panoptic`; also for such files from elsewhere. Number 0, and a picture without an annotation, is `background`, a name
+    that is added at the end if no category has it. Raises `SegmentationError`, which names the entry at fault."""
     stored = _read_json(path, ("images", "annotations", "categories"), "panoptic")
     names, palette, index = _vocabulary(path, stored["categories"])
-    titles, found = {o["id"]: o["file_name"] for o in stored["images"]}, {}
-    for annotation in stored["annotations"]:
-        file = Path(path).with_suffix("")/annotation["file_name"]
-        try:
-            with Image.open(file, formats=["PNG"]) as image: rgb = np.asarray(image.convert("RGB")).astype(np.int64)
-        except PILLOW_ERRORS as e: raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
-        ids, position = np.unique(rgb @ [1, 256, 65536], return_inverse=True)
-        table = {o["id"]: index.get(o["category_id"], -1) for o in annotation["segments_info"]} | ({0: background} if (background := find_background(names)) is not None else {})
-        classes = np.array([table.get(o, -1) for o in ids.tolist()])
-        if (classes < 0).any(): raise SegmentationError(f"{file}: segment {ids[classes < 0][0]} has no category. Add the name 'background' for 0, or mend the JSON file")
-        found[titles.get(annotation["image_id"], annotation["file_name"])] = Segmentation(classes[position].reshape(rgb.shape[:2]), names, palette)
-    return found
+    images, maps = _images(path, stored["images"]), {}
+    if not isinstance(stored["annotations"], list): raise SegmentationError(f"{path}: 'annotations' is not a list")
+    for n, annotation in enumerate(stored["annotations"]):
+        where, table = f"{path}: annotation {n}", {0: -1}
+        number = _get(annotation, "image_id", "an id", where)
+        if number not in images: raise SegmentationError(f"{where} belongs to image {number!r}, which the file does not list")
+        name, size = images[number]
+        if name in maps: raise SegmentationError(f"{where} is the second one of image {number!r}: remove one")
+        file = Path(path).with_suffix("")/_get(annotation, "file_name", "text", where)
+        for k, o in enumerate(_get(annotation, "segments_info", "a list", where)):
+            segment, category = _get(o, "id", "a whole number", f"{where}, segment {k}"), _get(o, "category_id", "an id", f"{where}, segment {k}")
+            if category not in index: raise SegmentationError(f"{where}, segment {k} has category {category!r}, which the file does not list")
+            table[segment] = index[category]
+        picture = _panoptic_picture(file, size)
+        ids, position = np.unique(picture, return_inverse=True)
+        strange = next((o for o in ids.tolist() if o not in table), None)
+        if strange is not None: raise SegmentationError(f"{file}: segment {strange} has no category. Add it to 'segments_info', or paint it 0")
+        maps[name] = np.array([table[o] for o in ids.tolist()])[position].reshape(picture.shape)
+    for name, size in images.values():
+        if name in maps: continue
+        if size is None: raise SegmentationError(f"{path}: image {name} has no annotation, and no 'height' and 'width': add them")
+        maps[name] = np.full(size, -1)
+    return _finished(path, maps, names, palette)
 
 # %% ../nbs/06_formats.ipynb #18d7e105
 def _ring_area(ring:np.ndarray) -> float:
@@ -151,19 +251,52 @@ def save_geojson(
     reference = {"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:" + crs.replace(":", "::")}}} if crs else {}
     _write_json(path, {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own})
 
+def _own_member(stored:dict, path) -> tuple[list[str], np.ndarray|None]:
+    "Names and colours in the member `ovss_nb` of a file. Raises `SegmentationError` for names that cannot be."
+    where = f"{path}: 'ovss_nb'"
+    names = _get(stored["ovss_nb"], "names", "a list", where)
+    if not names or not all(isinstance(o, str) for o in names): raise SegmentationError(f"{where}: 'names' is {str(names)[:60]}, not a list of names")
+    colours = [_colour(dict(color=o)) for o in stored["ovss_nb"].get("palette") or [] ] if isinstance(stored["ovss_nb"].get("palette"), list) else []
+    return list(map(composed, names)), np.array(colours) if len(colours) == len(names) and all(colours) else None
+
+def _rings(geometry:dict, where:str) -> dict: # the geometry in plain numbers
+    "Check a polygon or multi-polygon, since GDAL leaves out what it cannot read. Raises `SegmentationError`."
+    kind, parts = _get(geometry, "type", "text", where), _get(geometry, "coordinates", "a list", where)
+    if kind not in ("Polygon", "MultiPolygon"): raise SegmentationError(f"{where} is a {kind}: redraw it as a polygon")
+    try: parts = [[np.array(ring, float) for ring in part] for part in ([parts] if kind == "Polygon" else parts)]
+    except (ValueError, TypeError, OverflowError): raise SegmentationError(f"{where} has coordinates that are not lists of numbers") from None
+    for ring in (ring for part in parts for ring in part):
+        if ring.ndim != 2 or len(ring) < 4 or ring.shape[1] not in (2, 3) or not (abs(ring) < 1e12).all():
+            raise SegmentationError(f"{where} has a ring that is not at least four [x, y]: draw it again")
+    return dict(type="MultiPolygon", coordinates=[[ring.tolist() for ring in part] for part in parts if part])
+
 def load_geojson(
     path, # a file of `save_geojson`; its geometry may have been edited since
 ) -> Segmentation:
     "The inverse of `save_geojson`: features are drawn in their order. Raises `SegmentationError` for other files, unknown names, or uncovered pixels without a `background`."
     stored = _read_json(path, ("features", "ovss_nb"), "GeoJSON")
-    own, features = stored["ovss_nb"], require("rasterio.features", "geo")
-    names, size, matrix = list(map(composed, own["names"])), tuple(own["size"]), require("affine", "geo").Affine(*own["transform"])
-    found = [composed(str(o["properties"].get("name"))) for o in stored["features"]]
-    strange = [o for o in found if o not in names]
-    if strange: raise SegmentationError(f"{path}: there is no class {strange[0]!r}. The classes are: {', '.join(names[:20])}")
-    shapes = [(o["geometry"], names.index(name) + 1) for o, name in zip(stored["features"], found)]
-    labels = features.rasterize(shapes, size, transform=matrix, dtype="int32").astype(np.int64) - 1
-    return Segmentation(_covered(labels, names, path), names, np.array(own["palette"]))
+    (names, palette), own, features = _own_member(stored, path), stored["ovss_nb"], require("rasterio.features", "geo")
+    size = [_whole(o) for o in _get(own, "size", "a list", f"{path}: 'ovss_nb'")]
+    if len(size) != 2 or None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS: raise SegmentationError(f"{path}: the size {own['size']} is no height and width in pixels")
+    numbers = _get(own, "transform", "a list", f"{path}: 'ovss_nb'")
+    good = len(numbers) == 6 and all(isinstance(o, (int, float)) and abs(o) < 1e12 for o in numbers)
+    if not good or abs(numbers[0]*numbers[4] - numbers[1]*numbers[3]) < 1e-24:
+        raise SegmentationError(f"{path}: the transform {numbers} is not six numbers that lead from pixels to places")
+    shapes = []
+    for n, o in enumerate(_get(stored, "features", "a list", str(path))):
+        where = f"{path}: feature {n}"
+        name, geometry = _get(_get(o, "properties", "an object", where), "name", "a name", where), _get(o, "geometry", "an object", where, needed=False)
+        if name not in names: raise SegmentationError(f"{where}: there is no class {name!r}. The classes are: {', '.join(names[:20])}")
+        if geometry is None: continue   # which the standard allows: a feature without a place
+        geometry = _rings(geometry, where)
+        if geometry["coordinates"]: shapes.append((geometry, names.index(name) + 1))
+    matrix = require("affine", "geo").Affine(*numbers)
+    labels = features.rasterize(shapes, size, transform=matrix, dtype="int32") if shapes else np.zeros(size, np.int32)
+    return _named(path, _covered(labels.astype(np.int64) - 1, names, path), names, palette)
+
+def _named(path, labels, names, palette) -> Segmentation:
+    try: return Segmentation(labels, names, palette)
+    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
 
 def _covered(labels:np.ndarray, names:list[str], path) -> np.ndarray:
     "Labels with -1 replaced by the background. Raises `SegmentationError` where there is none."
@@ -185,40 +318,112 @@ def _through_centres(ring:np.ndarray) -> np.ndarray:
     inner = inner[turns] if turns.any() else inner
     return np.vstack([inner, np.repeat(inner[-1:], max(0, 3 - len(inner)), 0)])
 
+def _seen_from(folder:Path, image) -> str:
+    "The path of a picture as labelme writes it: seen from the JSON file's folder, with forward slashes."
+    image = Path(image)
+    place = os.path.realpath(image.parent)   # of the folder, since a way up through a link leads elsewhere
+    try: return Path(os.path.relpath(os.path.join(place, image.name), os.path.realpath(folder))).as_posix()
+    except ValueError: return Path(place, image.name).as_posix()   # another drive of Windows
+
+def _drawn(shapes:list) -> str: # what labelme's users change
+    return hashlib.sha256(json.dumps([[o.get("label"), o.get("points")] for o in shapes]).encode()).hexdigest()[:16]
+
+def _refuse_to_replace(path:Path):
+    "Raise `SegmentationError` if a file holds labels that `save_labelme` did not write, or that were edited since."
+    if not path.exists(): return
+    try: stored = json.loads(path.read_bytes()); same = stored["ovss_nb"]["drawn"] == _drawn(stored["shapes"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): same = False
+    if not same: raise SegmentationError(f"{path} holds labels that were not written here, or were edited since: it is not replaced. Write to another folder, or move it away")
+
 def save_labelme(
     segmentation:Segmentation,
-    path, # the JSON file
-    image:str="", # file name of the picture, beside the JSON file, for labelme to show
+    path, # the JSON file; labelme expects the name of the picture with .json
+    image="", # path of the picture; default, or where there is no such file: the segmentation's own picture is put into the file
+    embed:bool=False, # put the picture into the file in any case
 ):
-    "Write labelme polygons, large before small, so that painting them in order gives the map again. Needs the extra `geo`."
+    """Write labelme polygons, large before small, so that painting them in order gives the map again. Needs the extra `geo`.
+
+    Raises `SegmentationError` rather than replace a file that somebody drew or edited."""
+    path = Path(path)
+    _refuse_to_replace(path)
     rings = sorted(((k, o[0]) for k, o in polygons(segmentation)), key=lambda o: -_ring_area(o[1]))
     shapes = [{"label": segmentation.names[k], "points": _through_centres(ring).astype(float).tolist(), "group_id": None, "description": "", "shape_type": "polygon", "flags": {}, "mask": None}
               for k, ring in rings]
     height, width = segmentation.labels.shape
-    own = {"names": segmentation.names, "palette": segmentation.palette.tolist()}
-    _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image, "imageData": None, "imageHeight": height, "imageWidth": width, "ovss_nb": own})
+    place = next((o for o in (Path(image), path.parent/image) if image and o.is_file()), None)
+    inside = None
+    if segmentation.image is not None and (embed or place is None):
+        file = BytesIO()
+        Image.fromarray(segmentation.image).save(file, "JPEG", quality=95)
+        inside = base64.b64encode(file.getvalue()).decode()
+    elif embed: raise SegmentationError(f"{path}: the segmentation has no picture to put inside. Make it with image=...")
+    seen = _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
+    own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "drawn": _drawn(shapes)}
+    _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": seen, "imageData": inside, "imageHeight": height, "imageWidth": width, "ovss_nb": own})
+
+def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
+    "Height and width of the picture, as the file says, or else as its picture is. Raises `SegmentationError` where the two differ, or neither is there."
+    said = [_get(stored, o, "a size in pixels", str(path), needed=False) for o in ("imageHeight", "imageWidth")]
+    picture = None
+    if isinstance(stored.get("imageData"), str):
+        try: picture = BytesIO(base64.b64decode(stored["imageData"]))
+        except (binascii.Error, ValueError) as e: raise SegmentationError(f"{path}: 'imageData' is no picture ({e})") from None
+    elif isinstance(stored.get("imagePath"), str) and stored["imagePath"].strip():
+        picture = path.parent/PureWindowsPath(stored["imagePath"]).as_posix()   # as labelme does: either slash
+        if not picture.is_file(): picture = None
+    if picture:
+        try: size = image_size(picture)
+        except ImageError as e:
+            if None in said or isinstance(picture, BytesIO): raise SegmentationError(f"{path}: {e}") from None
+            size = tuple(said)
+        if None not in said and tuple(said) != size:
+            raise SegmentationError(f"{path} says {said[0]} x {said[1]} pixels, its picture has {size[0]} x {size[1]}: the labels belong to another picture")
+        said = size
+    for key, value in zip(("imageHeight", "imageWidth"), said):
+        if value is None: raise SegmentationError(f"{path} has no {key!r}, and its picture is not there: add it")
+    if said[0]*said[1] > MAX_PIXELS: raise SegmentationError(f"{path}: {said[0]} x {said[1]} pixels are more than {MAX_PIXELS:,}")
+    return tuple(said)
+
+def _labelme_shape(o, where:str, size:tuple[int, int]) -> tuple[str, str, list]: # label, kind, points
+    "The parts of a shape. Raises `SegmentationError` for a kind that is not read, and points that are none."
+    label, kind = _get(o, "label", "a name", where), _get(o, "shape_type", "text", where, needed=False) or "polygon"   # as labelme does
+    given = _get(o, "points", "a list", where)
+    try: points = np.array(given, float).reshape(len(given), 2)
+    except (ValueError, TypeError, OverflowError): raise SegmentationError(f"{where}: the points of {label!r} are not a list of [x, y]") from None
+    if not (abs(points) <= 10*max(size)).all(): raise SegmentationError(f"{where}: {label!r} has points far outside the picture, or none that are numbers")
+    wanted = dict(polygon=len(given) > 2, rectangle=len(given) == 2, oriented_rectangle=len(given) == 4, mask=len(given) == 2).get(kind, False)
+    if not wanted: raise SegmentationError(f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a rectangle")
+    return label, kind, [tuple(p) for p in points.tolist()]
+
+def _labelme_mask(o, where:str) -> Image.Image:
+    "The mask of a shape of kind `mask`: base64 of a PNG. Raises `SegmentationError`."
+    try:
+        with Image.open(BytesIO(base64.b64decode(_get(o, "mask", "text", where)))) as image: return Image.fromarray(np.array(image.convert("L")) > 0)
+    except (*PILLOW_ERRORS, binascii.Error) as e:
+        if isinstance(e, SegmentationError): raise
+        raise SegmentationError(f"{where}: the mask is no picture ({e})") from e
 
 def load_labelme(
-    path, # a labelme file; shapes may be polygons and rectangles
+    path, # a labelme file; shapes may be polygons, rectangles and masks
     names=None, # all class names, in order; default: those of `save_labelme`, else the labels in the order of the shapes, after `background`
 ) -> Segmentation:
     "Paint the shapes of a labelme file in order, as labelme does. Raises `SegmentationError` for other shapes, unknown labels, or uncovered pixels without a `background`."
-    stored = _read_json(path, ("shapes", "imageHeight", "imageWidth"), "labelme")
-    own, shapes = stored.get("ovss_nb") or {}, stored["shapes"]
-    shapes = [o | {"label": composed(o["label"])} for o in shapes]
-    found = list(dict.fromkeys(o["label"] for o in shapes))
-    if names is None: names = own.get("names") or (found if find_background(found) is not None else ["background", *found])
-    names = list(map(composed, names))
-    canvas = Image.new("I", (stored["imageWidth"], stored["imageHeight"]), -1)
+    path = Path(path)
+    stored = _read_json(path, ("shapes",), "labelme")
+    size = _labelme_size(stored, path)
+    shapes = [(*_labelme_shape(o, f"{path}: shape {n}", size), o, f"{path}: shape {n}") for n, o in enumerate(_get(stored, "shapes", "a list", str(path)))]
+    own, palette = _own_member(stored, path) if isinstance(stored.get("ovss_nb"), dict) else (None, None)
+    labels = list(dict.fromkeys(o[0] for o in shapes))
+    names = list(map(composed, names or own or ([] if find_background(labels) is not None else ["background"]) + labels))
+    canvas = Image.new("I", size[::-1], -1)
     draw = ImageDraw.Draw(canvas)
-    for o in shapes:
-        if o["label"] not in names: raise SegmentationError(f"{path}: there is no class {o['label']!r}. The classes are: {', '.join(names[:20])}")
-        points, k = [tuple(p) for p in o["points"]], names.index(o["label"])
-        if o["shape_type"] == "polygon" and len(points) > 2: draw.polygon(points, outline=k, fill=k)
-        elif o["shape_type"] == "rectangle" and len(points) == 2: draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
-        else: raise SegmentationError(f"{path}: a {o['shape_type']} of {len(points)} points is not read. Redraw {o['label']!r} as a polygon or a rectangle")
-    palette = np.array(own["palette"]) if own and names == list(own["names"]) else None
-    return Segmentation(_covered(np.array(canvas), names, path), names, palette)
+    for label, kind, points, o, where in shapes:
+        if label not in names: raise SegmentationError(f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}")
+        k = names.index(label)
+        if kind == "rectangle": draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
+        elif kind == "mask": canvas.paste(k, tuple(map(int, points[0])), _labelme_mask(o, where))
+        else: draw.polygon(points, outline=k, fill=k)
+    return _named(path, _covered(np.array(canvas), names, path), names, palette if names == own else None)
 
 # %% ../nbs/06_formats.ipynb #5d08ae5b
 def save_scores(
@@ -245,8 +450,8 @@ def load_scores(
         else:
             with safe_open(path, "numpy") as file: names, arrays = (file.metadata() or {})["names"], {o: file.get_tensor(o) for o in file.keys()}
         return Segmentation(arrays["labels"], json.loads(names), arrays["palette"], arrays.get("scores"))
-    except SegmentationError: raise
-    except (OSError, ValueError, KeyError, EOFError, SafetensorError) as e: raise SegmentationError(f"{path} holds no scores ({e}). Pass a file of save_scores") from e
+    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
+    except (*PILLOW_ERRORS, SafetensorError, zipfile.BadZipFile, AttributeError, MemoryError) as e: raise SegmentationError(f"{path} holds no scores ({e}). Pass a file of save_scores") from e
 
 # %% ../nbs/06_formats.ipynb #267ab0e5
 FORMATS = {
@@ -254,7 +459,7 @@ FORMATS = {
     "coco": ("coco.json", "COCO annotations with run-length masks"),
     "panoptic": ("panoptic.json", "COCO panoptic: a JSON file, and a PNG in a folder of the same name"),
     "geojson": ("geojson", "polygons in pixels, one MultiPolygon per class (extra geo)"),
-    "labelme": ("labelme.json", "labelme polygons, to be edited (extra geo)"),
+    "labelme": ("json", "labelme polygons, to be edited (extra geo)"),
     "safetensors": ("safetensors", "labels and scores"),
     "npz": ("npz", "labels and scores"),
 }
@@ -263,13 +468,13 @@ def save_as(
     segmentation:Segmentation,
     stem, # path of the file without its suffix
     format:str, # one of `FORMATS`
-    image:str="", # file name of the picture, for the formats that note it
+    image="", # path of the picture, for the formats that note it
 ) -> Path: # the file written
     "Write one label map in a format by its name. Raises `SegmentationError` for an unknown one."
     if format not in FORMATS: raise SegmentationError(f"There is no format {format!r}. There are: {', '.join(FORMATS)}")
     path = Path(f"{stem}.{FORMATS[format][0]}")
     if format == "png": segmentation.save_png(path)
-    elif format in ("coco", "panoptic"): (save_coco if format == "coco" else save_panoptic)({image or f"{path.stem}.png": segmentation}, path)
+    elif format in ("coco", "panoptic"): (save_coco if format == "coco" else save_panoptic)({Path(image).name or f"{path.stem}.png": segmentation}, path)
     elif format == "labelme": save_labelme(segmentation, path, image)
     else: (save_geojson if format == "geojson" else save_scores)(segmentation, path)
     return path

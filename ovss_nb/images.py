@@ -50,7 +50,7 @@ def is_image_name(
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_system_file(name)
 
 def image_size(
-    path, # of an image file
+    path, # of an image file, or an open one
 ) -> tuple[int, int]: # height and width in pixels
     "The size that `load_image` will give, from the header alone: the EXIF orientation counts. Raises `ImageError`."
     try:
@@ -62,7 +62,7 @@ def image_size(
         try:
             with open(path, "rb") as file: tags = _tiff_tags(file)   # Pillow does not know every kind of TIFF
             return (tags[256], tags[257]) if tags.get(274, 1) in (5, 6, 7, 8) else (tags[257], tags[256])
-        except (OSError, KeyError):
+        except (OSError, KeyError, TypeError):
             raise ImageError(f"{path} is not a readable image ({e})") from e
 
 # %% ../nbs/02_images.ipynb #5800e562

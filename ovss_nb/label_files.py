@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from .images import IMAGE_SUFFIXES, MAX_PIXELS, PILLOW_ERRORS
+from .segmentation import _object_mask, _run_lengths
 from .vocabulary import label_map, load_vocabulary
 
 # %% ../nbs/40_label_files.ipynb #d73aeb2d
@@ -272,38 +272,6 @@ def read_coco_instances(
     try: facts = os.stat(path)
     except (OSError, ValueError) as e: raise LabelFileError(f"{path} cannot be read ({e}): check the path, or complete the download") from None
     return _coco_file(os.fspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-# %% ../nbs/40_label_files.ipynb #950e8117
-def _run_lengths(code:str) -> list[int]:
-    "The counts in a compressed run-length code (COCO's `maskApi`). ValueError if it is cut or has foreign characters."
-    runs, value, shift = [], 0, 0
-    for c in code:
-        bits = ord(c) - 48
-        if not 0 <= bits < 64 or shift > 30: raise ValueError(f"no run-length code: {code[:20]!r}")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32: continue
-        if bits & 16: value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift: raise ValueError("the run-length code is cut")
-    return runs
-
-def _object_mask(segmentation, height:int, width:int) -> np.ndarray:
-    "Polygons or a run-length code as H x W bool. ValueError if they make no sense."
-    if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        counts = np.asarray(_run_lengths(counts) if isinstance(counts, str) else counts)
-        whole = counts.ndim == 1 and counts.dtype.kind == "i" and len(counts) and 0 <= counts.min() and counts.max() <= height * width
-        if not whole or counts.sum() != height * width or segmentation.get("size") != [height, width]:
-            raise ValueError(f"its run-length code is not of {height} x {width} pixels")
-        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-    if not isinstance(segmentation, list) or not segmentation: raise ValueError("it has neither polygons nor a run-length code")
-    polygons = [np.asarray(o, float) for o in segmentation]
-    reach = 2 * max(height, width)   # pycocotools steps along each edge: a corner a billion pixels away would take a billion steps
-    if any(o.ndim != 1 or len(o) < 6 or len(o) % 2 or not (abs(o) <= reach).all() for o in polygons):
-        raise ValueError("a polygon needs x, y, x, y, ... of at least three points within the picture")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([o.tolist() for o in polygons], height, width))).astype(bool)
 
 # %% ../nbs/40_label_files.ipynb #af062bee
 def coco_instance_labels(

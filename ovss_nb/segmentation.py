@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from .cache import atomic_path
-from .images import PILLOW_ERRORS, load_image
+from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
 from .vocabulary import composed, find_background, is_background
 
 # %% ../nbs/04_segmentation.ipynb #aff60117
@@ -229,7 +229,52 @@ def from_png(cls:Segmentation,
     if chunk is None or not (mode == "P" or mode.startswith("I")):
         raise SegmentationError(f"{path} is not a label map with names. For one from elsewhere: Segmentation(np.asarray(PIL.Image.open(path)), names)")
     try: stored = json.loads(chunk); return cls(labels, stored["names"], np.array(stored["palette"]))
-    except (ValueError, KeyError, TypeError) as e: raise SegmentationError(f"{path}: the stored names do not fit the labels ({e})") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e: raise SegmentationError(f"{path}: the stored names do not fit the labels ({e})") from e
+
+# %% ../nbs/04_segmentation.ipynb #26f35495
+def _run_lengths(code:str) -> list[int]:
+    "The counts in a compressed run-length code (COCO's `maskApi`). ValueError if it is cut or has foreign characters."
+    runs, value, shift = [], 0, 0
+    for c in code:
+        bits = ord(c) - 48
+        if not 0 <= bits < 64 or shift > 30: raise ValueError(f"no run-length code: {code[:20]!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32: continue
+        if bits & 16: value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift: raise ValueError("the run-length code is cut")
+    return runs
+
+def _whole(value) -> int|None: # None: it is none
+    "A whole number, which JSON's writers may have put down as 3 or as 3.0."
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return int(value) if number and abs(value) < 2**53 and value == value//1 else None
+
+def _rle_size(rle:dict) -> tuple[int, int]:
+    "Height and width of a run-length code. ValueError if it has none, or none that a picture can have."
+    size = rle.get("size")
+    size = [_whole(o) for o in size] if isinstance(size, (list, tuple)) and len(size) == 2 else [None]
+    if None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS: raise ValueError(f"its size is {str(rle.get('size'))[:40]}")
+    return tuple(size)
+
+def _object_mask(segmentation, height:int, width:int) -> np.ndarray:
+    "Polygons or a run-length code as H x W bool. ValueError if they make no sense."
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if isinstance(counts, bytes): counts = counts.decode("ascii")   # as pycocotools has it in memory
+        counts = np.asarray(_run_lengths(counts) if isinstance(counts, str) else counts)
+        whole = counts.ndim == 1 and counts.dtype.kind == "i" and len(counts) and 0 <= counts.min() and counts.max() <= height * width
+        if not whole or counts.sum() != height * width or _rle_size(segmentation) != (height, width):
+            raise ValueError(f"its run-length code is not of {height} x {width} pixels")
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    if not isinstance(segmentation, list) or not segmentation: raise ValueError("it has neither polygons nor a run-length code")
+    polygons = [np.asarray(o, float) for o in segmentation]
+    reach = 2 * max(height, width)   # pycocotools steps along each edge: a corner a billion pixels away would take a billion steps
+    if any(o.ndim != 1 or len(o) < 6 or len(o) % 2 or not (abs(o) <= reach).all() for o in polygons):
+        raise ValueError("a polygon needs x, y, x, y, ... of at least three points within the picture")
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([o.tolist() for o in polygons], height, width))).astype(bool)
 
 # %% ../nbs/04_segmentation.ipynb #2686c590
 @patch
@@ -247,27 +292,25 @@ def to_coco(self:Segmentation,
 
 @patch(cls_method=True)
 def from_coco(cls:Segmentation,
-    annotations:list[dict], # of one image, with masks as RLE; the class by `category_name`, else by `category_id` - 1
+    annotations:list[dict], # of one image, with masks as RLE, compressed or not; the class by `category_name`, else by `category_id` - 1
     names, # all class names, in order
 ) -> Segmentation:
     "The inverse of `to_coco`. Raises `SegmentationError` for broken masks, unknown classes, or uncovered pixels where there is no `background`."
     names, labels = tuple(map(composed, names)), None
     if not annotations: raise SegmentationError("Without annotations the size of the image is unknown: give at least one")
     for number, annotation in enumerate(annotations):
-        name, k = annotation.get("category_name"), annotation.get("category_id", 0) - 1
-        if name is not None: k = names.index(composed(name)) if composed(name) in names else -1
-        if not 0 <= k < len(names): raise SegmentationError(f"Annotation {number}: class {name or k + 1!r} is not among the {len(names)} names")
+        if not isinstance(annotation, dict): raise SegmentationError(f"Annotation {number} is {str(annotation)[:60]!r}, not an object with a class and a mask")
+        name, k = annotation.get("category_name"), (_whole(annotation.get("category_id")) or 0) - 1
+        if name is not None: k = names.index(composed(str(name))) if composed(str(name)) in names else -1
+        if not 0 <= k < len(names):
+            raise SegmentationError(f"Annotation {number}: class {name or annotation.get('category_id')!r} is not among the {len(names)} names")
         rle = annotation.get("segmentation")
-        if not isinstance(rle, dict) or not isinstance(rle.get("counts"), (str, bytes)):
-            raise SegmentationError(f"Annotation {number} has no compressed RLE mask. Convert polygons with COCO.annToRLE first")
-        counts = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
-        try: mask = coco_mask.decode({"size": rle["size"], "counts": counts})
-        except (ValueError, KeyError, TypeError, IndexError) as e: raise SegmentationError(f"Annotation {number}: broken RLE mask ({e!r})") from e
-        # pycocotools fills a mask whose runs are too short with whatever lay in memory: only a whole one encodes to the same text
-        if coco_mask.encode(mask)["counts"] != counts: raise SegmentationError(f"Annotation {number}: broken RLE mask (its runs do not fill the image)")
+        if not isinstance(rle, dict): raise SegmentationError(f"Annotation {number} has no RLE mask. Convert polygons with COCO.annToRLE first")
+        try: mask = _object_mask(rle, *_rle_size(rle))
+        except (ValueError, TypeError, OverflowError) as e: raise SegmentationError(f"Annotation {number}: broken RLE mask ({e})") from e
         if labels is None: labels = np.full(mask.shape, -1)
         if mask.shape != labels.shape: raise SegmentationError(f"Annotation {number}: mask of {mask.shape}, but the first has {labels.shape}: one image at a time")
-        labels[mask == 1] = k
+        labels[mask] = k
     if (labels < 0).any():
         if (background := find_background(names)) is None: raise SegmentationError(f"{(labels < 0).sum():,} pixels have no annotation: add the name 'background' for them")
         labels[labels < 0] = background

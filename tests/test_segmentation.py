@@ -131,10 +131,15 @@ def test_coco_refusals():
     names, (good,) = ["a", "b"], Segmentation([[0, 0, 0]], ["a"]).to_coco()
     rle = good["segmentation"]
     for change, words in [({"category_name": "c"}, "'c' is not among"), ({"category_name": None, "category_id": 9}, "9 is not among"), ({"segmentation": [[0, 0, 1, 1, 2, 2]]}, "polygons"),
-                          ({"segmentation": rle | {"counts": [0, 3]}}, "compressed"), ({"segmentation": rle | {"counts": "zzzzzzz"}}, "broken"), ({"segmentation": rle | {"counts": ""}}, "broken"),
+                          ({"segmentation": rle | {"counts": [0, 2]}}, "broken"), ({"category_id": None, "category_name": None}, "None is not among"), ({"segmentation": None}, "no RLE"),
+                          ({"segmentation": rle | {"size": None}}, "broken"), ({"segmentation": rle | {"counts": None}}, "broken"), ({"category_id": "1", "category_name": None}, "'1' is not among"),
+                          ({"segmentation": rle | {"counts": "zzzzzzz"}}, "broken"), ({"segmentation": rle | {"counts": ""}}, "broken"),
                           ({"segmentation": rle | {"size": [50, 50]}}, "broken"), ({"segmentation": rle | {"counts": "é"}}, "broken"), ({"segmentation": {"counts": "0"}}, "broken")]:
         with pytest.raises(SegmentationError, match=words): Segmentation.from_coco([good | change], names)
     with pytest.raises(SegmentationError, match="at least one"): Segmentation.from_coco([], names)
+    with pytest.raises(SegmentationError, match="not an object"): Segmentation.from_coco([None], names)
+    for same in ({"counts": [0, 3]}, {"counts": rle["counts"].encode()}, {"size": [1.0, 3]}):   # a list of counts, as crowds have it, or what pycocotools has in memory
+        assert (Segmentation.from_coco([good | {"segmentation": rle | same, "category_id": 1.0}], names).labels == 0).all()
     with pytest.raises(SegmentationError, match="one image at a time"): Segmentation.from_coco([good, *Segmentation([[0]], ["a"]).to_coco()], names)
 
 def test_overlay_blend_and_outline():

@@ -87,7 +87,7 @@ def run(
             while stem in stems: n += 1; stem = f"{path.stem}-{n}"
             stems.add(stem)
             rows.append(dict(file=path.name, **save_result(result, stem, out)))
-            for o in formats: save_as(result, out/stem, o, path.name)
+            for o in formats: save_as(result, out/stem, o, path)
     write_report(out, rows, title, note)
     return failed
 
