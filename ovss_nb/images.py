@@ -257,6 +257,7 @@ class Picture:
     read:Callable # top, left, height, width -> H x W x 3 uint8 RGB
     place:dict|None = None # of a GeoTIFF: `crs`, `transform`, `gcps`, as rasterio takes them
     holes:Callable|None = None # as `read` -> H x W uint8, 0 where there are no data
+    files:tuple[str, ...] = () # all that it is read from, where that may be more than its own file: of a mosaic, its parts
 
 def _orientation(image:Image.Image, name:str) -> int:
     "The EXIF orientation of a decoded image, 1 to 8."
@@ -277,7 +278,7 @@ def _turned(picture:Picture, orientation:int) -> Picture:
             a = read(left, top, w, h).swapaxes(0, 1) if transposed else read(top, left, h, w)
             return a[::-1 if down else 1, ::-1 if across else 1]
         return window
-    return Picture((height, width), turn(picture.read), None, picture.holes and turn(picture.holes))
+    return Picture((height, width), turn(picture.read), None, picture.holes and turn(picture.holes), picture.files)
 
 # %% ../nbs/02_images.ipynb #c6cdfdff
 def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture:
@@ -506,7 +507,8 @@ class _Raster:
         known = data.crs is not None or not data.transform.is_identity
         place = dict(crs=data.crs, transform=data.transform) if known else None
         if data.gcps[0]: place = dict(crs=data.gcps[1], gcps=data.gcps[0])
-        return Picture(data.shape, self.rgb, place, None if self.whole and self.dtype.kind != "f" else lambda *window: self.valid(window))
+        return Picture(data.shape, self.rgb, place, None if self.whole and self.dtype.kind != "f" else lambda *window: self.valid(window),
+                       tuple(o for o in data.files if os.path.isfile(o)))
 
 def _colour_table(data, dtype:np.dtype) -> np.ndarray:
     "Colours of a palette, one row per value."

@@ -90,10 +90,14 @@ class OnnxSystem:
         folder, # with card.json
         providers=("CPUExecutionProvider",), # see onnxruntime
     ):
-        self.folder = Path(folder)
-        try: self.card = json.loads((self.folder/"card.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise ValueError(f"{folder} is no exported system ({e}). Make one with `ovss-nb onnx SYSTEM --out {folder}`") from e
+        self.folder, self.card = Path(folder), self.read_card(folder)
         self.session = require("onnxruntime", "onnx").InferenceSession(self.folder/self.card["file"], providers=list(providers))
+
+    @staticmethod
+    def read_card(folder) -> dict:
+        "What the folder says about its graph and banks. Raises `ValueError` for a folder without card."
+        try: return json.loads((Path(folder)/"card.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e: raise ValueError(f"{folder} is no exported system ({e}). Make one with `ovss-nb onnx SYSTEM --out {folder}`") from e
 
     def scores(self,
         image:np.ndarray, # H x W x 3 uint8

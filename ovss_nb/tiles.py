@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .cache import Cache, atomic_path
+from .cache import Cache, atomic_path, file_digest, refuse_overwrite
 from .extras import require
 from .images import Picture, check_bands, check_limits, open_picture
 from .segmentation import Segmentation, SegmentationError, default_palette
@@ -209,7 +209,9 @@ def segment_tiles(
     limits, bands = check_limits(limits), check_bands(bands)
     with open_picture(source, limits, bands) as picture:
         height, width = picture.size
-        what = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) if path else picture.read(0, 0, height, width)
+        files = picture.files or ((path,) if path else ())
+        refuse_overwrite((out, partial, state), source, words, *files)
+        what = [file_digest(o) for o in files] or picture.read(0, 0, height, width)   # not its name, size and time: they may be those of another
         key = Cache.key(what, json.dumps(system.describe(), sort_keys=True), vocabulary.names, vocabulary.words, vocabulary.background, tile, overlap, margin, limits, bands)
         try: stored = json.loads(state.read_text())
         except (OSError, ValueError): stored = {}

