@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'PILLOW_ERRORS', 'IMAGE_SUFFIXES', 'ImageError', 'is_sy
            'check_limits', 'check_bands', 'Picture', 'open_picture', 'load_image']
 
 # %% ../nbs/02_images.ipynb #79c57009
-import operator, re, shlex, struct, sys, threading, warnings, zlib
+import operator, os, re, shlex, struct, sys, threading, warnings, zlib
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
