@@ -1,17 +1,23 @@
 "The viewer without a browser: what JavaScript would set is set, and what it would be sent is looked at. A picture of three colours stands for a photo, so that every label is known."
+import base64
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from doubles import Colours
 from PIL import Image
+from pycocotools.coco import COCO
 
 import ovss_nb.app.viewer as room
 from ovss_nb.app.viewer import REFINED, Viewer, app_notebook, read_lines, score_at, serve, write_lines
 from ovss_nb.extras import MissingExtra
+from ovss_nb.formats import load_coco
 from ovss_nb.refine import crf_available
 from ovss_nb.segmentation import Segmentation
 from ovss_nb.vocabulary import Vocabulary
@@ -40,7 +46,7 @@ def own_cache(monkeypatch, tmp_path): monkeypatch.setenv("OVSS_NB_CACHE", str(tm
 def viewer(): return Viewer(picture(), WORDS, encoder=Counting(), systems=dict(simseg=dict(templates="single", size=96), llm_supervised=dict(templates="single", size=96)), encoders=(), size=96)
 
 
-def labels(canvas): return np.frombuffer(canvas.labels, "<u2").reshape(canvas.shape)
+def labels(canvas): return np.frombuffer(zlib.decompress(canvas.labels), "<u2").reshape(canvas.shape)
 
 
 def test_the_image_is_encoded_once(viewer, monkeypatch):
@@ -64,8 +70,8 @@ def test_what_the_browser_gets(viewer):
     assert [tuple(o["colour"]) for o in canvas.classes] == [tuple(o) for o in viewer.result.palette.tolist()]
     photo = np.asarray(Image.open(room.BytesIO(canvas.photo)))
     assert photo.shape == (60, 90, 3) and abs(photo[30, (15, 45, 75)].astype(int) - 255*np.eye(3)).max() < 8
-    shown = np.frombuffer(canvas.scores, "<f4").reshape(60, 90)
-    assert np.allclose(shown, [[score_at(viewer.result.scores, (60, 90), y, x)[labels(canvas)[y, x]] for x in range(90)] for y in range(60)], atol=1e-6)
+    shown = np.frombuffer(zlib.decompress(canvas.scores), "<f2").reshape(60, 90)
+    assert np.allclose(shown, [[score_at(viewer.result.scores, (60, 90), y, x)[labels(canvas)[y, x]] for x in range(90)] for y in range(60)], rtol=1e-3)
 
 
 def test_a_click_is_answered_and_answered_again_after_an_edit(viewer):
@@ -177,7 +183,31 @@ def test_files_for_the_browser(viewer, tmp_path, monkeypatch):
     (tmp_path/png["file"]).write_bytes(data)
     again = Segmentation.from_png(tmp_path/"photo.labels.png")
     assert (again.labels == viewer.result.labels).all() and again.names == viewer.result.names
-    assert coco["file"] == "photo.coco.json" and (Segmentation.from_coco(json.loads(text), WORDS).labels == viewer.result.labels).all()
+    assert coco["file"] == "photo.coco.json" and json.loads(text).keys() >= {"info", "images", "annotations", "categories"}
+    (tmp_path/coco["file"]).write_bytes(text)
+    assert (load_coco(tmp_path/coco["file"])["photo.png"].labels == viewer.result.labels).all()
+    with contextlib.redirect_stdout(io.StringIO()): theirs = COCO(tmp_path/coco["file"])
+    assert [o["name"] for o in theirs.loadCats(theirs.getCatIds())] == WORDS and theirs.imgs[1]["width"] == 90
+    Image.fromarray(picture()).save(tmp_path/"a b.jpg")
+    viewer.change(image=tmp_path/"a b.jpg"); viewer.form.coco.click()
+    assert sent[-1][0]["file"] == "a b.coco.json" and json.loads(sent[-1][1])["images"][0]["file_name"] == "a b.jpg"
+
+
+def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
+    "What is saved with the cell: the picture for those without a kernel, and the state of the widgets. Files and clicks are of the whole photo."
+    rng = np.random.default_rng(0)
+    noisy = (picture(3000, 4000)*0.8 + rng.normal(0, 8, (3000, 4000, 1))).clip(0, 255).astype(np.uint8)   # noise, as a camera has, is what does not compress
+    viewer = Viewer(noisy, WORDS, encoder=Counting(), encoders=(), size=96)
+    form, canvas, sent = viewer.form, viewer.form.canvas, []
+    bundle = viewer._repr_mimebundle_()
+    canvas.point = [3999, 2999]
+    state = sum(len(o) for o in (getattr(canvas, name) for name in canvas.keys) if isinstance(o, bytes))
+    assert sum(len(o) for o in bundle.values() if isinstance(o, str)) < 1_000_000 and state < 2_000_000, (state, {key: len(o) for key, o in bundle.items()})
+    assert "image/png" not in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).width <= 1200
+    assert canvas.shape == [750, 1000] and canvas.step == 4 and canvas.told["point"] == [3999, 2999] and canvas.told["bars"][0][0] == "blue"
+    monkeypatch.setattr(type(canvas), "send", lambda self, content, buffers=None: sent.append(buffers[0]), raising=False)
+    form.png.click()
+    assert Image.open(io.BytesIO(sent[0])).size == (4000, 3000) and viewer.show().width == 4000
 
 
 def test_the_code_makes_what_is_shown(viewer, tmp_path):
@@ -216,7 +246,7 @@ def test_without_widgets_the_pictures_are_left(viewer, monkeypatch):
     assert viewer.show().size[0] >= 90 and viewer.show_point(5, 5).size[0] == 90 and viewer.show_map("blue").size == (90, 60)
     with pytest.raises(MissingExtra, match=r"ovss_nb\[jupyter\]"): viewer.form
     monkeypatch.undo()
-    assert "image/png" in viewer._repr_mimebundle_()
+    assert "image/jpeg" in viewer._repr_mimebundle_()
 
 
 def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
