@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ovss_nb.app.viewer.ViewerForm.fill': ('app/viewer.html#viewerform.fill', 'ovss_nb/app/viewer.py'),
                                     'ovss_nb.app.viewer._as_code': ('app/viewer.html#_as_code', 'ovss_nb/app/viewer.py'),
                                     'ovss_nb.app.viewer._canvas_class': ('app/viewer.html#_canvas_class', 'ovss_nb/app/viewer.py'),
+                                    'ovss_nb.app.viewer._step': ('app/viewer.html#_step', 'ovss_nb/app/viewer.py'),
                                     'ovss_nb.app.viewer.app_notebook': ('app/viewer.html#app_notebook', 'ovss_nb/app/viewer.py'),
                                     'ovss_nb.app.viewer.score_at': ('app/viewer.html#score_at', 'ovss_nb/app/viewer.py'),
                                     'ovss_nb.app.viewer.serve': ('app/viewer.html#serve', 'ovss_nb/app/viewer.py')},
