@@ -181,7 +181,7 @@ def _encoded(encoder, texts:dict[tuple[str, ...], str], cache:Cache|None, batch_
             units = torch.cat([F.normalize(encoder.text(flat[i:i + batch_size]).float(), dim=-1) for i in range(0, len(flat), batch_size)])
             for row, unit in zip(rows, units.split(list(map(len, rows)))):
                 vectors[row] = F.normalize(unit.mean(0), dim=-1)
-                if cache: cache.put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
+                if cache: cache.try_put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
             bar.update(len(rows))
     return vectors
 
@@ -212,7 +212,7 @@ def encode_text(
         said = [tuple(o.values()) for o in classes.values()]
         found = _encoded(encoder, {row: text for o in classes.values() for row, text in o.items()}, cache, batch_size, progress)
         vectors = torch.stack([found[row] for o in classes.values() for row in o])
-        if whole: cache.put(whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]})
+        if whole: cache.try_put(whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]})
     counts = torch.tensor([len(o) for o in said], device=vectors.device)
     mask = torch.arange(int(counts.max()), device=vectors.device) < counts[:, None]
     embeddings = vectors.new_zeros(*mask.shape, vectors.shape[1])

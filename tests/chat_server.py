@@ -13,10 +13,12 @@ class ChatServer:
     """`answer(messages)` makes the text of a good answer, `spoil(text)` one that breaks the rules.
 
     A fault depends on the question and on how often it was asked, not on the order of calls: a test does the same each time.
+    `refuse(request)` gives a status and words for a request that the server does not take, or None; `dress(text)` the message around an answer.
     `answered` counts whole answers per question, `faults` what went wrong. A call that shall time out hangs `delay` seconds. From the `hold`-th answer on no call is answered until `release` is set.
     """
-    def __init__(self, answer, faults=0.0, spoil=None, hold=None, formats=("json_schema", "json_object"), delay=3):
+    def __init__(self, answer, faults=0.0, spoil=None, hold=None, formats=("json_schema", "json_object"), delay=3, refuse=None, dress=None):
         self.answer, self.share, self.spoil, self.hold, self.formats, self.delay = answer, faults, spoil, hold, formats, delay
+        self.refuse, self.dress, self.requests = refuse, dress, []
         self.asked, self.answered, self.faults = Counter(), Counter(), Counter()
         self.lock, self.release, self.key, self.served = threading.Lock(), threading.Event(), None, 0
 
@@ -42,6 +44,8 @@ class ChatServer:
 
     def handle(self, request, asked):
         question = hashlib.sha256(json.dumps(asked["messages"]).encode()).hexdigest()
+        with self.lock: self.requests.append(asked)
+        if refused := self.refuse and self.refuse(asked): return reply(request, refused[0], {"error": {"message": refused[1]}})
         wanted = asked.get("response_format", {}).get("type", "plain")
         if wanted not in (*self.formats, "plain"): return reply(request, 400, {"error": {"message": f"response_format {wanted} is not supported"}})
         with self.lock:
@@ -60,6 +64,7 @@ class ChatServer:
         if fault == "rules": text = self.spoil(text)
         if fault == "malformed": text = text.replace('"', "'").replace("{", "{{") if "{" in text else ""
         body = completion(text[:len(text)//2] if fault == "half" else text, "length" if fault == "half" else "stop")
+        if fault is None and self.dress: body["choices"][0] |= self.dress(text)
         if fault == "cut": return reply(request, 200, json.dumps(body)[:80], {"Content-Length": "4000"})
         if fault in (None, "rules"):
             with self.lock:
