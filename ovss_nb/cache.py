@@ -41,7 +41,8 @@ def check_writable(
     "Raise `OSError` that names the path if a file cannot be written there: no folder, no permission, no room, a folder or device in its place."
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try: path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError: raise OSError(errno.ENOTDIR, f"{path.parent} is a file, no folder") from None
         probe = path.with_name(f".{uuid.uuid4().hex}")
         try:
             with open(probe, "wb") as file:

@@ -254,6 +254,7 @@ class LanguageModel:
     ):
         for name, value in dict(concurrency=concurrency, attempts=attempts).items():
             if value < 1: raise LanguageModelError(f"{name} must be at least 1, got {value}")
+        if base_url and not re.match("https?://", base_url): raise LanguageModelError(f"base_url (--base-url) must begin with http:// or https://, got {base_url!r}")
         self.model, self.base_url, self.api_key, self.temperature = model, base_url, api_key, None if temperature is None else float(temperature)
         self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = concurrency, timeout, attempts, revisions, backoff
         self.max_calls, self.max_tokens = max_calls, max_tokens

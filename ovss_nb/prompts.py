@@ -54,7 +54,8 @@ def _listed(text:str) -> list[str]:
     if isinstance(value, dict) and len(value) == 1: value, = value.values()
     if isinstance(value, list) and all(isinstance(o, str) for o in value): return value
     text = _INTRODUCTION.sub("", text, 1)
-    lines = [o for o in text.splitlines() if not re.match(r"\s*(?:#{1,6}\s|```|~~~|[-*_=]{3,}\s*$)", o)]   # headings, fences and rules
+    lines = [o for o in text.splitlines() if not re.match(r"\s*(?:```|~~~|[-*_=]{3,}\s*$)", o)]   # without fences and rules
+    if len(headings := [o for o in lines if re.match(r"\s*#{1,6}\s", o)]) == 1: lines.remove(*headings)
     marked = [o for o in lines if re.match(rf"\s*{_MARK}", o)]
     if len(numbered := [o for o in marked if re.match(r"[\s*_]*\d+[.)]", o)]) > 1: marked = numbered
     indent = min((len(o) - len(o.lstrip()) for o in marked), default=0)   # what is further in is about the line above
@@ -74,7 +75,7 @@ def parse_answer(
     text = re.split(r"(?m)^Q\d*:", re.sub(r"^[^\n]*:[ \t*_]*\n", "", text))[0].strip()
     name, found = name.strip().lower(), []
     for item in _listed(text):
-        item = re.sub(rf"^\s*(?:A\d*:|{_MARK}|[*_]+)*\s*", "", item).strip().replace("\t", " | ").strip(" \t\r.\"'`*_“”„«»‘’").lower()
+        item = re.sub(rf"^(?:\s*(?:A\d*:|{_MARK}|[*_]+))*\s*", "", item).strip().replace("\t", " | ").strip(" \t\r.\"'`*_“”„«»‘’").lower()
         item = " ".join(item.removeprefix("and ").removeprefix("or ").split())
         if item and item not in _MORE and item not in (name, f"{name}s") and item not in found: found.append(item)
     return found[:n]
@@ -83,7 +84,7 @@ def parse_answer(
 # %% ../nbs/01_prompts.ipynb #7b565ff3
 WORD_LIMIT = 6   # of a subclass; the shipped ones have 4 at most
 
-_SENTENCE = re.compile(r"(?i)^(?:here (?:are|is)|sure|certainly|of course|okay|i (?:am|can|have|hope)|i'm|as an|let me|the following|these|note that|sorry|feel free)\b|"
+_SENTENCE = re.compile(r"(?i)^(?:an? |the |here (?:are|is)|sure|certainly|of course|okay|i (?:am|can|have|hope)|i'm|as an|let me|the following|these|note that|sorry|feel free)\b|"
                        r"\b(?:is|are|was|were|which|that|who|includes?|including|typically|usually|often|known for|used for|such as)\b|\w{4,}\. ")
 
 def why_not_plain(
@@ -201,8 +202,7 @@ def check_subclasses(
     if twice := [o for o, times in Counter(low).items() if times > 1]: problems.append(f"twice: {', '.join(twice)}")
     owner = {o.lower(): other for other, words in zip(vocabulary.names, vocabulary.words) for o in (other, *words)}
     problems += [f"{o!r} is {'the class itself' if owner[o] == name else 'another class, ' + owner[o]}" for o in low if o in owner]
-    problems += [fault for o in kinds if (fault := why_not_plain(o))][:3]
-    return problems + [long for o in kinds if (long := _too_long(o, count))]
+    return problems + [fault for o in kinds if (fault := _too_long(o, count) or why_not_plain(o))][:3]
 
 # %% ../nbs/01_prompts.ipynb #10253a3c
 KINDS = ("descriptions", "subclasses")
@@ -289,6 +289,16 @@ class PromptBank:
             else: _check_texts(texts, bank.kind, f"{path}, {name!r}")
         return bank
 
+    @property
+    def words(self) -> Vocabulary:
+        "The classes it was made for: the shipped vocabulary that it names, or its own names. Raises `PromptError` if there were other words, or more classes."
+        if self.vocabulary in list_vocabularies(): return Vocabulary.of(self.vocabulary)
+        try: own = Vocabulary.of(list(self.classes))
+        except ValueError: own = None
+        if own is None or vocabulary_hash(own) != self.vocabulary_hash:
+            raise PromptError(f"{self.path or 'the bank'} was made for words of your own, which it does not hold: name them (--vocabulary)")
+        return own
+
     def __len__(self): return len(self.classes)
 
     def __getitem__(self, name:str):
@@ -324,10 +334,10 @@ class PromptBank:
         return list(found)
 
     def texts(self,
-        vocabulary=None, # default: the shipped one of its title
+        vocabulary=None, # default: see `words`
     ) -> dict[str, list[str]]: # {name: prompts}, in the vocabulary's order; names without any are left out
         "The prompts per class. Raises `PromptError` if the bank was made for other classes or words than these."
-        vocabulary = Vocabulary.of(self.vocabulary if vocabulary is None else vocabulary)
+        vocabulary = self.words if vocabulary is None else Vocabulary.of(vocabulary)
         if vocabulary_hash(vocabulary) != self.vocabulary_hash:
             title = vocabulary.title or "FILE"
             raise PromptError(f"the {self.kind} of {self.path or self.vocabulary} were made for other classes or words than those of {title}; "
@@ -339,7 +349,7 @@ class PromptBank:
 
     def problems(self, vocabulary=None, count=None) -> dict[str, list[str]]: # {class: what is wrong}
         "Check all classes: see `check_description` and `check_subclasses`; also what is missing, and sentences that two classes share. Raises as `texts` does."
-        vocabulary = Vocabulary.of(self.vocabulary if vocabulary is None else vocabulary)
+        vocabulary = self.words if vocabulary is None else Vocabulary.of(vocabulary)
         found, owner = {name: ["missing"] for name in self.missing(vocabulary)}, {}
         for name, texts in self.texts(vocabulary).items():
             if self.kind == "descriptions":

@@ -7,6 +7,7 @@ import platformdirs
 import pytest
 
 from ovss_nb.cache import Cache, CacheError, OverwriteError, atomic_path, file_digest, refuse_overwrite
+from ovss_nb.cache import Cache, CacheError, atomic_path, check_writable
 
 # What the subprocesses run. Arrays for seed s are functions of s, so a reader can tell a wrong or torn entry.
 CHILD = """
@@ -175,3 +176,34 @@ def test_a_digest_is_of_the_bytes_alone(tmp_path):
     (tmp_path/"b").write_bytes(bytes(range(255, -1, -1))*5000)
     os.utime(tmp_path/"b", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file_digest(tmp_path/"b") != before and (tmp_path/"b").stat().st_size == times.st_size
+@pytest.mark.parametrize("place", ["file/store", "/proc/ovss/store", "disk"])
+def test_without_a_place_for_the_cache_work_goes_on_and_says_so_once(place, tmp_path):
+    "Text is encoded with a cache whose folder cannot be made, or whose disk is full."
+    from doubles import Colours
+    from ovss_nb.text import encode_text
+    (tmp_path/"file").write_text("in the way")
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    if place == "disk":
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", disk], capture_output=True).returncode: pytest.skip("a small disk cannot be mounted here")
+        (disk/"big").write_bytes(bytes(4096))
+    try:
+        cache, encoder = Cache(tmp_path/place), Colours()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            banks = [encode_text(encoder, ["cat", "dog", "tree"], cache=cache) for _ in range(2)]
+        assert (banks[0].embeddings == encode_text(encoder, ["cat", "dog", "tree"]).embeddings).all()
+        assert len(caught) == 1 and str(tmp_path/place) in str(caught[0].message) and "without" in str(caught[0].message)
+        with pytest.raises(CacheError, match="OVSS_NB_CACHE"): cache.put(cache.key("x"), {"a": np.ones(2)})
+    finally:
+        if place == "disk": subprocess.run(["umount", disk])
+
+
+@pytest.mark.parametrize("place", ["file/x", "/proc/ovss/x", ".", "n"*300, os.devnull])
+def test_check_writable_leaves_nothing(place, tmp_path):
+    (tmp_path/"file").write_text("in the way")
+    with pytest.raises(OSError) as e: check_writable(tmp_path/place)
+    assert e.value.filename == str(tmp_path/place) and e.value.strerror
+    check_writable(tmp_path/"new"/"x")
+    check_writable(tmp_path/"file")
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["file", "new"] and not list((tmp_path/"new").iterdir()) and (tmp_path/"file").read_text() == "in the way"

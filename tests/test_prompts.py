@@ -160,3 +160,33 @@ def test_check_reports_what_is_wrong(tmp_path, capsys):
     bank.save(tmp_path/"bank.json")
     assert main(["prompts", "check", "--bank", str(tmp_path/"bank.json")]) == 1
     assert "cat: color does not name cat; color names no colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["descriptions", "subclasses"])
+def test_a_bank_knows_its_kind_and_its_words(kind, tmp_path, capsys):
+    bank = str(tmp_path/"own.json")
+    assert main(["prompts", "fill", "--vocabulary", "cat,dog", "--kind", kind, "--bank", bank]) == 0
+    for command in (["check"], ["show"], ["check", "--vocabulary", "cat,dog"], ["fill", "--vocabulary", "cat,dog,sky"], ["check"], ["show", "--class", "sky"]):
+        assert main(["prompts", *command, "--bank", bank]) == 0, capsys.readouterr().err
+    assert PromptBank.open(bank).kind == kind and len(PromptBank.open(bank)) == 3
+    other = "descriptions" if kind == "subclasses" else "subclasses"
+    capsys.readouterr()
+    for command in (["check"], ["show"], ["fill", "--vocabulary", "cat"]):
+        assert main(["prompts", *command, "--kind", other, "--bank", bank]) == 2
+        assert f"holds '{kind}', not {other}" in capsys.readouterr().err
+
+
+def test_a_bank_of_own_words_with_synonyms_asks_for_them(tmp_path, capsys):
+    words, bank = "cat,couch:couch|sofa", str(tmp_path/"own.json")
+    assert main(["prompts", "fill", "--vocabulary", words, "--bank", bank]) == 0
+    assert main(["prompts", "check", "--bank", bank]) == 2 and "--vocabulary" in capsys.readouterr().err
+    assert main(["prompts", "check", "--bank", bank, "--vocabulary", words]) == 0
+
+
+def test_check_finds_junk_that_was_stored(tmp_path, capsys):
+    bank = PromptBank.new(["dog"], "subclasses")
+    bank.fill(["dog"], {"dog": ["labrador", "**poodle**: curly", "| beagle |"]})
+    bank.save(tmp_path/"own.json")
+    assert main(["prompts", "check", "--bank", str(tmp_path/"own.json")]) == 1
+    said = capsys.readouterr().err
+    assert "'**poodle**: curly'" in said and "'| beagle |'" in said and "labrador" not in said
