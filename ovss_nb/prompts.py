@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from .cache import atomic_path
 from .language_model import LanguageModel, Question, final_answer
-from .vocabulary import Vocabulary, list_vocabularies
+from .vocabulary import Vocabulary, list_vocabularies, tidy_name
 
 # %% ../nbs/01_prompts.ipynb #8f34bcbd
 _P1 = "Q: List {n} subclasses of the following: {name}\nA: Here are {n} commonly seen subclasses of {name}:"
@@ -142,11 +142,12 @@ def keep_categories(
     schema = {"type": "object", "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1}}, "required": ["names"], "additionalProperties": False}
     text = FILTER_QUESTION.format(names="\n".join(vocabulary.names), context=context)
     def check(_, answer):
-        strange = [o for o in answer["names"] if o not in vocabulary.names]
+        strange = [o for o in answer["names"] if tidy_name(o) not in vocabulary.names]
         return f"{', '.join(strange[:5])}: not in the list" if strange else None
     answers = model.ask_all({"filter": Question([{"role": "user", "content": text}], schema)}, check, progress=False)
     if "filter" not in answers: raise PromptError(f"The categories could not be filtered: {answers.failed['filter']}")
-    return [o for o in vocabulary.names if o in answers["filter"]["names"] or o in vocabulary.background]
+    kept = set(map(tidy_name, answers["filter"]["names"]))
+    return [o for o in vocabulary.names if o in kept or o in vocabulary.background]
 
 # %% ../nbs/01_prompts.ipynb #99c60d86
 TOKEN_LIMIT = 60   # per text; CLIP's hard limit is 77, start and end included
@@ -281,7 +282,7 @@ class PromptBank:
             if not isinstance(data.get(name), form): raise PromptError(f"{path}: {name!r} must be of type {form.__name__}")
         if strange := set(data) - set(_FIELDS) - {"shared"}: raise PromptError(f"{path}: unknown entry {min(strange)!r}")
         if data["kind"] not in KINDS or kind not in (None, data["kind"]): raise PromptError(f"{path} holds {data['kind']!r}, not {kind or ' or '.join(KINDS)}")
-        bank = cls(**data, path=path)
+        bank = cls(**data | {"classes": {tidy_name(name): texts for name, texts in data["classes"].items()}}, path=path)
         if bank.shared: bank.pool = _shipped_classes(bank.kind) if named else _read_shared(path.parent/bank.shared, bank.kind)
         for name, texts in bank.classes.items():
             if isinstance(texts, str):
@@ -303,7 +304,7 @@ class PromptBank:
 
     def __getitem__(self, name:str):
         "The texts of a class as they were written: a dict (descriptions) or a list (subclasses)."
-        texts = self.classes[name]
+        texts = self.classes[tidy_name(name)]
         return self.pool[texts] if isinstance(texts, str) else texts
 
     def missing(self, vocabulary, names=None) -> list[str]: # in the vocabulary's order
@@ -316,7 +317,7 @@ class PromptBank:
         "Take in the texts of some classes in the vocabulary's order; classes that it does not have go. `provenance`: model, prompts, settings."
         vocabulary = Vocabulary.of(vocabulary)
         for name, texts in classes.items(): _check_texts(texts, self.kind, repr(name))
-        both = self.classes | classes
+        both = self.classes | {tidy_name(name): texts for name, texts in classes.items()}
         self.classes = {name: both[name] for name in vocabulary.names if name in both}
         self.vocabulary, self.vocabulary_hash, self.date = vocabulary.title or self.vocabulary, vocabulary_hash(vocabulary), date.today().isoformat()
         for name, value in provenance.items():

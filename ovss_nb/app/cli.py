@@ -7,31 +7,26 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
 import argparse, html, json, sys, time
-from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
 from .experiments import add_commands, command
-from ..cache import atomic_path, check_writable
+from ..cache import atomic_path, check_writable, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
 from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation
-from ..vocabulary import Vocabulary, list_vocabularies, load_vocabulary
+from ..vocabulary import Vocabulary, VocabularyError, list_vocabularies, load_vocabulary, read_lines
 
 # %% ../../nbs/app/50_cli.ipynb #42144dc8
 def parse_classes(
     text:str, # "cat,sofa", "animal:cat|dog,background", a shipped vocabulary or a file
+    option:str="--classes", # what the error calls it
 ) -> Vocabulary:
     "The vocabulary meant by a command-line argument. Raises VocabularyError."
-    if text in list_vocabularies() or text.endswith(".txt") or Path(text).is_file(): return Vocabulary.of(text)
-    if get_close_matches(text, list_vocabularies(), cutoff=0.8): return Vocabulary.of(text)   # raises: a misspelt list, not a word
-    entries = {}
-    for entry in text.split(","):
-        name, _, words = (o.strip() for o in entry.partition(":"))
-        if name in entries: return Vocabulary.of([o.split(":")[0].strip() for o in text.split(",")])   # raises: a dict would hide the double
-        entries[name] = [o.strip() for o in words.split("|")] if words else name
-    return Vocabulary.of(entries)
+    try: return read_lines(text, prompt=True)
+    except VocabularyError as e: raise VocabularyError(f"{option}: {e}") from None
 
 # %% ../../nbs/app/50_cli.ipynb #7d3318a0
 def write_report(
@@ -115,6 +110,7 @@ def _add_large(verbs):
     video.add_argument("file", type=Path, metavar="FILE")
     video.add_argument("--every", type=int, default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
     video.add_argument("--mp4", type=Path, metavar="FILE", help="write the overlays as a video too")
+    video.add_argument("--fps", metavar="RATE", help="frames per second of that video, e.g. 12.5 or 30000/1001 (default: the source's, divided by N; 25/N for a folder of frames)")
     onnx = verbs.add_parser("onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)")
     onnx.add_argument("system", metavar="SYSTEM", help="maskclip, catseg, lmseg, san, ebseg or mrovseg")
     onnx.add_argument("--vocabulary", action="append", default=[], metavar="NAME", help="store the bank of this vocabulary too (repeatable), e.g. VOC-21, or cat,sofa")
@@ -132,22 +128,38 @@ def _add_large(verbs):
 def _large(a) -> int:
     knobs = dict(map(_knob, a.set))
     if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
+    if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
         areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, a.limits)
         for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
         print(a.out)
     elif a.verb == "video":
-        from ovss_nb.video import overlay_video, segment_video
-        count = sum(1 for _ in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every))
-        print(f"{count} frames: {a.out}")
-        if a.mp4: overlay_video(a.out, a.mp4); print(a.mp4)
+        return _video(a, knobs)
     else:
         from ovss_nb.onnx_export import agreement, export_system
-        vocabularies, system = [parse_classes(o) for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
+        vocabularies, system = [parse_classes(o, "--vocabulary") for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
         print(export_system(system, a.out, vocabularies, a.with_encoder))
         for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes")
     return 0
+
+def _video(a, knobs:dict) -> int:
+    from ovss_nb.video import check_rate, check_video_path, overlay_video, segment_video
+    if a.fps and not a.mp4: raise ValueError("--fps is the rate of the video that --mp4 writes: name one, e.g. --mp4 overlay.mp4")
+    rate = check_rate(a.fps) if a.fps else None
+    if a.mp4: check_video_path(a.mp4, a.file, a.classes)
+    count, failed = 0, []
+    for name, result in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every):
+        count += 1
+        if isinstance(result, Exception): failed.append((name, result))
+    print(f"{count - len(failed)} frames: {a.out}" + (f", {len(failed)} damaged" if failed else ""))
+    try:
+        if a.mp4:
+            if rate is None and a.file.is_dir(): rate = Fraction(25, a.every); print(f"a folder of frames has no rate: {float(rate):g} frames per second, unless --fps says another")
+            print(f"{a.mp4}: {float(overlay_video(a.out, a.mp4, rate)):g} frames per second")
+    finally:   # what is wrong with frames is said whatever becomes of the video
+        for name, error in failed: print(f"failed: {name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # %% ../../nbs/app/50_cli.ipynb #5d728697
@@ -158,7 +170,7 @@ def main(arguments:list[str]|None=None) -> int:
     demo = verbs.add_parser("demo", help="segment the photographs that scikit-image ships")
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line: name, synonym, ...")
+    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line; names that hold , : | go in \"quotes\"")
     app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
     app.add_argument("file", metavar="FILE")
     app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
@@ -166,7 +178,7 @@ def main(arguments:list[str]|None=None) -> int:
     app.add_argument("--no-browser", action="store_true", help="only serve")
     for verb in (demo, own, app):
         verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
-        verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT (default: %(default)s)")
+        verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT, see `ovss-nb encoders` (default: %(default)s)")
         verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
         verb.add_argument("--resize", default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
         if verb is not app: verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
@@ -176,14 +188,14 @@ def main(arguments:list[str]|None=None) -> int:
     verbs.add_parser("vocabularies", help="list the class lists that ship with the package")
     data = verbs.add_parser("data", help="labelled data sets").add_subparsers(dest="task", required=True)
     data.add_parser("list", help="list the protocols under which a set can be scored")
-    check = data.add_parser("check", help="is a download whole, and what it says it is?")
+    check = data.add_parser("check", help="is a download whole, and what it says it is? or what is in a folder of your own?")
     check.add_argument("source", type=Path, metavar="DIR")
     check.add_argument("--decode", action="store_true", help="decode every photograph too, not only its header")
     prepare = data.add_parser("prepare", help="convert a download to a plain folder: images/, masks/ of class indices, classes.txt; goes on where it was stopped")
     prepare.add_argument("source", type=Path, metavar="DIR")
     prepare.add_argument("target", type=Path, metavar="TARGET")
     for task in (check, prepare):
-        task.add_argument("--as", dest="protocol", required=True, metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`")
+        task.add_argument("--as", dest="protocol", metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`; not needed for a folder of your own with images/, masks/ and classes.txt")
         task.add_argument("--layout", help="where several layouts lie side by side: which one")
     _add_prompts(verbs)
     _add_large(verbs)
@@ -246,7 +258,7 @@ def _add_prompts(verbs):
         o.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
 
 def _prompts(a) -> int:
-    vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary)
+    vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary, "--vocabulary")
     path, there = a.bank, a.bank is not None and a.bank.exists()
     kind = a.kind or (PromptBank.open(path).kind if there and a.task != "make" else KINDS[0])
     if path is None and vocabulary is not None:
