@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main']
 
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
-import argparse, html, json, sys, time
+import argparse, html, json, os, sys, time
 from fractions import Fraction
 from pathlib import Path
 from .experiments import add_commands, command
@@ -87,7 +87,7 @@ def run(
             while stem in stems: n += 1; stem = f"{path.stem}-{n}"
             stems.add(stem)
             rows.append(dict(file=path.name, **save_result(result, stem, out)))
-            for o in formats: save_as(result, out/stem, o, path.name)
+            for o in formats: save_as(result, out/stem, o, path)
     write_report(out, rows, title, note)
     return failed
 
@@ -137,10 +137,13 @@ def _large(a) -> int:
     elif a.verb == "video":
         return _video(a, knobs)
     else:
-        from ovss_nb.onnx_export import agreement, export_system
+        from ovss_nb.onnx_export import agreement, export_system, stored_bank
         vocabularies, system = [parse_classes(o, "--vocabulary") for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
-        print(export_system(system, a.out, vocabularies, a.with_encoder))
-        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes")
+        stems = [Path(o).stem if os.path.isfile(o) else "" for o in a.vocabulary]
+        weights = a.encoder.partition(":")[2]
+        print(export_system(system, a.out, vocabularies, a.with_encoder, stems, [*a.vocabulary, weights, weights.partition("/")[2], a.check]))
+        for o in vocabularies: print(f"{stored_bank(a.out, o)}: {len(o)} classes")
+        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes, {stored_bank(a.out, o).name}")
     return 0
 
 def _video(a, knobs:dict) -> int:
