@@ -17,16 +17,34 @@ from .train import Batches
 from .vocabulary import Vocabulary
 
 # %% ../nbs/43_augment.ipynb #10b440f5
+def _rounded(x:torch.Tensor) -> torch.Tensor: return x.round().clamp(0, 255).to(torch.uint8)
+
+def _saturated(x:torch.Tensor, amount:float) -> torch.Tensor:
+    "Scale S of HSV, which is at most 1: at every place the distance of the channels from the greatest one."
+    top, low = x.amax(0).float(), x.amin(0).float()
+    factor = (top/(top - low).clamp(min=1)).clamp(max=1 + amount)
+    return _rounded(top - (top - x.float())*factor)
+
+_RECOLOURS = { # (3 x H x W uint8, amount) -> the same
+    "brightness": lambda x, amount: _rounded(x.float() + 255*amount),
+    "contrast": lambda x, amount: _rounded(x.float()*(1 + amount)),
+    "saturation": _saturated,
+    "hue": V.adjust_hue,
+}
+
 @dataclass(frozen=True)
 class Augmentation:
     "How pictures are changed by chance; the defaults are CAT-Seg's. Raises `ValueError` for values that make no sense."
     shortest:tuple[int, int] = (384, 384) # pixels of the shorter side, drawn from this range
-    longest:int|None = None # pixels of the longer side at most; default: four times the shorter
+    step:int = 1 # sizes in the range are so many pixels apart
+    scale:tuple[float, float]|None = None # in place of `shortest`: factors of the picture's own size, drawn from this range
+    longest:int|None = None # pixels of the longer side at most; default: four times the shorter, with `scale` no limit
     crop:int = 384 # side of the square that is cut out
-    brightness:float = 0.125 # factors are drawn from 1 - this to 1 + this; detectron2 adds up to 32 of 255
-    contrast:float = 0.5
-    saturation:float = 0.5
-    hue:float = 0.1 # turn of the colour circle, as a share of it
+    jitter:float = 0.5 # probability of each of the next four changes
+    brightness:float = 32/255 # share of white that is added or taken away at most
+    contrast:float = 0.5 # factors of all pixels are drawn from 1 - this to 1 + this
+    saturation:float = 0.5 # likewise, of the distance from grey (in HSV)
+    hue:float = 0.1 # turn of the colour circle at most, as a share of it
     flip:float = 0.5 # probability
     fill:int = 128 # grey beside a picture that is smaller than the square
     ignore:int = 255 # label there
@@ -34,9 +52,24 @@ class Augmentation:
     def __post_init__(self):
         object.__setattr__(self, "shortest", tuple(self.shortest))   # JSON gives lists
         if len(self.shortest) != 2 or not 1 <= self.shortest[0] <= self.shortest[1]: raise ValueError(f"shortest={self.shortest} must be the least and the most pixels of the shorter side")
-        if self.crop < 1: raise ValueError(f"crop={self.crop} must be at least 1 pixel")
-        if not all(0 <= o <= 1 for o in (self.brightness, self.contrast, self.saturation, self.flip)) or not 0 <= self.hue <= 0.5:
-            raise ValueError(f"brightness, contrast, saturation and flip lie between 0 and 1, hue between 0 and 0.5: {self}")
+        if self.scale is not None: object.__setattr__(self, "scale", tuple(self.scale))
+        if self.scale is not None and (len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]):
+            raise ValueError(f"scale={self.scale} must be the least and the greatest factor of a picture's size")
+        if self.crop < 1 or self.step < 1: raise ValueError(f"crop={self.crop} and step={self.step} must be at least 1 pixel")
+        if not all(0 <= o <= 1 for o in (self.jitter, self.brightness, self.contrast, self.saturation, self.flip)) or not 0 <= self.hue <= 0.5:
+            raise ValueError(f"jitter, brightness, contrast, saturation and flip lie between 0 and 1, hue between 0 and 0.5: {self}")
+
+    def recolour(self,
+        picture:torch.Tensor, # 3 x H x W uint8
+        draw, # (low, high) -> a number between
+    ) -> torch.Tensor: # the same shape and type
+        "SSD's photometric distortion: brightness, then contrast before saturation and hue, or after them."
+        # All is drawn even if nothing changes: what follows stays the same.
+        amounts = {name: (draw(0, 1) < self.jitter)*draw(-1, 1)*getattr(self, name) for name in _RECOLOURS}
+        first = ("contrast",) if draw(0, 1) < 0.5 else ()
+        for name in ("brightness", *first, "saturation", "hue", *(() if first else ("contrast",))):
+            if amounts[name]: picture = _RECOLOURS[name](picture, amounts[name])
+        return picture
 
     def __call__(self,
         image:np.ndarray, # H x W x 3 uint8 RGB
@@ -48,15 +81,13 @@ class Augmentation:
         def draw(low, high): return low + (high - low)*torch.rand((), generator=generator).item()
         picture = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None])   # indexed later, it would be a mask no more
-        shortest = round(draw(*self.shortest))
-        scale = min(shortest/min(labels.shape), (self.longest or 4*shortest)/max(labels.shape))
+        shortest = self.shortest[0] + self.step*int(draw(0, (self.shortest[1] - self.shortest[0])//self.step + 1))
+        wanted = draw(*self.scale) if self.scale else shortest/min(labels.shape)
+        longest = self.longest or (torch.inf if self.scale else 4*shortest)
+        scale = min(wanted, longest/max(labels.shape))
         size = [max(1, round(o*scale)) for o in labels.shape]
         picture, mask = V.resize(picture, size, antialias=True), V.resize(mask, size)
-        for change, amount in ((V.adjust_brightness, self.brightness), (V.adjust_contrast, self.contrast), (V.adjust_saturation, self.saturation)):
-            factor = draw(1 - amount, 1 + amount)   # drawn even if nothing changes: what follows stays the same
-            if amount: picture = change(picture, factor)
-        turn = draw(-self.hue, self.hue)
-        if self.hue: picture = V.adjust_hue(picture, turn)
+        picture = self.recolour(picture.as_subclass(torch.Tensor), draw)
         top, left = (int(draw(0, max(0, o - self.crop) + 0.999)) for o in size)
         mirrored = draw(0, 1) < self.flip
         right, below = (max(0, self.crop - o) for o in size[::-1])

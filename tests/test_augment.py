@@ -49,10 +49,91 @@ def test_colours_change_the_picture_alone():
     photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     labels = np.arange(64*64).reshape(64, 64) % 7
     for knob in ("brightness", "contrast", "saturation", "hue"):
-        change = Augmentation(shortest=(64, 64), crop=64, flip=0, **PLAIN | {knob: 0.4})
+        change = Augmentation(shortest=(64, 64), crop=64, flip=0, jitter=1, **PLAIN | {knob: 0.4})
         picture, same = change(photo, labels, step_generator(0, 1))
         assert (picture.permute(1, 2, 0).numpy() != photo).mean() > 0.5 and (same.numpy() == labels).all(), knob
 
+
+COLOURS = ("brightness", "contrast", "saturation", "hue")
+
+def recoloured(photo, n, **knobs):
+    change = Augmentation(shortest=(16, 16), crop=16, flip=0, **knobs)
+    return change(photo, np.zeros(photo.shape[:2], np.uint8), step_generator(0, n))[0].permute(1, 2, 0).numpy()
+
+@pytest.mark.parametrize("jitter, low, high", [(0.5, 0.42, 0.58), (0.0, 0, 0), (1.0, 0.97, 1), (0.2, 0.13, 0.27)])
+def test_each_colour_changes_with_a_chance_of_its_own(jitter, low, high):
+    "SSD's distortion: each of the four in half of the pictures, whatever the others do; one picture in sixteen keeps its colours."
+    photo = np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8)
+    changed = {knob: np.array([(recoloured(photo, n, **({"jitter": jitter} if jitter != 0.5 else {}), **{o: 0 for o in COLOURS if o != knob}) != photo).any() for n in range(300)]) for knob in COLOURS}
+    assert all(low <= o.mean() <= high for o in changed.values()), {knob: o.mean() for knob, o in changed.items()}
+    if jitter == 0.5:
+        assert all(0.15 < (changed[a] & changed[b]).mean() < 0.35 for i, a in enumerate(COLOURS) for b in COLOURS[:i])
+        kept = np.mean([(recoloured(photo, n) == photo).all() for n in range(300)])
+        assert 0.02 < kept < 0.12 and kept == np.mean(~np.any(list(changed.values()), 0))   # a knob at 0 draws like any other
+
+def test_contrast_comes_before_or_after_saturation_and_hue():
+    "Where white is cut off the order shows: red at full saturation, twice as bright, is white only if colours are taken out first."
+    photo = np.full((16, 16, 3), (200, 120, 120), np.uint8)
+    found = {tuple(recoloured(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0]) for n in range(40)}
+    def contrast(x, f): return np.clip(np.round(np.array(x)*f), 0, 255)
+    def saturate(x, f): return np.clip(np.round(max(x) - (max(x) - np.array(x))*min(f, max(x)/max(1, max(x) - min(x)))), 0, 255)
+    orders = set()
+    for n in range(40):
+        generator = step_generator(0, n)
+        torch.rand((), generator=generator)   # the size
+        draws = [torch.rand((), generator=generator).item() for _ in range(9)]
+        factors = {name: 1 + 2*draws[2*i + 1] - 1 for i, name in enumerate(COLOURS)}
+        steps = [lambda x: contrast(x, factors["contrast"]), lambda x: saturate(x, factors["saturation"])]
+        x = (200, 120, 120)
+        for step in steps if draws[8] < 0.5 else steps[::-1]: x = step(x)
+        assert np.abs(recoloured(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0] - x).max() <= 1
+        orders.add(draws[8] < 0.5)
+    assert orders == {True, False} and len(found) > 20
+
+def test_colours_change_as_in_ssd():
+    "Brightness adds at most 32 of 255, contrast multiplies, saturation and hue leave the other two of HSV alone (against the standard library's HSV)."
+    import colorsys
+    photo = np.random.default_rng(1).integers(60, 170, (16, 16, 3), dtype=np.uint8)
+    def hsv(x): return np.array([colorsys.rgb_to_hsv(*o) for o in x.reshape(-1, 3)/255])
+    for n in range(20):
+        change = recoloured(photo, n, jitter=1, contrast=0, saturation=0, hue=0).astype(int) - photo
+        assert np.ptp(change) == 0 and abs(change[0, 0, 0]) <= 32
+        factor = recoloured(photo, n, jitter=1, brightness=0, saturation=0, hue=0)/photo
+        assert np.ptp(factor) < 0.02 and 0.49 < factor.mean() < 1.51
+        before, after = hsv(photo), hsv(recoloured(photo, n, jitter=1, brightness=0, contrast=0, hue=0))
+        ratio = (after[:, 1]/before[:, 1])[(before[:, 1] > 0.2) & (after[:, 1] < 0.95)]
+        assert np.abs(before[:, 2] - after[:, 2]).max() < 0.01 and np.ptp(ratio) < 0.1 and 0.45 < ratio.mean() < 1.55
+        after = hsv(recoloured(photo, n, jitter=1, brightness=0, contrast=0, saturation=0))
+        turn = ((after - before)[:, 0] + 0.5) % 1 - 0.5
+        assert np.abs(before - after)[:, 1:].max() < 0.03 and np.abs(turn[before[:, 1] > 0.2]).max() < 0.12
+
+def test_black_and_white_have_no_colour_to_change():
+    for value in (0, 255):
+        photo = np.full((16, 16, 3), value, np.uint8)
+        for n in range(5): assert (recoloured(photo, n, jitter=1, brightness=0, contrast=0) == photo).all()
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (20, 200)])
+def test_a_scale_is_of_the_picture_itself(shape):
+    "Every picture from half to twice its own size, whatever that is: seen in how much of a slope one crop shows."
+    slope = np.tile(np.arange(shape[1], dtype=np.uint8), (shape[0], 1))
+    factors = []
+    for n in range(60):
+        picture, labels = Augmentation(scale=(0.5, 2), crop=16, flip=0, jitter=0)(np.stack([slope]*3, -1), slope, step_generator(0, n))
+        row = labels[0][labels[0] != 255].float()
+        factors.append(float((len(row) - 1)/max(1, row[-1] - row[0])))
+    assert 0.4 < min(factors) < 0.7 and 1.6 < max(factors) < 2.6
+
+def test_sizes_lie_so_many_pixels_apart():
+    "SAN's eleven sizes from 320 to 960, here a tenth of them; both ends are among them."
+    slope, sizes = np.zeros((10, 10), np.uint8), set()
+    for n in range(300): sizes.add(int((Augmentation(shortest=(32, 96), step=6, crop=100, jitter=0)(np.zeros((10, 10, 3), np.uint8), slope, step_generator(0, n))[1] != 255).any(0).sum()))
+    assert sizes == set(range(32, 97, 6))
+    found = {int((Augmentation(shortest=(4, 7), crop=9, jitter=0)(np.zeros((10, 10, 3), np.uint8), slope, step_generator(0, n))[1] != 255).any(0).sum()) for n in range(60)}
+    assert found == {4, 5, 6, 7}
+
+@pytest.mark.parametrize("wrong", [dict(scale=(0, 2)), dict(scale=(2, 1)), dict(scale=(1,)), dict(jitter=1.5), dict(step=0), dict(brightness=-0.1)])
+def test_senseless_changes_are_refused(wrong):
+    with pytest.raises(ValueError): Augmentation(**wrong)
 
 def test_global_chance_is_left_alone():
     photo, labels = np.zeros((50, 50, 3), np.uint8), np.zeros((50, 50), np.uint8)

@@ -21,7 +21,6 @@ from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, difference, tune_queries_values
 from .windows import window_offsets
 from ..text import TextBank
-from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/35_catseg.ipynb #86763fc4
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class CATSegConfig(TrainedConfig):
     guidance_layers:tuple[int, int]|None = None # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
     enlarged:tuple[int, int] = (256, 128) # channels of the guides, enlarged twice and four times
     prompt_channels:int = 1 # several texts per class kept as so many channels of the cost map; 1: pooled as `pooling` says
-    first_word:bool = False # of several words of a class take the first only, as the authors do
     width:int = 128 # from here on: see `CostAggregation`
     guidance:tuple[int, int] = (128, 128)
     layers:int = 2
@@ -258,12 +256,6 @@ class CATSeg(TrainedSystem):
         return image if isinstance(image, GuidedImage) else self.encode_images([image])[0]
 
     # ---- text
-
-    def encode_text(self, words) -> TextBank:
-        "Text bank of `words`; with `first_word` of the first word of each class."
-        vocabulary = Vocabulary.of(words)
-        if self.config.first_word: vocabulary = vocabulary.with_words({name: own[:1] for name, own in zip(vocabulary.names, vocabulary.words)})
-        return super().encode_text(vocabulary)
 
     def text_features(self, text:TextBank) -> tuple[torch.Tensor, str]:
         "What the network gets of a bank: K x P x d, and how it pools the cosines. Raises `ValueError` for more texts than `prompt_channels`."

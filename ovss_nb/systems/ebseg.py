@@ -42,7 +42,6 @@ class EBSegConfig(TrainedConfig):
     size:int = 640 # pixels of the shorter side; or of both, without `keep_aspect`
     keep_aspect:bool = True # false squashes to a square, which stored features need
     templates:str = "vild14"
-    first_word:bool = False # of several words of a class take the first only, as the authors do
     second:str = "lite_sam" # "lite_sam", "lite_sam:WEIGHTS", "sam:MODEL/CHECKPOINT", or "none": CLIP's own layers in its place
     encoder_scale:float|None = None # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
     fused:tuple[int, int, int]|None = None # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three quarters of them
@@ -393,11 +392,10 @@ class EBSeg(TrainedSystem):
     # ---- words
 
     def encode_text(self, words) -> TextBank:
-        "Text bank of `words`; with `first_word` of the first word of each class. All words are remembered, for the question which classes are seen."
+        "Text bank of `words`. All of them are remembered, for the question which classes are seen."
         vocabulary = Vocabulary.of(words)
         while len(self._words) >= 32: self._words.pop(next(iter(self._words)))
         self._words[vocabulary.names] = vocabulary.words
-        if self.config.first_word: vocabulary = vocabulary.with_words({name: own[:1] for name, own in zip(vocabulary.names, vocabulary.words)})
         return super().encode_text(vocabulary)
 
     def words_of(self, text:TextBank) -> tuple[tuple[str, ...], ...]:

@@ -100,7 +100,7 @@ class LMSeg(CATSeg):
         try: return super().encode_text(words)
         except PromptError:
             if not self.config.fallback or self.config.prompts != "descriptions": raise
-        vocabulary = Vocabulary.of(words)
+        vocabulary = self.read_words(words)
         if (vocabulary, "fallback") not in self._banks:
             bank = PromptBank.new(vocabulary, "descriptions")
             bank.borrow(vocabulary)

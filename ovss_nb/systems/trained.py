@@ -108,6 +108,7 @@ def stored_knobs(
 class TrainedConfig(Config):
     "Knobs of every system with a trained network; each system adds its own. Those not given to `from_dict` are the ones that the weights file was saved with."
     weights:str|None = None # file of the network, made by `TrainedSystem.save`, or the authors'; "random" to try the machinery
+    first_word:bool = False # of several words of a class take the first only
 
     @classmethod
     def from_dict(cls, knobs:dict):
@@ -159,6 +160,16 @@ class TrainedSystem(System):
 
     def learns(self, vocabulary:Vocabulary):
         "Told before training and testing which classes are taught; systems to which that makes a difference remember it."
+
+    def read_words(self, words) -> Vocabulary:
+        "The words that texts are made of: all of a class, or with `first_word` the first."
+        vocabulary = Vocabulary.of(words)
+        if not self.config.first_word: return vocabulary
+        return vocabulary.with_words({name: own[:1] for name, own in zip(vocabulary.names, vocabulary.words)})
+
+    def encode_text(self, words) -> TextBank:
+        "Text bank of `read_words`."
+        return super().encode_text(self.read_words(words))
 
     def tune(self) -> list[nn.Parameter]: # what is trainable now
         "Unfreeze what the system's authors tune of the encoders, in place; here nothing."
