@@ -1,4 +1,5 @@
 "The command line as a user types it, in a process of its own."
+import json
 import os
 import re
 import subprocess
@@ -90,6 +91,15 @@ def test_other_systems_run_from_the_command_line(system, knobs, tmp_path):
     result = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "VOC-21", "--system", system, *knobs, "--out", tmp_path/"out")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path/"out/chelsea.labels.png") as labels: assert (np.asarray(labels) == 8).mean() > 0.1   # 8 is cat
+
+
+def test_a_labelme_file_drawn_by_hand_stays(tmp_path):
+    "The others of the batch are written, and the one that is not is named."
+    for name in ("a.JPG", "b.JPG"): Image.open(PHOTOS/"chelsea.png").convert("RGB").resize((90, 60)).save(tmp_path/name, "JPEG")
+    (tmp_path/"a.json").write_text('{"shapes": []}')
+    result = ovss_nb("segment", tmp_path/"a.JPG", tmp_path/"b.JPG", "--classes", "cat,background", "--set", "crf=false", "--set", "size=96", "--format", "labelme", "--out", tmp_path)
+    assert result.returncode == 1 and "a.json holds labels that were not written here" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path/"a.json").read_text() == '{"shapes": []}' and json.loads((tmp_path/"b.json").read_text())["imagePath"] == "b.JPG" and (tmp_path/"report.html").exists()
 
 
 def test_data_check_and_prepare(tmp_path):

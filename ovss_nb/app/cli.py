@@ -16,7 +16,7 @@ from ..formats import FORMATS, save_as
 from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
-from ..segmentation import Segmentation
+from ..segmentation import Segmentation, SegmentationError
 from ..vocabulary import Vocabulary, VocabularyError, list_vocabularies, load_vocabulary, read_lines
 
 # %% ../../nbs/app/50_cli.ipynb #42144dc8
@@ -87,7 +87,9 @@ def run(
             while stem in stems: n += 1; stem = f"{path.stem}-{n}"
             stems.add(stem)
             rows.append(dict(file=path.name, **save_result(result, stem, out)))
-            for o in formats: save_as(result, out/stem, o, path)
+            try:
+                for o in formats: save_as(result, out/stem, o, path)
+            except SegmentationError as e: failed.append((path, e))
     write_report(out, rows, title, note)
     return failed
 
