@@ -74,7 +74,8 @@ def _check_size(width:int, height:int, max_pixels:int, name:str):
 def _too_large(size:str, max_pixels:int, name:str) -> ImageError:
     many, tiff, convert = f"{name}: {size} are more than", shlex.quote(name), ""
     if not name.lower().endswith((".tif", ".tiff")):
-        convert, tiff = f"Convert it to a tiled TIFF (`rio convert {tiff} large.tif --co tiled=yes`, extra `geo`), and l", "large.tif"
+        blocks = "--co tiled=yes --co blockxsize=512 --co blockysize=512"
+        convert, tiff = f"Convert it to a tiled TIFF (`rio convert {tiff} large.tif {blocks}`, extra `geo`), and l", "large.tif"
     return ImageError(f"{many} max_pixels={max_pixels:,}. Make the image smaller, label it in tiles (segment_tiles, from a tiled TIFF "
                       "of any size), or pass a larger max_pixels to load_image if you trust it",
                       f"{many} {max_pixels:,}. {convert or 'L'}abel it in tiles: ovss-nb tiles {tiff} --classes ... --out labels.tif")
@@ -329,8 +330,8 @@ def _decode(file, limits, bands, max_pixels:int, name:str) -> Picture:
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name} cannot be read: it is not an image of a known format. Check the file, or convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        size = re.search(r"\d+ pixels", str(e))
-        raise _too_large(size[0] if size else "its pixels", max_pixels, name) from None
+        size = re.search(r"(\d+) pixels", str(e))
+        raise _too_large(f"{int(size[1]):,} pixels" if size else "its pixels", max_pixels, name) from None
     except PILLOW_ERRORS as e:
         raise ImageError(f"{name}: the image is damaged or incomplete ({e}). Copy or download the file again") from e
 
@@ -383,6 +384,8 @@ def _for_rasterio(file, limits, bands) -> str:
     if set(kinds) != {1} and (set(bits) == {8} or samples > 1): return "only"
     try:
         with Image.open(file, formats=["TIFF"]): pass
+    except Image.DecompressionBombError:
+        return ""   # said where it is decoded
     except PILLOW_ERRORS:
         return "only"
     finally:
@@ -425,6 +428,7 @@ def _raster_picture(
     limits, bands, name:str,
     orientation:int=1,
     keep_place:bool=False, # let the place on Earth win over the orientation
+    max_pixels:float=MAX_PIXELS,
 ): # yields a `Picture`
     "Open a file by rasterio, to be read by windows."
     rasterio = require("rasterio", "geo")
@@ -439,6 +443,7 @@ def _raster_picture(
             else: data = stack.enter_context(rasterio.open(fsdecode(source)))
         except RasterioIOError as e:
             raise ImageError(f"{name} cannot be read ({e})") from e
+        _check_size(data.width, data.height, max_pixels, name)
         picture = _Raster(data, limits, bands, name).picture()
         if picture.place and keep_place and orientation != 1:
             warnings.warn(f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place counts, and it is labelled as it is stored", stacklevel=2)
@@ -524,6 +529,7 @@ def _from_array(a:np.ndarray, limits, bands, max_pixels:int, name:str) -> np.nda
         raise ImageError(f"{name} has shape {a.shape}; one image is H x W or H x W x C with C = 1, 3 or 4. "
                          "Of other bands choose those to see: load_image(..., bands=(3, 2, 1))")
     _check_size(a.shape[1], a.shape[0], max_pixels, name)
+    if a.dtype.kind in "iuf": a = a.astype(a.dtype.newbyteorder("="), copy=False)
     if bands:
         _check_count(bands, a.shape[2], name)
         a = a[..., [o - 1 for o in bands]]
@@ -612,9 +618,8 @@ def _opened(source, limits, bands, max_pixels:int, large:bool=False):
         if not (wanted or by_window):
             yield _decode(file, limits, bands, max_pixels, name)
             return
-        with _raster_picture(path or file.getvalue(), limits, bands, name, tags.get(274, 1), large) as picture:
-            _check_size(*picture.size[::-1], np.inf if by_window else max_pixels, name)
-            yield picture
+        most = np.inf if by_window else max_pixels
+        with _raster_picture(path or file.getvalue(), limits, bands, name, tags.get(274, 1), large, most) as picture: yield picture
 
 @contextmanager
 def open_picture(

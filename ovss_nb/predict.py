@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from tqdm.auto import tqdm
-from .images import ImageError
+from .images import ImageError, load_image
 from .segmentation import Segmentation
 from .vocabulary import Vocabulary
 
@@ -147,8 +147,11 @@ def segment(
     words, # list of names, dict {name: synonyms}, shipped vocabulary name, or file
     system:str=DEFAULT_SYSTEM,
     encoder:str="lite",
+    limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
+    bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
 ) -> Segmentation:
     "Label every pixel of `image` with one of `words`. The one-line way; `create` gives control over everything."
+    if limits is not None or bands is not None: image = load_image(image, limits=limits, bands=bands)
     return _system(system, encoder).segment(image, words)
 
 # %% ../nbs/42_predict.ipynb #d76a5744
@@ -157,10 +160,12 @@ def segment_files(
     words,
     system, # from `create`
     progress:bool=True,
+    limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
+    bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
 ) -> Iterator[tuple[Path, Segmentation|ImageError]]:
     "Segment files one by one; a file that is no image yields its ImageError and the rest go on."
     vocabulary = Vocabulary.of(words)
     system.encode_text(vocabulary)   # a bad word is everyone's problem: fail before the first image
     for path in tqdm([Path(o) for o in paths], disable=not progress, unit="image"):
-        try: yield path, system.segment(path, vocabulary)
+        try: yield path, system.segment(load_image(path, limits=limits, bands=bands), vocabulary)
         except ImageError as e: yield path, e

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .cache import Journal, atomic_path, difference, file_digest, refuse_overwrite
 from .extras import require
-from .images import ImageError, is_image_name, load_image
+from .images import ImageError, check_bands, check_limits, is_image_name, load_image
 from .segmentation import Segmentation, SegmentationError
 from .vocabulary import Vocabulary
 
@@ -131,6 +131,7 @@ def _video_frames(av, source:Path, container, stream) -> Iterator[tuple[str, Fra
 @contextmanager
 def open_frames(
     source, # a video file, or a folder of pictures
+    limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of those pictures, see `load_image`
 ): # yields (number of frames or None, frames per second or None, iterator of (name, `Frame`)), where a frame is called to be read
     "The frames of a video or a folder, one at a time. Raises `ImageError` for what is neither, `MissingExtra` for a video without the extra `video`."
     source = Path(source)
@@ -138,9 +139,12 @@ def open_frames(
         paths = sorted((o for o in source.iterdir() if is_image_name(o.name)), key=_numbered)
         if not paths: raise ImageError(f"{source} holds no pictures")
         if len({o.stem for o in paths}) < len(paths): raise ImageError(f"{source} holds pictures that differ in their suffix only: rename or remove one of each pair")
-        yield len(paths), None, ((o.stem, Frame(lambda o=o: load_image(o), path=o)) for o in paths)
+        yield len(paths), None, ((o.stem, Frame(lambda o=o: load_image(o, limits=limits, bands=bands), path=o)) for o in paths)
         return
     if not source.is_file(): raise ImageError(f"{source} does not exist. Check the path")
+    if limits or bands:
+        raise ImageError(f"{source} is a video, whose frames have 8 bits and three bands: limits and bands are for folders of pictures",
+                         f"{source} is a video, whose frames have 8 bits and three bands: --limits and --bands are for folders of pictures")
     av = require("av", "video")
     try: container = av.open(str(source))
     except av.FFmpegError as e: raise ImageError(f"{source} is not a readable video ({e.strerror}): it is of another kind, or was cut before its index") from e
@@ -151,10 +155,10 @@ def open_frames(
         yield streams[0].frames or None, streams[0].average_rate or None, _video_frames(av, source, container, streams[0])
 
 # %% ../nbs/46_video.ipynb #71401031
-def _question(source:Path, rate, every:int, vocabulary:Vocabulary, system) -> dict:
+def _question(source:Path, rate, every:int, vocabulary:Vocabulary, system, limits=None, bands=None) -> dict:
     "The first line of the journal."
     return json.loads(json.dumps(dict(source=str(source.resolve()), digest=None if source.is_dir() else file_digest(source), rate=rate and str(rate), every=every,
-        names=vocabulary.names, words=vocabulary.words, background=vocabulary.background, system=system.describe())))
+        names=vocabulary.names, words=vocabulary.words, background=vocabulary.background, system=system.describe(), limits=limits, bands=bands)))
 
 def _first_digest(records:dict, source:Path) -> bool:
     "Whether a folder holds a frame that was labelled under this name, with the bytes it had."
@@ -173,7 +177,7 @@ def _claim(out:Path, question:dict, source:Path) -> tuple[Journal, dict[str, dic
         return journal, {}
     advice = "name another folder, or empty this one"
     if not isinstance(before, dict) or not question.keys() <= before.keys(): raise ValueError(f"{path} is no list of frames: {advice}")
-    asked = ("names", "words", "background", "system")
+    asked = ("names", "words", "background", "system", "limits", "bands")
     if change := difference({o: before[o] for o in asked}, {o: question[o] for o in asked}):
         raise ValueError(f"{out} holds frames with other words or of another system ({change}): {advice}")
     records, moved = _records(journal), before["source"] != question["source"]
@@ -216,6 +220,7 @@ def segment_video(
     overlay:bool=True, # write `NAME.overlay.jpg` too
     every:int=1, # label only each so manieth frame
     progress:bool=True,
+    limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of a folder of frames, see `load_image`
 ) -> Iterator[tuple[str, Segmentation|ImageError]]: # name of the frame, and its label map, also of frames that were finished before, or what is wrong with it
     """Label frame by frame into a folder; stopped, the same call goes on, and does again what has changed since. A damaged frame yields its `ImageError`, and the rest goes on.
 
@@ -226,10 +231,11 @@ def segment_video(
     if (source/"frames.jsonl").is_file(): raise ImageError(f"{source} holds label maps and overlays of an earlier run, not frames: pass what that was made from")
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name a folder")
     system.encode_text(vocabulary)   # a bad word fails before the first frame
-    with open_frames(source) as (count, rate, frames):
+    limits, bands = check_limits(limits), check_bands(bands)
+    with open_frames(source, limits, bands) as (count, rate, frames):
         if (first := next(frames, None)) is None: raise ImageError(f"{source} holds no frame that can be read: it is empty, cut or damaged")
         out.mkdir(parents=True, exist_ok=True)
-        question = _question(source, rate, every, vocabulary, system)
+        question = _question(source, rate, every, vocabulary, system, limits, bands)
         journal, records = _claim(out, question, source)
         journal.begin(question)
         current, changed, fault = [], 0, None
@@ -254,7 +260,9 @@ def segment_video(
         finally: journal.close()
         _write_journal(out/"frames.jsonl", question, current)   # without frames that are there no more
     if changed: warnings.warn(f"{changed} frames of {source} have changed since they were labelled, and were labelled again", stacklevel=2)
-    if all("bad" in o for o in current): raise ImageError(f"none of the {len(current)} frames of {source} can be read; the first: {fault}")
+    if all("bad" in o for o in current):
+        none = f"none of the {len(current)} frames of {source} can be read; the first: "
+        raise ImageError(f"{none}{fault}", f"{none}{getattr(fault, 'shell', fault)}")
 
 # %% ../nbs/46_video.ipynb #46a1c0e2
 def _shown(records:list[dict], out:Path, rate:Fraction) -> tuple[list[Path], list[Fraction]|None]:

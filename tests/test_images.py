@@ -1,5 +1,5 @@
 "Image loading: every mode and kind of source, limits, and damaged files."
-import random, struct, threading, warnings, zlib
+import random, struct, subprocess, sys, threading, warnings, zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import skimage
 import torch
 from PIL import Image, features
 
-from ovss_nb.images import MAX_PIXELS, ImageError, load_image
+from ovss_nb.images import MAX_PIXELS, ImageError, load_image, open_picture
 
 PHOTOS = Path(skimage.__file__).parent/"data"
 
@@ -202,3 +202,255 @@ def test_damaged_files_raise_only_image_error(cat, tmp_path):
                 assert got.dtype == np.uint8 and got.ndim == 3
             except ImageError: refused += 1
     assert 100 < refused < 500
+
+
+# Deep pixels: what is black and what is white
+
+@pytest.fixture(scope="module")
+def photo(cat): return np.asarray(cat)
+
+
+def write_raster(path, a, **options):
+    "A file by rasterio; `a` is H x W or H x W x C."
+    rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+    a = a[..., None] if a.ndim == 2 else a
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        driver = options.pop("driver", "GTiff")
+        with rasterio.open(path, "w", driver=driver, height=a.shape[0], width=a.shape[1], count=a.shape[2], dtype=a.dtype, **options) as file:
+            file.write(a.transpose(2, 0, 1))
+    return path
+
+
+def at_both_doors(path, **reading):
+    "The image by `load_image`, which must be what `open_picture` gives by windows."
+    whole = load_image(path, **reading)
+    with open_picture(path, **reading) as picture:
+        top, left = picture.size[0]//3, picture.size[1]//4
+        part = picture.read(top, left, 11, 13)
+        assert picture.size == whole.shape[:2] and (part == whole[top:top + 11, left:left + 13]).all()
+    return whole
+
+
+def netpbm(kind, most, a): return f"{kind}\n{a.shape[1]} {a.shape[0]}\n{most}\n".encode() + a.astype(">u2").tobytes()
+
+
+DEEP_FILES = {   # every way in which 16 bits lie in a file
+    "rgb.png": dict(driver="PNG"), "grey.png": dict(driver="PNG"), "plain.tif": {}, "rgb.tif": dict(photometric="RGB"),
+    "lzw.tif": dict(photometric="RGB", compress="lzw", predictor=2), "planar.tif": dict(photometric="RGB", interleave="band"),
+    "big-endian.tif": dict(photometric="RGB", ENDIANNESS="BIG"), "tiled.tif": dict(compress="deflate", tiled=True, blockxsize=16, blockysize=16),
+    "bigtiff.tif": dict(photometric="RGB", BIGTIFF="YES"), "grey.tif": {}, "colour.jp2": dict(driver="JP2OpenJPEG", QUALITY=100, REVERSIBLE="YES")}
+
+
+@pytest.mark.parametrize("name", DEEP_FILES)
+def test_deep_files_are_right_or_ask(name, photo, tmp_path):
+    "A file that uses its 16 bits is scaled as ever; one with twelve of them is refused, and shown right with limits, by path and as bytes."
+    deep, wanted = photo.astype(np.uint16), photo
+    if "grey" in name: deep, wanted = deep[..., 1], np.repeat(photo[..., 1:2], 3, 2)
+    if name == "colour.jp2": deep, wanted = np.kron(deep, np.ones((2, 2, 1), np.uint16)), np.kron(photo, np.ones((2, 2, 1), np.uint8))
+    path = write_raster(tmp_path/name, deep*257, **DEEP_FILES[name])
+    assert (at_both_doors(path) == wanted).all() and (load_image(path.read_bytes()) == wanted).all()
+    path = write_raster(tmp_path/name, deep*16, **DEEP_FILES[name])
+    for source in path, path.read_bytes():
+        with pytest.raises(ImageError, match=r"of 0\.\.65535.*limits=\(0, 4095\)") as error: load_image(source)
+        assert "--limits 0 4095" in error.value.shell and "limits=" not in error.value.shell
+        assert (load_image(source, limits=(0, 4080)) == wanted).all()
+    assert (at_both_doors(path, limits=(0, 4080)) == wanted).all()
+    stretched = at_both_doors(path, limits="stretch")
+    assert stretched.min() == 0 and stretched.max() == 255 and abs(stretched.mean() - 128) < 50
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("most", [4095, 1023, 65535])
+def test_netpbm_counts_to_its_own_white(most, channels, photo, tmp_path):
+    grey = photo if channels == 3 else np.repeat(photo[..., 1:2], 3, 2)
+    deep = np.rint(grey[..., :channels]*(most/255)).astype(np.uint16)
+    path = tmp_path/"a.ppm"
+    path.write_bytes(netpbm("P6" if channels == 3 else "P5", most, deep))
+    assert abs(at_both_doors(path).astype(int) - grey).max() <= 1
+    assert (load_image(path, limits=(0, most)) == load_image(path)).all()
+    path.write_bytes(netpbm("P6" if channels == 3 else "P5", 65535, np.where(deep > most//3, 300, 3)))
+    with pytest.raises(ImageError, match=r"3\.\.300.*limits=\(0, 511\)"): load_image(path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("photometric", ["MINISBLACK", "MINISWHITE"])
+def test_few_bits_reach_from_black_to_white(bits, photometric, photo, tmp_path):
+    few = photo[..., 1] >> (8 - bits)
+    path = write_raster(tmp_path/"a.tif", few, NBITS=bits, photometric=photometric)
+    wanted = few.astype(int)*(255//(2**bits - 1))
+    assert (at_both_doors(path) == np.repeat((wanted if photometric == "MINISBLACK" else 255 - wanted)[..., None], 3, 2)).all()
+
+
+@pytest.mark.parametrize("bits, channels", [(10, 3), (12, 1), (12, 3), (14, 3)])
+def test_packed_bits_say_what_is_white(bits, channels, photo, tmp_path):
+    deep = photo[..., :channels].astype(np.uint16) << (bits - 8)
+    path = write_raster(tmp_path/"a.tif", deep, NBITS=bits, photometric="RGB" if channels == 3 else "MINISBLACK")
+    assert abs(at_both_doors(path).astype(int) - photo[..., :channels]).max() <= 1
+
+
+def test_sixteen_bits_that_begin_with_white(photo, tmp_path):
+    path = write_raster(tmp_path/"a.tif", photo[..., 1].astype(np.uint16)*257, photometric="MINISWHITE")
+    assert (at_both_doors(path) == 255 - photo[..., 1:2]).all()
+
+
+@pytest.mark.parametrize("most, said", [(4095, "error"), (10000, "error"), (16383, "error"), (300, "error"), (20000, "warning"), (32767, "warning"), (33000, ""), (65535, "")])
+def test_how_little_is_too_little(most, said, photo, tmp_path):
+    "Below a quarter of white it is asked, below a half it is said; the same from arrays, tensors, Pillow and files."
+    deep = np.rint(photo[..., 1]*(most/photo[..., 1].max())).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path/"a.png")
+    for source in (deep, torch.from_numpy(deep.astype(np.int32)), Image.fromarray(deep), tmp_path/"a.png", deep.astype(">u2")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if said == "error":
+                with pytest.raises(ImageError, match="nearly black"): load_image(source)
+            else: assert abs(load_image(source)[..., 0].astype(int) - deep/257).max() <= 0.5
+        assert len(caught) == (said == "warning") and all("--limits 0 32767" in str(o.message) for o in caught)
+
+
+def test_black_and_flat_images_pass():
+    for source in (np.zeros((9, 9), np.uint16), np.full((9, 9), 65535, np.uint16), np.zeros((9, 9), np.uint8), np.zeros((9, 9))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(np.unique(load_image(source))) == 1
+    with pytest.warns(UserWarning, match="30000..31000 are few"): load_image(np.linspace(30000, 31000, 81).reshape(9, 9).astype(np.uint16))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_a_mask_for_a_photo_is_said(suffix, photo, tmp_path):
+    for name, labels in (("mask", photo[..., 1] > 128), ("labels", photo[..., 1]//13)):
+        path = tmp_path/f"{name}.{suffix}"
+        Image.fromarray(labels.astype(np.uint8)).save(path)
+        with pytest.warns(UserWarning, match=f"{name}.{suffix}: .*mask or a label map"): load_image(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(tmp_path/f"labels.{suffix}", limits=(0, 20)).max() > 100
+        load_image(photo//100)   # an array is taken at its word: it may be a dark part of an image
+
+
+@pytest.mark.parametrize("limits", [(3, 3), (5, 2), (1,), (1, 2, 3), ("a", "b"), "auto", "12", 7, (0, float("nan")), (0, float("inf"))])
+def test_limits_that_mean_nothing(limits, photo):
+    for door in load_image, lambda *a, **kw: open_picture(*a, **kw).__enter__():
+        with pytest.raises(ImageError, match="black and white"): door(photo, limits=limits)
+
+
+def test_float_and_signed_files(photo, tmp_path):
+    part = (photo/255).astype(np.float32)
+    hole = np.where(np.arange(40)[:, None, None] < 10, 255, photo)
+    assert (at_both_doors(write_raster(tmp_path/"a.tif", part)) == photo).all()
+    assert (at_both_doors(write_raster(tmp_path/"b.tif", part[..., 1].astype(float))) == photo[..., 1:2]).all()
+    for empty in np.nan, -9999:
+        holed = np.where(np.arange(40)[:, None, None] < 10, np.float32(empty), part)
+        path = write_raster(tmp_path/"c.tif", holed, **({} if np.isnan(empty) else dict(nodata=empty)))
+        assert (at_both_doors(path) == hole).all() and at_both_doors(path, limits="stretch")[10:].min() == 0
+        with open_picture(path) as picture: assert (picture.holes(8, 0, 4, 1)[:, 0] == [0, 0, 255, 255]).all()
+    for name, a, limits in (("f255.tif", part*255, (0, 255)), ("i16.tif", photo.astype(np.int16)*100 - 500, (-500, 25000)), ("i8.tif", (photo//2).astype(np.int8), (0, 127)),
+                            ("u32.tif", photo.astype(np.uint32) << 20, (0, 255 << 20)), ("i64.tif", photo.astype(np.int64), (0, 255))):
+        path = write_raster(tmp_path/name, a)
+        with pytest.raises(ImageError, match=f"{name}: .*limits="): load_image(path)
+        assert abs(at_both_doors(path, limits=limits).astype(int) - photo).max() <= 2
+    assert (at_both_doors(write_raster(tmp_path/"u32.tif", photo.astype(np.uint32)*257)) == photo).all()   # 32 bits wide, 16 used
+    with pytest.raises(ImageError, match="no brightness"): load_image(write_raster(tmp_path/"c.tif", photo.astype(np.complex64)), limits=(0, 1))
+
+
+# Bands
+
+def test_bands_of_arrays_and_pictures(photo):
+    turned = photo[..., ::-1]
+    five = np.dstack([turned, photo[..., :2]])
+    for source in (five, torch.from_numpy(five.copy()).permute(2, 0, 1), saved(Image.fromarray(turned.copy()), "PNG"), Image.fromarray(turned.copy()), np.dstack([turned, 0*photo[..., 0]])):
+        assert (load_image(source, bands=(3, 2, 1)) == photo).all()
+        assert (load_image(source, bands=2) == photo[..., 1:2]).all()
+    with pytest.raises(ImageError, match=r"bands=\(3, 2, 1\)"): load_image(five)
+    for bands in ((0, 1, 2), (1, 2), (), "321", 1.5, (1, 2, "b"), -1):
+        with pytest.raises(ImageError, match="counted from 1"): load_image(photo, bands=bands)
+    with pytest.raises(ImageError, match="3 bands"): load_image(photo, bands=(1, 2, 4))
+
+
+def test_bands_of_files(photo, tmp_path):
+    "Only what the file calls so is red, green, blue or transparent; else it is asked."
+    from rasterio.enums import ColorInterp as Kind
+    rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+    infrared = photo[..., 1:2]
+    path = write_raster(tmp_path/"bgr.tif", photo[..., ::-1])
+    assert (at_both_doors(path, bands=(3, 2, 1)) == photo).all() and (load_image(path.read_bytes(), bands=(3, 2, 1)) == photo).all()
+    path = write_raster(tmp_path/"said.tif", np.dstack([photo[..., ::-1], infrared]), photometric="minisblack")
+    for name in "two", "four", "five":
+        bands = dict(two=photo[..., :2], four=np.dstack([photo, infrared]), five=np.dstack([photo, photo[..., :2]]))[name]
+        asked = write_raster(tmp_path/f"{name}.tif", bands, photometric="minisblack")
+        with pytest.raises(ImageError, match="does not say which are red") as error: load_image(asked)
+        assert "--bands 3,2,1" in error.value.shell and "bands=" not in error.value.shell
+        assert (at_both_doors(asked, bands=(1, 2, 1)) == photo[..., [0, 1, 0]]).all()
+    with rasterio.open(path, "r+") as file: file.colorinterp = [Kind.blue, Kind.green, Kind.red, Kind.undefined]
+    assert (at_both_doors(path) == photo).all()
+    path = write_raster(tmp_path/"named.tif", np.dstack([photo[..., ::-1], infrared]), photometric="minisblack")
+    with rasterio.open(path, "r+") as file: file.descriptions = ("Blue", "Green", "Red", "NIR")
+    assert (at_both_doors(path) == photo).all()
+    with pytest.raises(ImageError, match="4 bands: .*number 9"): load_image(path, bands=(9, 1, 2))
+
+
+def test_a_fourth_band_is_no_transparency(photo, tmp_path):
+    infrared = np.dstack([photo, photo[..., 1:2]])
+    assert (at_both_doors(write_raster(tmp_path/"a.tif", infrared, photometric="RGB", alpha="unspecified")) == photo).all()
+    # GDAL calls the fourth of four bytes alpha unless told otherwise, and Pillow believes it.
+    path = write_raster(tmp_path/"b.tif", infrared)
+    with pytest.warns(UserWarning, match="near infrared"): shown = at_both_doors(path)
+    assert (shown == photo).all() and (load_image(path, bands=(1, 2, 3)) == photo).all() and (load_image(path, bands=(4, 4, 4)) == photo[..., 1:2]).all()
+    data = bytearray(saved(Image.fromarray(np.dstack([photo, 0*photo[..., :1]])), "TIFF"))   # a fourth band without a word: its tag 338 becomes 337
+    at = struct.unpack_from("<I", data, 4)[0] + 2
+    while struct.unpack_from("<H", data, at)[0] != 338: at += 12
+    struct.pack_into("<HH", data, at, 337, 2)
+    assert (load_image(bytes(data)) == photo).all()
+    clear = np.where(np.arange(40)[:, None, None] < 10, 0, 255).astype(np.uint8)*np.ones((1, 60, 1), np.uint8)
+    wanted = np.where(clear == 0, 255, photo)
+    assert (at_both_doors(write_raster(tmp_path/"c.tif", np.dstack([photo, clear]))) == wanted).all()
+    assert (at_both_doors(write_raster(tmp_path/"d.tif", np.dstack([photo, clear]).astype(np.uint16)*257, photometric="RGB", alpha="yes")) == wanted).all()
+
+
+def test_no_data_and_masks_are_white_at_both_doors(photo, tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+    top = np.arange(40)[:, None] < 10
+    wanted = np.where(top[..., None], 255, photo)
+    assert (at_both_doors(write_raster(tmp_path/"a.tif", np.where(top[..., None], 7, photo + (photo == 7)).astype(np.uint8), nodata=7)) == np.where(top[..., None], 255, photo + (photo == 7))).all()
+    path = write_raster(tmp_path/"b.tif", photo)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file: file.write_mask(~np.repeat(top, 60, 1))
+    assert (at_both_doors(path) == wanted).all()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "L", "1", "LA", "RGBA"])
+def test_plain_tiff_is_the_same_at_both_doors(mode, cat, tmp_path):
+    cat.convert(mode).save(tmp_path/"a.tif")
+    with open_picture(tmp_path/"a.tif") as picture:
+        assert abs(picture.read(0, 0, *picture.size).astype(int) - load_image(tmp_path/"a.tif")).max() <= 1
+    assert (load_image(tmp_path/"a.tif") == np.asarray(cat.convert(mode).convert("RGB"))).all()
+
+
+def test_pillow_images_of_deep_files(photo, tmp_path):
+    "Pillow shortens 16-bit colours to 8; a file that it has only opened is read again."
+    for name, options in (("a.png", dict(driver="PNG")), ("a.tif", dict(photometric="RGB"))):
+        path = write_raster(tmp_path/name, photo.astype(np.uint16)*16, **options)
+        with Image.open(path) as image:
+            with pytest.raises(ImageError, match="limits"): load_image(image)
+            assert (load_image(image, limits=(0, 4080)) == photo).all() and np.asarray(image).max() < 17   # and still works
+
+
+def test_without_rasterio(photo, tmp_path):
+    "What only rasterio reads rightly names the extra; what Pillow reads rightly works."
+    write_raster(tmp_path/"five.tif", np.dstack([photo, photo[..., :2]]))
+    write_raster(tmp_path/"deep.tif", photo.astype(np.uint16)*257, photometric="RGB")
+    Image.fromarray((photo[..., 1]/255).astype(np.float32)).save(tmp_path/"float.tif")
+    code = """import sys; sys.modules["rasterio"] = None
+from ovss_nb.images import ImageError, load_image
+for name in "deep.tif", "float.tif": print(load_image(name).mean())
+try: load_image("five.tif", bands=(1, 2, 3))
+except ImageError as e: print(e)"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert abs(float(out[0]) - photo.mean()) < 1e-9 and abs(float(out[1]) - photo[..., 1].mean()) < 1e-9 and "pip install 'ovss_nb[geo]'" in out[2]
+
+
+def test_too_large_in_the_words_of_the_door(tmp_path):
+    (tmp_path/"a b.png").write_bytes(png_header(100_000, 100_000))
+    large = write_raster(tmp_path/"a.tif", np.zeros((4, 4, 3), np.uint16))
+    for path, words, most in ((tmp_path/"a b.png", ["rio convert '", "ovss-nb tiles large.tif"], MAX_PIXELS), (large, [f"ovss-nb tiles {large}"], 15)):
+        with pytest.raises(ImageError, match="segment_tiles.*max_pixels") as error: load_image(path, max_pixels=most)
+        assert "max_pixels" not in error.value.shell and all(o in error.value.shell for o in words)

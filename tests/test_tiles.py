@@ -15,13 +15,17 @@ from skimage import data
 from torch.nn import functional as F
 from doubles import Colours
 from ovss_nb.encoders.base import Encoder, ImageFeatures
+<<<<<<< HEAD
 from ovss_nb.cache import OverwriteError
 from ovss_nb.images import ImageError
+=======
+from ovss_nb.images import ImageError, load_image, open_picture
+>>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)
 from ovss_nb.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.simseg import SimSeg
 from ovss_nb.systems.windows import SlidingWindows
-from ovss_nb.tiles import label_rows, load_tiff, open_picture, segment_tiles, tile_offsets, tile_weights
+from ovss_nb.tiles import label_rows, load_tiff, segment_tiles, tile_offsets, tile_weights
 
 rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
 PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
@@ -276,6 +280,7 @@ def test_command_line(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("way", ["itself", "relative", "symbolic link", "hard link", "opened image", "partial file"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_the_source_is_never_written_over(tmp_path, monkeypatch, way, suffix):
@@ -311,10 +316,47 @@ def test_parts_of_a_mosaic_are_sources_too(tmp_path):
 def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix):
     class Stops(Colours):
         left = 12
+=======
+class Scales(Colours):
+    "Remembers the pictures that it is shown, before they are made smaller or larger."
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def preprocess(self, pixels, *arguments, **kw):
+        self.seen.append(np.asarray(pixels))
+        return super().preprocess(pixels, *arguments, **kw)
+
+
+@pytest.mark.parametrize("shape", [(1, 214), (214, 1), (20, 2000), (2000, 20), (95, 1000), (1, 5000), (40, 30), (1, 1)])
+def test_strips_are_seen_at_the_usual_scale(shape, tmp_path):
+    "A strip takes as many tiles as it is long, each a whole tile of the picture, and its labels are those of the strip inside a large picture."
+    pixels, scales = mosaic(max(shape), max(shape) + 12)[:shape[0], :shape[1]] if max(shape) > 12 else np.full((1, 1, 3), (0, 200, 0), np.uint8), Scales()
+    system = MaskCLIP(scales, size=96)
+    out = tmp_path/"labels.png"
+    segment_tiles(pixels, WORDS, system, out, progress=False)
+    assert Segmentation.from_png(out).labels.shape == shape
+    side = min(96, max(shape))
+    assert {o.shape for o in scales.seen} == {(side, side, 3)} and len(scales.seen) == (1 if max(shape) <= 96 else len(tile_offsets(max(shape), 96, 0.25, 16)))
+    assert all((o[:shape[0], :shape[1]] == pixels[:side, left:left + side]).all() for o, left in zip(scales.seen[:1], [0]))   # mirrored beyond its edge only
+
+
+def test_a_strip_has_the_labels_it_has_inside_a_picture():
+    "The double looks at 16 x 16 pixels: below a strip of 32 rows nothing counts."
+    pixels = mosaic(480, 960)
+    system = MaskCLIP(Colours(), size=96)
+    whole = tiled(pixels, system)
+    assert (tiled(pixels[:32], system)[:16] == whole[:16]).mean() > 0.99 and (tiled(pixels[:, :32], system)[:, :16] == whole[:, :16]).mean() > 0.99
+
+
+def test_a_stopped_strip_goes_on(tmp_path):
+    class Stops(Colours):
+        left = 30
+>>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)
         def encode(self, images):
             self.left -= 1
             if self.left < 0: raise KeyboardInterrupt
             return super().encode(images)
+<<<<<<< HEAD
     path, out, pixels = tmp_path/f"a.{suffix}", tmp_path/"labels.png", mosaic(300, 96)
     Image.fromarray(pixels).save(path)
     times = path.stat()
@@ -325,3 +367,81 @@ def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix)
     assert path.stat().st_size == times.st_size
     segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
     assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colours(), size=48))).all()
+=======
+    pixels, out = mosaic(2040, 30 + 6)[:, :30], tmp_path/"labels.png"
+    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 500
+    segment_tiles(pixels, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48))).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "mask"])
+def test_tiff_orientation(orientation, kind, tmp_path):
+    "TIFF's tag 274 turns the picture, its holes and its label map, by windows as at once."
+    T = Image.Transpose
+    inverse = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
+    scene = Image.fromarray(mosaic(60, 96))
+    stored, path = np.asarray(scene.transpose(inverse[orientation]) if orientation > 1 else scene), tmp_path/"a.tif"
+    if kind == "uint8": Image.fromarray(stored).save(path, tiffinfo={274: orientation})
+    else:
+        options = dict(transform=None, crs=None, photometric="RGB") | (dict(nodata=0) if kind == "mask" else {})
+        write_tiff(path, stored.astype(np.uint16)*257 if kind == "uint16" else np.where((stored == stored.max(2, keepdims=True)).all(2, keepdims=True), 0, np.maximum(stored, 1)).astype(np.uint8), **options)
+        data = bytearray(path.read_bytes())   # rasterio writes no orientation: its tag 284 (planar configuration, 1 by default) becomes 274
+        at = int.from_bytes(data[4:8], "little") + 2
+        tags = {int.from_bytes(data[at + 12*i:at + 12*i + 2], "little"): at + 12*i for i in range(int.from_bytes(data[at - 2:at], "little"))}
+        entries = sorted([(274, 3, 1, orientation)] + [(tag, *(int.from_bytes(data[o + a:o + b], "little") for a, b in ((2, 4), (4, 8), (8, 12)))) for tag, o in tags.items() if tag != 284])
+        for i, (tag, form, count, value) in enumerate(entries): data[at + 12*i:at + 12*i + 12] = tag.to_bytes(2, "little") + form.to_bytes(2, "little") + count.to_bytes(4, "little") + value.to_bytes(4, "little")
+        path.write_bytes(data)
+    whole = load_image(path)
+    if kind != "mask": assert (whole == np.asarray(scene)).all()
+    with open_picture(path) as picture:
+        assert picture.size == (60, 96) and (picture.read(0, 0, 60, 96) == whole).all() and (picture.read(7, 40, 30, 21) == whole[7:37, 40:61]).all()
+        if picture.holes: assert ((picture.holes(7, 40, 30, 21) == 0) == (whole[7:37, 40:61] == 255).all(2)).all()
+    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), tmp_path/"labels.tif", progress=False)
+    assert (load_tiff(tmp_path/"labels.tif").labels == tiled(whole, MaskCLIP(Colours(), size=48))).all()
+
+
+def test_a_place_on_earth_wins_over_the_orientation(tmp_path):
+    "Turned, the label map would not lie on its source any more: it is kept as it is stored, and that is said."
+    tags = {274: 6, 33550: (0.2, 0.2, 0.0), 33922: (0.0, 0.0, 0.0, 513000.0, 5402000.0, 0.0)}
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+    info = ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info[tag] = value
+        info.tagtype[tag] = 3 if tag == 274 else 12
+    pixels = mosaic(60, 96)
+    Image.fromarray(pixels).save(tmp_path/"a.tif", tiffinfo=info)
+    with pytest.warns(UserWarning, match="its place counts"): segment_tiles(tmp_path/"a.tif", WORDS, MaskCLIP(Colours(), size=48), tmp_path/"labels.tif", progress=False)
+    with rasterio.open(tmp_path/"a.tif") as source, rasterio.open(tmp_path/"labels.tif") as file: assert file.transform == source.transform and file.shape == source.shape == (60, 96)
+    assert (load_tiff(tmp_path/"labels.tif").labels == tiled(pixels, MaskCLIP(Colours(), size=48))).all()
+
+
+def test_a_rotated_place_is_kept(tmp_path):
+    from rasterio import Affine
+    turned = Affine.translation(513000, 5402000)*Affine.rotation(30)*Affine.scale(0.2, -0.2)
+    write_tiff(tmp_path/"a.tif", mosaic(60, 96), transform=turned)
+    segment_tiles(tmp_path/"a.tif", WORDS, MaskCLIP(Colours(), size=48), tmp_path/"labels.tif", progress=False)
+    with rasterio.open(tmp_path/"labels.tif") as file: assert file.transform.almost_equals(turned)
+
+
+def test_bands_and_limits_reach_the_tiles(tmp_path):
+    "A file with blue first, five bands and twelve bits gives the labels of the plain picture; another reading starts anew."
+    pixels, system = mosaic(120, 150), MaskCLIP(Colours(), size=48)
+    deep = np.dstack([pixels[..., ::-1], pixels[..., :2]]).astype(np.uint16)*16
+    write_tiff(tmp_path/"a.tif", deep)
+    for reading, message in ((dict(limits=(0, 4080)), "bands=(3, 2, 1)"), (dict(bands=(3, 2, 1)), "limits=(0, 4095)"), (dict(limits=(5, 0)), "first below"), (dict(bands=(1, 2)), "counted from 1")):
+        with pytest.raises(ImageError) as error: segment_tiles(tmp_path/"a.tif", WORDS, system, tmp_path/"labels.tif", progress=False, **reading)
+        assert message in str(error.value)
+    segment_tiles(tmp_path/"a.tif", WORDS, system, tmp_path/"labels.tif", progress=False, limits=(0, 4080), bands=(3, 2, 1))
+    assert (load_tiff(tmp_path/"labels.tif").labels == tiled(pixels, system)).all()
+    Image.fromarray(pixels[..., ::-1].copy()).save(tmp_path/"a.png")
+    segment_tiles(tmp_path/"a.png", WORDS, system, tmp_path/"labels.png", progress=False, bands=(3, 2, 1))
+    assert (Segmentation.from_png(tmp_path/"labels.png").labels == tiled(pixels, system)).all()
+
+
+def test_four_bit_grey_reaches_white(tmp_path):
+    grey = mosaic(60, 72)[..., 0] >> 4
+    write_tiff(tmp_path/"a.tif", grey, NBITS=4)
+    with open_picture(tmp_path/"a.tif") as picture: assert (picture.read(0, 0, 60, 72) == np.repeat(grey[..., None]*17, 3, 2)).all()
+>>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)

@@ -13,6 +13,7 @@ from .experiments import add_commands, command
 from ..cache import atomic_path, check_writable, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
+from ..images import check_bands, check_limits, load_image
 from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
@@ -73,6 +74,7 @@ def run(
     title:str,
     note:str,
     formats=(), # further files per picture, see `ovss_nb.formats.FORMATS`
+    **reading, # `limits` and `bands`, as `load_image` takes them
 ) -> list[tuple[Path, Exception]]: # the files that could not be segmented
     "Segment pictures into `out`, write the report, and return the failures."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def run(
     groups = {}
     for path, vocabulary in pictures: groups.setdefault(vocabulary, []).append(path)
     for vocabulary, paths in groups.items():
-        for path, result in segment_files(paths, vocabulary, system, progress=len(pictures) > len(groups)):
+        for path, result in segment_files(paths, vocabulary, system, progress=len(pictures) > len(groups), **reading):
             if isinstance(result, Exception): failed.append((path, result)); continue
             # Two folders may hold files of one name; neither result may overwrite the other.
             stem, n = path.stem, 1
@@ -101,13 +103,36 @@ def _knob(text:str) -> tuple[str, object]:
     try: return name, json.loads(value)
     except json.JSONDecodeError: return name, value
 
+def _add_reading(verb):
+    "Options for images whose file does not say what is black, white, red, green and blue."
+    verb.add_argument("--limits", nargs=2, metavar=("BLACK", "WHITE"),
+                      help="the values that are black and white, e.g. --limits 0 4095; or --limits stretch, to take them from each image")
+    verb.add_argument("--bands", metavar="R,G,B", help="the bands for red, green and blue, counted from 1, e.g. --bands 3,2,1; or one band for grey")
+
+def _two_words(arguments:list[str]) -> list[str]:
+    "`--limits stretch` is one word where two values are expected: it is doubled."
+    doubled = []
+    for o in arguments:
+        if o == "stretch" and doubled[-1:] == ["--limits"]: doubled.append(o)
+        doubled += ["--limits", "stretch", "stretch"] if o == "--limits=stretch" else [o]
+    return doubled
+
+def _reading(a) -> dict:
+    "`limits` and `bands` of the command line, as `load_image` takes them. Raises `ImageError`."
+    limits, bands = getattr(a, "limits", None), getattr(a, "bands", None)
+    if bands is not None: bands = tuple(int(o) if o.strip().isdecimal() else o for o in bands.split(","))
+    return dict(limits=check_limits("stretch" if limits == ["stretch"]*2 else limits), bands=check_bands(bands))
+
+def _said(error:Exception|str) -> str:
+    "What is wrong, in the words of the command line."
+    return getattr(error, "shell", None) or str(error)
+
 def _add_large(verbs):
     tiles = verbs.add_parser("tiles", help="a picture too large for one look: overlapping tiles into one label map; goes on where it was stopped")
     tiles.add_argument("file", type=Path, metavar="FILE", help="what Pillow opens, or a GeoTIFF of any size (extra `geo`)")
     tiles.add_argument("--tile", type=int, metavar="PIXELS", help="what is seen at once (default: the system's input size)")
     tiles.add_argument("--overlap", type=float, default=0.25, help="share of a tile (default: %(default)s)")
     tiles.add_argument("--margin", type=int, metavar="PIXELS", help="context around what counts (default: a quarter of the overlap)")
-    tiles.add_argument("--limits", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of a GeoTIFF with more than 8 bits, e.g. --limits 0 3000")
     video = verbs.add_parser("video", help="a video or a folder of frames into label maps and overlays; goes on where it was stopped (extra `video`)")
     video.add_argument("file", type=Path, metavar="FILE")
     video.add_argument("--every", type=int, default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
@@ -119,6 +144,7 @@ def _add_large(verbs):
     onnx.add_argument("--with-encoder", action="store_true", help="write encoder.onnx too: pixels to dense features")
     onnx.add_argument("--check", type=Path, metavar="FILE", help="compare labels of this photo with the original's, for each stored vocabulary")
     for verb in (tiles, video, onnx):
+        _add_reading(verb)
         if verb is not onnx:
             verb.add_argument("--classes", required=True, help="as for `segment`")
             verb.add_argument("--system", default=DEFAULT_SYSTEM, help="see `ovss-nb systems` (default: %(default)s)")
@@ -128,33 +154,34 @@ def _add_large(verbs):
     for verb in (video, onnx): verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
 
 def _large(a) -> int:
-    knobs = dict(map(_knob, a.set))
+    knobs, reading = dict(map(_knob, a.set)), _reading(a)
     if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
     if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
-        areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, a.limits)
+        areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, **reading)
         for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
         print(a.out)
     elif a.verb == "video":
-        return _video(a, knobs)
+        return _video(a, knobs, reading)
     else:
         from ovss_nb.onnx_export import agreement, export_system, stored_bank
+        photo = load_image(a.check, **reading) if a.check else None   # before anything is exported
         vocabularies, system = [parse_classes(o, "--vocabulary") for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
         stems = [Path(o).stem if os.path.isfile(o) else "" for o in a.vocabulary]
         weights = a.encoder.partition(":")[2]
         print(export_system(system, a.out, vocabularies, a.with_encoder, stems, [*a.vocabulary, weights, weights.partition("/")[2], a.check]))
         for o in vocabularies: print(f"{stored_bank(a.out, o)}: {len(o)} classes")
-        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, a.check, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes, {stored_bank(a.out, o).name}")
+        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, photo, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes, {stored_bank(a.out, o).name}")
     return 0
 
-def _video(a, knobs:dict) -> int:
+def _video(a, knobs:dict, reading:dict) -> int:
     from ovss_nb.video import check_rate, check_video_path, overlay_video, segment_video
     if a.fps and not a.mp4: raise ValueError("--fps is the rate of the video that --mp4 writes: name one, e.g. --mp4 overlay.mp4")
     rate = check_rate(a.fps) if a.fps else None
     if a.mp4: check_video_path(a.mp4, a.file, a.classes)
     count, failed = 0, []
-    for name, result in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every):
+    for name, result in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every, **reading):
         count += 1
         if isinstance(result, Exception): failed.append((name, result))
     print(f"{count - len(failed)} frames: {a.out}" + (f", {len(failed)} damaged" if failed else ""))
@@ -163,7 +190,7 @@ def _video(a, knobs:dict) -> int:
             if rate is None and a.file.is_dir(): rate = Fraction(25, a.every); print(f"a folder of frames has no rate: {float(rate):g} frames per second, unless --fps says another")
             print(f"{a.mp4}: {float(overlay_video(a.out, a.mp4, rate)):g} frames per second")
     finally:   # what is wrong with frames is said whatever becomes of the video
-        for name, error in failed: print(f"failed: {name}: {error}", file=sys.stderr)
+        for name, error in failed: print(f"failed: {name}: {_said(error)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -181,6 +208,7 @@ def main(arguments:list[str]|None=None) -> int:
     app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
     app.add_argument("--port", type=int, default=8866, help="of the server on this machine (default: %(default)s)")
     app.add_argument("--no-browser", action="store_true", help="only serve")
+    for verb in (own, app): _add_reading(verb)
     for verb in (demo, own, app):
         verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
         verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT, see `ovss-nb encoders` (default: %(default)s)")
@@ -205,7 +233,7 @@ def main(arguments:list[str]|None=None) -> int:
     _add_prompts(verbs)
     _add_large(verbs)
     add_commands(verbs)
-    a = parser.parse_args(arguments)
+    a = parser.parse_args(_two_words(sys.argv[1:] if arguments is None else arguments))
     try:
         if a.verb == "vocabularies":
             for name in list_vocabularies(): print(f"{name:16} {len(load_vocabulary(name)):4} names")
@@ -219,12 +247,12 @@ def main(arguments:list[str]|None=None) -> int:
         if a.verb == "app": return _app(a)
         return _segment(a) if a.verb in ("demo", "segment") else command(a)
     except (ValueError, MissingExtra) as e:
-        print(f"ovss-nb: {e}", file=sys.stderr)
+        print(f"ovss-nb: {_said(e)}", file=sys.stderr)
         return 2
 
 def _app(a) -> int:
     from ovss_nb.app.viewer import serve   # brings torch
-    knobs = dict(map(_knob, a.set)) | (dict(resize=a.resize) if a.resize else {})
+    knobs = dict(map(_knob, a.set)) | (dict(resize=a.resize) if a.resize else {}) | {name: o for name, o in _reading(a).items() if o}
     return serve(a.file, parse_classes(a.classes), a.port, not a.no_browser, system=a.system, encoder=a.encoder, **knobs)
 
 def _data(a) -> int:
@@ -316,7 +344,7 @@ def _prompts(a) -> int:
     return 1 if failed else 0
 
 def _segment(a) -> int:
-    knobs = dict(map(_knob, a.set))
+    knobs, reading = dict(map(_knob, a.set)), _reading(a)
     if a.verb == "demo":
         folder = Path(require("skimage.data", "demo").__file__).parent
         pictures = [(folder/name, parse_classes(words)) for name, words in DEMO.items()]
@@ -331,7 +359,7 @@ def _segment(a) -> int:
     if not any(path.exists() for path, _ in pictures): raise ValueError(f"there is no file {' or '.join(str(path) for path, _ in pictures)}. Check the path")
     start = time.perf_counter()
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
-    failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()))
+    failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()), **reading)
     print(f"{len(pictures) - len(failed)} of {len(pictures)} images in {time.perf_counter() - start:.1f} s: {a.out/'report.html'}")
-    for path, error in failed: print(f"failed: {path}: {error}", file=sys.stderr)
+    for path, error in failed: print(f"failed: {path}: {_said(error)}", file=sys.stderr)
     return 1 if failed else 0

@@ -55,10 +55,12 @@ class Viewer:
         encoder="lite", # a description for `create_encoder`, or an encoder
         systems:dict={}, # more to choose from, and their knobs, e.g. {"catseg": dict(weights="catseg.safetensors")}; those that run as installed are there
         encoders:tuple[str, ...]=("lite", "conse"), # more to choose from
+        limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of the photo's file, see `load_image`
         **knobs, # of `system`, as `create` takes them
     ):
         self._given = {} if isinstance(encoder, str) else {encoder.name: encoder}
         encoder = encoder if isinstance(encoder, str) else encoder.name
+        self.reading = {name: o for name, o in dict(limits=limits, bands=bands).items() if o}
         self._encoders, self._recipes, self._images, self._form = dict(self._given), {}, {}, None
         self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(knobs.pop("crf", False))
         self.knobs = {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)} | dict(systems) | {system: knobs}
@@ -80,7 +82,7 @@ class Viewer:
 
     def change(self, image=None, words=None, system:str|None=None, encoder:str|None=None, crf:bool|None=None):
         "Look at something else; what is left out stays as it is. Raises as the constructor does, and then nothing has changed."
-        photo, source, images = (self.photo, self.source, self._images) if image is None else (load_image(image), image, {})
+        photo, source, images = (self.photo, self.source, self._images) if image is None else (load_image(image, **self.reading), image, {})
         vocabulary = self.vocabulary if words is None else Vocabulary.of(words)
         names = system or self.system, encoder or self.encoder, self.crf if crf is None else crf
         recipe, c = self._recipe(*names), self._recipe(*names).config
@@ -186,9 +188,10 @@ def _as_code(vocabulary:Vocabulary) -> str:
 def code(self:Viewer) -> str:
     "Lines of Python that make what is shown: `result` after refinement, `labels` at an earlier stage. A photo without a file is called `photo`, an encoder without a description `encoder`."
     words, source = _as_code(self.vocabulary), repr(str(self.source)) if isinstance(self.source, (str, os.PathLike)) else "photo"
+    if self.reading: source = f"load_image({source}, {', '.join(f'{name}={o!r}' for name, o in self.reading.items())})"
     encoder = "encoder" if self.encoder in self._given else repr(self.encoder)
     knobs = "".join(f", {name}={value!r}" for name, value in self._all_knobs(self.system, self.crf).items())
-    lines = [f"from ovss_nb import create{', Vocabulary' if words.startswith('Vocabulary(') else ''}", f"system = create({self.system!r}, {encoder}{knobs})"]
+    lines = [f"from ovss_nb import create{', load_image'*bool(self.reading)}{', Vocabulary' if words.startswith('Vocabulary(') else ''}", f"system = create({self.system!r}, {encoder}{knobs})"]
     if self.stage == REFINED: return "\n".join([*lines, f"result = system.segment({source}, {words})"])
     return "\n".join(["from ovss_nb.refine import upsample_argmax", *lines, f"image, text = system.encode_image({source}), system.encode_text({words})",
                       f"labels = upsample_argmax(system.stages(image, text)[{self.stage!r}], image.size)"])
@@ -465,7 +468,7 @@ def serve(
 ) -> int: # Voila's exit code, once it is stopped
     "Show a `Viewer` in the browser through Voila. Raises `MissingExtra` without the extra `app`, and `ImageError` for a photo that cannot be read."
     for module, extra in (("voila", "app"), ("anywidget", "app"), ("ipywidgets", "app")): require(module, extra)
-    load_image(image)   # before a server starts
+    load_image(image, **{name: choices.get(name) for name in ("limits", "bands")})   # before a server starts
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"viewer.ipynb"
         path.write_text(json.dumps(app_notebook(image, words, **choices)), encoding="utf-8")
