@@ -80,6 +80,71 @@ def test_bad_arguments_give_one_line(arguments, message, tmp_path, monkeypatch):
     assert message in result.stderr
 
 
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    "Twelve bits in sixteen, blue first, five bands, too large, a mask."
+    rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+    folder = tmp_path_factory.mktemp("odd")
+    photo = np.asarray(Image.open(PHOTOS/"chelsea.png").convert("RGB").resize((160, 120)))
+    def write(name, a, **options):
+        options = dict(driver="GTiff", photometric="RGB") | options
+        with rasterio.open(folder/name, "w", height=a.shape[0], width=a.shape[1], count=a.shape[2], dtype=a.dtype, **options) as file: file.write(a.transpose(2, 0, 1))
+    Image.fromarray(photo).save(folder/"plain.png")
+    write("deep.tif", photo.astype(np.uint16)*16)
+    write("bgr.tif", photo[..., ::-1])
+    write("five.tif", np.dstack([photo.astype(np.float32), photo[..., :2]])[..., [2, 1, 0, 3, 4]], photometric="MINISBLACK")
+    with rasterio.open(folder/"large.tif", "w", driver="GTiff", height=20000, width=20000, count=3, dtype="uint8", tiled=True, sparse_ok=True): pass
+    Image.new("1", (20000, 9500)).save(folder/"large.png")
+    Image.fromarray(photo[..., 0]//13).save(folder/"labels.png")
+    (folder/"frames").mkdir()
+    Image.fromarray(photo[..., 0].astype(np.uint16)*16).save(folder/"frames/a.png")
+    return folder
+
+
+def in_words_of_the_shell(text): return not any(o in text for o in ("Traceback", "max_pixels", "limits=", "bands=", "load_image"))
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("tiles deep.tif --out a.png", "--limits 0 4095, or --limits stretch"), ("video frames --out v", "--limits 0 4095, or --limits stretch"),
+    ("app deep.tif --no-browser", "--limits 0 4095, or --limits stretch"), ("tiles five.tif --out a.png", "--bands 3,2,1"),
+    ("tiles bgr.tif --out a.png --bands R,G,B", "--bands R,G,B"), ("segment deep.tif --out out --limits 9 3", "--limits 9 3"),
+    ("tiles deep.tif --out a.png --limits a b", "--limits a b"), ("tiles large.png --out a.png", "rio convert large.png large.tif"),
+])
+def test_images_are_asked_about_in_words_of_the_shell(arguments, said, odd_files, monkeypatch):
+    monkeypatch.chdir(odd_files)
+    result = ovss_nb(*arguments.split(), "--classes", "cat,blanket")
+    assert result.returncode == 2 and said in result.stderr and in_words_of_the_shell(result.stderr), result.stderr
+    assert not (odd_files/"a.png").exists()
+
+
+def test_each_file_is_asked_about_in_words_of_the_shell(odd_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd_files)
+    result = ovss_nb("segment", "deep.tif", "five.tif", "large.png", "large.tif", "labels.png", "--classes", "cat,blanket", "--out", tmp_path)
+    lines = {o.split(":")[1].strip(): o for o in result.stderr.splitlines() if o.startswith("failed: ")}
+    assert result.returncode == 1 and "1 of 5 images" in result.stdout and all(map(in_words_of_the_shell, lines.values()))
+    assert "--limits 0 4095, or --limits stretch" in lines["deep.tif"] and "--bands 3,2,1" in lines["five.tif"]
+    assert "ovss-nb tiles large.tif --classes" in lines["large.tif"] and "ovss-nb tiles large.tif" in lines["large.png"]
+    assert result.stderr.count("mask or a label map") == 1
+
+
+def test_onnx_check_asks_about_its_photo_first(odd_files, monkeypatch):
+    monkeypatch.chdir(odd_files)
+    result = ovss_nb("onnx", "maskclip", "--out", "graph", "--vocabulary", "cat,blanket", "--check", "deep.tif")
+    assert result.returncode == 2 and "--limits 0 4095" in result.stderr and not (odd_files/"graph").exists()
+
+
+def test_limits_and_bands_give_the_labels_of_the_plain_photo(odd_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd_files)
+    def labels(verb, *arguments):
+        out = tmp_path/"a.png" if verb == "tiles" else tmp_path
+        result = ovss_nb(verb, *arguments, "--classes", "cat,blanket", "--out", out)
+        assert result.returncode == 0, result.stderr
+        return np.asarray(Image.open(out if verb == "tiles" else tmp_path/f"{Path(arguments[-1]).stem}.labels.png"))
+    for verb, stretch in ("segment", []), ("tiles", ["--limits", "stretch"]):
+        plain = labels(verb, *stretch, "plain.png")
+        assert (labels(verb, "--bands", "3,2,1", *(stretch or ["--limits", "0", "255"]), "five.tif") == plain).all()
+
+
 def test_lists():
     assert "llm_supervised" in ovss_nb("systems").stdout
     assert "offline" in ovss_nb("encoders").stdout

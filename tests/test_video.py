@@ -397,3 +397,22 @@ def test_command_line_names_damaged_frames(frames, tmp_path):
         wrong = run(*arguments)
         assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
     assert len(list((tmp_path/"in").iterdir())) == 3
+
+
+def test_deep_frames_and_their_limits(frames, tmp_path):
+    "A folder of twelve-bit frames is asked about; with limits it has the labels of the plain frames, and other limits are another question."
+    (tmp_path/"in").mkdir(); (tmp_path/"plain").mkdir()
+    system = MaskCLIP(Colours(), size=48)
+    for i, frame in enumerate(frames[:2]):
+        grey = np.asarray(Image.fromarray(frame).convert("L"))
+        Image.fromarray(grey.astype(np.uint16)*16).save(tmp_path/f"in/{i}.png")
+        Image.fromarray(grey).save(tmp_path/f"plain/{i}.png")
+    with pytest.raises(ImageError, match="limits=") as error: list(segment_video(tmp_path/"in", WORDS, system, tmp_path/"none", progress=False))
+    assert "--limits 0 4095" in error.value.shell and "limits=" not in error.value.shell
+    deep = dict(segment_video(tmp_path/"in", WORDS, system, tmp_path/"out", progress=False, limits=(0, 4080)))
+    plain = dict(segment_video(tmp_path/"plain", WORDS, system, tmp_path/"two", progress=False))
+    assert all((deep[name].labels == plain[name].labels).all() for name in plain) and len(deep) == 2
+    assert len(dict(segment_video(tmp_path/"in", WORDS, system, tmp_path/"out", progress=False, limits=(0, 4080)))) == 2
+    with pytest.raises(ValueError, match="limits"): list(segment_video(tmp_path/"in", WORDS, system, tmp_path/"out", progress=False, limits=(0, 2000)))
+    write_video(frames, tmp_path/"a.mp4")
+    with pytest.raises(ImageError, match="folders of pictures"): list(segment_video(tmp_path/"a.mp4", WORDS, system, tmp_path/"three", progress=False, bands=(3, 2, 1)))

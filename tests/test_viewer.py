@@ -263,3 +263,18 @@ def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
     assert "'red': ['red', 'crimson']" in notebook["cells"][0]["source"][-1] and "size=96" in notebook["cells"][0]["source"][-1]
     monkeypatch.setitem(sys.modules, "voila", None)
     with pytest.raises(MissingExtra, match=r"ovss_nb\[app\]"): serve(tmp_path/"stripes.png", WORDS)
+
+
+def test_limits_and_bands_of_a_deep_photo(tmp_path):
+    "Twelve bits, blue first: refused as it is, shown right when said, and the code says it too."
+    path, deep = tmp_path/"deep.ppm", (picture()[..., ::-1].astype(">u2")//255*4095)
+    path.write_bytes(b"P6\n90 60\n65535\n" + deep.astype(">u2").tobytes())
+    options = dict(encoder=Counting(), encoders=(), size=96)
+    with pytest.raises(ValueError, match="limits="): Viewer(path, WORDS, **options)
+    shown = Viewer(path, WORDS, limits=(0, 4095), bands=(3, 2, 1), **options)
+    assert (shown.photo == picture()).all()
+    done = {"encoder": Counting()}
+    exec(shown.code(), done)
+    assert (done["result"].labels == shown.result.labels).all() and "load_image(" in shown.code()
+    cell = "".join(app_notebook(path, WORDS, limits=(0, 4095), bands=(3, 2, 1))["cells"][0]["source"])
+    assert "limits=(0, 4095), bands=(3, 2, 1)" in cell

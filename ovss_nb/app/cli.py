@@ -13,7 +13,7 @@ from .experiments import add_commands, command
 from ..cache import atomic_path, check_writable, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
-from ..images import check_bands, check_limits, load_image
+from ..images import check_bands, check_limits, load_image, open_picture
 from ..language_model import LanguageModel
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
@@ -159,6 +159,7 @@ def _large(a) -> int:
     if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
+        with open_picture(a.file, **reading): pass   # before a system is loaded
         areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, **reading)
         for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
         print(a.out)
