@@ -15,12 +15,8 @@ from skimage import data
 from torch.nn import functional as F
 from doubles import Colours
 from ovss_nb.encoders.base import Encoder, ImageFeatures
-<<<<<<< HEAD
 from ovss_nb.cache import OverwriteError
-from ovss_nb.images import ImageError
-=======
 from ovss_nb.images import ImageError, load_image, open_picture
->>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)
 from ovss_nb.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.simseg import SimSeg
@@ -280,7 +276,6 @@ def test_command_line(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("way", ["itself", "relative", "symbolic link", "hard link", "opened image", "partial file"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_the_source_is_never_written_over(tmp_path, monkeypatch, way, suffix):
@@ -316,7 +311,22 @@ def test_parts_of_a_mosaic_are_sources_too(tmp_path):
 def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix):
     class Stops(Colours):
         left = 12
-=======
+        def encode(self, images):
+            self.left -= 1
+            if self.left < 0: raise KeyboardInterrupt
+            return super().encode(images)
+    path, out, pixels = tmp_path/f"a.{suffix}", tmp_path/"labels.png", mosaic(300, 96)
+    Image.fromarray(pixels).save(path)
+    times = path.stat()
+    with pytest.raises(KeyboardInterrupt): segment_tiles(path, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
+    Image.fromarray(pixels[..., ::-1]).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colours(), size=48))).all()
+
+
 class Scales(Colours):
     "Remembers the pictures that it is shown, before they are made smaller or larger."
     def __init__(self):
@@ -351,23 +361,10 @@ def test_a_strip_has_the_labels_it_has_inside_a_picture():
 def test_a_stopped_strip_goes_on(tmp_path):
     class Stops(Colours):
         left = 30
->>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)
         def encode(self, images):
             self.left -= 1
             if self.left < 0: raise KeyboardInterrupt
             return super().encode(images)
-<<<<<<< HEAD
-    path, out, pixels = tmp_path/f"a.{suffix}", tmp_path/"labels.png", mosaic(300, 96)
-    Image.fromarray(pixels).save(path)
-    times = path.stat()
-    with pytest.raises(KeyboardInterrupt): segment_tiles(path, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
-    assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
-    Image.fromarray(pixels[..., ::-1]).save(path)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert path.stat().st_size == times.st_size
-    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
-    assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colours(), size=48))).all()
-=======
     pixels, out = mosaic(2040, 30 + 6)[:, :30], tmp_path/"labels.png"
     with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
     assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 500
@@ -444,4 +441,3 @@ def test_four_bit_grey_reaches_white(tmp_path):
     grey = mosaic(60, 72)[..., 0] >> 4
     write_tiff(tmp_path/"a.tif", grey, NBITS=4)
     with open_picture(tmp_path/"a.tif") as picture: assert (picture.read(0, 0, 60, 72) == np.repeat(grey[..., None]*17, 3, 2)).all()
->>>>>>> 8161048 (Limits and bands at every door that reads images; errors speak the words of the shell there)
