@@ -144,8 +144,8 @@ class LayoutDataset:
         if listed is None and layout.shared: self.without_labels = []
         self.without_either = [o for o in listed or () if o not in images and o not in labels]
         if not self.stems:
-            raise DatasetError(f"{self.root} has no image that has labels: {len(images)} in {layout.image_pattern(self.root)}, {len(labels)} label files "
-                               f"{layout.labels}" + (f", and none of the {len(listed)} listed stems is in both, the first is {listed[0]!r}" if listed else "") + self.hint)
+            raise DatasetError(f"{self.root} has no image that has labels: {len(images)} in {layout.image_pattern(self.root).replace('{stem}', '*')}, {len(labels)} label files "
+                               f"{layout.labels.replace('{stem}', '*')}" + "".join(f", the first is {o.name}" for o in [*images.values()][:1] + [*labels.values()][:1] if not listed) + (f", and none of the {len(listed)} listed stems is in both, the first is {listed[0]!r}" if listed else "") + self.hint)
         self.image_paths, self.label_paths = [images[o] for o in self.stems], [labels[o] for o in self.stems]
 
     @property
