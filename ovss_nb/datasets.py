@@ -234,7 +234,8 @@ def _stored_classes(root:Path, names, count:int, void:int, ignore, first_label, 
             raise DatasetError(f"{root}: `values` must be an object {{mask value: class}}, without `first_label`, not {values!r}; correct it")
         mapping = {_whole(k, "values", root): void if v is None else _whole(v, "values", root) for k, v in values.items()}
         wrong = next((k for k in mapping.values() if k >= count and k != void), None)
-        if wrong is not None: raise DatasetError(f"{root}: `values` names class {wrong}, but classes.txt has 0..{count - 1}; correct it")
+        if wrong is not None:
+            raise DatasetError(f"{root}: `values` names class {wrong}, but classes.txt has 0..{count - 1}; correct it")
     if ignore == "auto": mapping.setdefault(void, void)
     elif ignore is not None:
         k = mapping.get(_whole(ignore, "ignore", root), void)
@@ -274,7 +275,8 @@ class FolderDataset(LayoutDataset):
     ):
         root = Path(root)
         for part in ("images", "masks", "classes.txt"):
-            if not (root/part).exists(): raise DatasetError(f"{root} has no {part}: a data set folder holds images/, masks/ and classes.txt")
+            if not (root/part).exists():
+                raise DatasetError(f"{root} has no {part}: a data set folder holds images/, masks/ and classes.txt")
         first, title = 0 if background else 1, root.absolute().name
         try:
             vocabulary = read_vocabulary(root/"classes.txt")
@@ -328,7 +330,8 @@ class FolderDataset(LayoutDataset):
         there = {self.stored_classes.get(o) for o in found}
         absent = [k for k in range(len(self.all_names)) if k not in there]
         severe = not there & set(range(1, len(self.all_names)))   # at most the first class occurs
-        if self.guessed not in found or None in there or not (absent or severe): return "", False   # None: `labels` refuses such a value
+        if self.guessed not in found or None in there or not (absent or severe):
+            return "", False   # None: `labels` refuses such a value
         return _question(self.root, self.guessed, found, self.all_names, self.stored_classes, absent), severe
 
 # %% ../nbs/40_datasets.ipynb #31ef9cbc

@@ -24,13 +24,15 @@ from .vocabulary import composed, find_background
 def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
     "The object in a JSON file. Raises `SegmentationError` for another kind of file, or one without all of `keys`."
     try: found = json.loads(Path(path).read_bytes())   # of bytes, it knows UTF-8, UTF-16 and their marks
-    except (OSError, ValueError, RecursionError, MemoryError) as e: raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
     missing = [o for o in keys if not isinstance(found, dict) or found.get(o) is None]
     if missing: raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
     return found
 
 def _write_json(path, content):
-    with atomic_path(path) as temporary: temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 _KINDS = {"a name": lambda o: composed(o) if isinstance(o, str) and o.strip() else None, "text": lambda o: o if isinstance(o, str) and o.strip() else None, "a list": lambda o: o if isinstance(o, list) else None,
           "an object": lambda o: o if isinstance(o, dict) else None, "a whole number": _whole,
@@ -50,7 +52,8 @@ def _get(entry, key:str, kind:str, where:str, needed:bool=True):
 def _size(entry, where:str) -> tuple[int, int]|None: # None: it says none, or half of one
     "`height` and `width` of an entry. Raises `SegmentationError` for what cannot be one."
     height, width = (_get(entry, o, "a size in pixels", where, needed=False) for o in ("height", "width"))
-    if height and width and height*width > MAX_PIXELS: raise SegmentationError(f"{where}: {height} x {width} pixels are more than {MAX_PIXELS:,}")
+    if height and width and height*width > MAX_PIXELS:
+        raise SegmentationError(f"{where}: {height} x {width} pixels are more than {MAX_PIXELS:,}")
     return (height, width) if height and width else None
 
 # %% ../nbs/06_formats.ipynb #d8802598
@@ -58,7 +61,8 @@ def _categories(results:dict[str, Segmentation]) -> list[dict]:
     "COCO's categories for maps of one vocabulary. Raises `SegmentationError` for maps with different names, or none."
     if not results: raise SegmentationError("There is nothing to write: give at least one segmentation")
     first, *others = results.values()
-    if any(o.names != first.names for o in others): raise SegmentationError("The segmentations have different names: write them to different files")
+    if any(o.names != first.names for o in others):
+        raise SegmentationError("The segmentations have different names: write them to different files")
     return [{"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": colour.tolist()} for k, (name, colour) in enumerate(zip(first.names, first.palette))]
 
 def _colour(entry:dict) -> list[int]|None:
@@ -74,7 +78,8 @@ def _vocabulary(path, categories) -> tuple[list[str], np.ndarray|None, dict[int|
     index = {number: k for k, (number, *_) in enumerate(rows)}
     for what, found in (("id", [o[0] for o in rows]), ("name", [o[1] for o in rows])):
         twice = next((o for o in found if found.count(o) > 1), None)
-        if twice is not None: raise SegmentationError(f"{path}: two categories have the {what} {twice!r}: rename one")
+        if twice is not None:
+            raise SegmentationError(f"{path}: two categories have the {what} {twice!r}: rename one")
     colours = [o[2] for o in rows]
     return [o[1] for o in rows], np.array(colours) if rows and all(colours) else None, index
 
@@ -85,8 +90,10 @@ def _images(path, images) -> dict[int|str, tuple[str, tuple[int, int]|None]]: # 
     for n, o in enumerate(images):
         where = f"{path}: image {n}"
         number, name, size = _get(o, "id", "an id", where), _get(o, "file_name", "text", where), _size(o, where)
-        if number in found: raise SegmentationError(f"{where} has the id {number!r}, which another image has too: renumber one")
-        if name in places: raise SegmentationError(f"{where} is named {name!r} as image {places[name]} is: results go by name, so rename one (a path with folders is a name too)")
+        if number in found:
+            raise SegmentationError(f"{where} has the id {number!r}, which another image has too: renumber one")
+        if name in places:
+            raise SegmentationError(f"{where} is named {name!r} as image {places[name]} is: results go by name, so rename one (a path with folders is a name too)")
         found[number], places[name] = (name, size), n
     return found
 
@@ -97,7 +104,8 @@ def _finished(path, maps:dict[str, np.ndarray], names:list[str], palette:np.ndar
         ground = len(names)
         names.append("background")
         if palette is not None: palette = np.vstack([palette, np.zeros((1, 3), int)])
-    try: return {name: Segmentation(np.where(labels < 0, ground or 0, labels), names, palette) for name, labels in maps.items()}
+    try:
+        return {name: Segmentation(np.where(labels < 0, ground or 0, labels), names, palette) for name, labels in maps.items()}
     except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
 
 # %% ../nbs/06_formats.ipynb #e5e5e24a
@@ -122,13 +130,16 @@ def _painted(image:str, size:tuple[int, int]|None, rows:list) -> np.ndarray: # H
         if not isinstance(mask, dict): continue
         try: own = _rle_size(mask)
         except ValueError as e: raise SegmentationError(f"{where}: broken mask ({e})") from None
-        if size and own != size: raise SegmentationError(f"{where}: its mask has {own[0]} x {own[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+        if size and own != size:
+            raise SegmentationError(f"{where}: its mask has {own[0]} x {own[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
         size = own
-    if size is None: raise SegmentationError(f"{image} has no 'height' and 'width', and no run-length mask that says them: add them")
+    if size is None:
+        raise SegmentationError(f"{image} has no 'height' and 'width', and no run-length mask that says them: add them")
     labels = np.full(size, -1)
     for where, k, _, mask in rows:
         try: labels[_object_mask(mask, *size)] = k
-        except (ValueError, TypeError, OverflowError, MemoryError) as e: raise SegmentationError(f"{where}: broken mask ({e})") from e
+        except (ValueError, TypeError, OverflowError, MemoryError) as e:
+            raise SegmentationError(f"{where}: broken mask ({e})") from e
     return labels
 
 def load_coco(
@@ -144,12 +155,16 @@ def load_coco(
     for n, o in enumerate(annotations):
         where = f"{path}: annotation {o.get('id', n) if isinstance(o, dict) else n}"
         image, category = _get(o, "image_id", "an id", where), _get(o, "category_id", "an id", where)
-        if image not in images: raise SegmentationError(f"{where} belongs to image {image!r}, which the file does not list")
-        if category not in index: raise SegmentationError(f"{where} has category {category!r}, which the file does not list")
+        if image not in images:
+            raise SegmentationError(f"{where} belongs to image {image!r}, which the file does not list")
+        if category not in index:
+            raise SegmentationError(f"{where} has category {category!r}, which the file does not list")
         rows[image].append((where, index[category], bool(o.get("iscrowd")), o.get("segmentation")))
     bare = [where for found in rows.values() for where, *_, mask in found if _no_mask(mask)]
-    if bare and len(bare) == len(annotations): raise SegmentationError(f"{path} has boxes only: no annotation has a mask in 'segmentation'")
-    if bare: warnings.warn(f"{bare[0]} has no mask" + (f", and {len(bare) - 1} others have none" if len(bare) > 1 else "") + ": left out", stacklevel=2)
+    if bare and len(bare) == len(annotations):
+        raise SegmentationError(f"{path} has boxes only: no annotation has a mask in 'segmentation'")
+    if bare:
+        warnings.warn(f"{bare[0]} has no mask" + (f", and {len(bare) - 1} others have none" if len(bare) > 1 else "") + ": left out", stacklevel=2)
     maps = {name: _painted(f"{path}: image {name}", size, rows[number]) for number, (name, size) in images.items()}
     return _finished(path, maps, names, palette)
 
@@ -161,7 +176,8 @@ def save_panoptic(
     "Write label maps in COCO's panoptic format. Raises `SegmentationError` for maps of different names, or two pictures that differ in their suffix only."
     path, categories, images, annotations = Path(path), _categories(results), [], []
     stems = [Path(o).stem for o in results]
-    if len(set(stems)) < len(stems): raise SegmentationError("Two pictures have one name without the suffix: rename one, since both would be written to one PNG")
+    if len(set(stems)) < len(stems):
+        raise SegmentationError("Two pictures have one name without the suffix: rename one, since both would be written to one PNG")
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     for number, (name, result) in enumerate(results.items(), 1):
@@ -176,9 +192,11 @@ def save_panoptic(
 def _panoptic_picture(file:Path, size:tuple[int, int]|None) -> np.ndarray: # H x W numbers of segments
     "The numbers that a panoptic PNG stores. Raises `SegmentationError` for another kind of file, or another size."
     try:
-        with Image.open(file, formats=["PNG"]) as image: rgb = np.asarray(image.convert("RGB")).astype(np.int64)
+        with Image.open(file, formats=["PNG"]) as image:
+            rgb = np.asarray(image.convert("RGB")).astype(np.int64)
     except PILLOW_ERRORS as e: raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
-    if size and rgb.shape[:2] != size: raise SegmentationError(f"{file} has {rgb.shape[0]} x {rgb.shape[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+    if size and rgb.shape[:2] != size:
+        raise SegmentationError(f"{file} has {rgb.shape[0]} x {rgb.shape[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
     return rgb @ [1, 256, 65536]
 
 def load_panoptic(
@@ -189,26 +207,31 @@ def load_panoptic(
     stored = _read_json(path, ("images", "annotations", "categories"), "panoptic")
     names, palette, index = _vocabulary(path, stored["categories"])
     images, maps = _images(path, stored["images"]), {}
-    if not isinstance(stored["annotations"], list): raise SegmentationError(f"{path}: 'annotations' is not a list")
+    if not isinstance(stored["annotations"], list):
+        raise SegmentationError(f"{path}: 'annotations' is not a list")
     for n, annotation in enumerate(stored["annotations"]):
         where, table = f"{path}: annotation {n}", {0: -1}
         number = _get(annotation, "image_id", "an id", where)
-        if number not in images: raise SegmentationError(f"{where} belongs to image {number!r}, which the file does not list")
+        if number not in images:
+            raise SegmentationError(f"{where} belongs to image {number!r}, which the file does not list")
         name, size = images[number]
         if name in maps: raise SegmentationError(f"{where} is the second one of image {number!r}: remove one")
         file = Path(path).with_suffix("")/_get(annotation, "file_name", "text", where)
         for k, o in enumerate(_get(annotation, "segments_info", "a list", where)):
             segment, category = _get(o, "id", "a whole number", f"{where}, segment {k}"), _get(o, "category_id", "an id", f"{where}, segment {k}")
-            if category not in index: raise SegmentationError(f"{where}, segment {k} has category {category!r}, which the file does not list")
+            if category not in index:
+                raise SegmentationError(f"{where}, segment {k} has category {category!r}, which the file does not list")
             table[segment] = index[category]
         picture = _panoptic_picture(file, size)
         ids, position = np.unique(picture, return_inverse=True)
         strange = next((o for o in ids.tolist() if o not in table), None)
-        if strange is not None: raise SegmentationError(f"{file}: segment {strange} has no category. Add it to 'segments_info', or paint it 0")
+        if strange is not None:
+            raise SegmentationError(f"{file}: segment {strange} has no category. Add it to 'segments_info', or paint it 0")
         maps[name] = np.array([table[o] for o in ids.tolist()])[position].reshape(picture.shape)
     for name, size in images.values():
         if name in maps: continue
-        if size is None: raise SegmentationError(f"{path}: image {name} has no annotation, and no 'height' and 'width': add them")
+        if size is None:
+            raise SegmentationError(f"{path}: image {name} has no annotation, and no 'height' and 'width': add them")
         maps[name] = np.full(size, -1)
     return _finished(path, maps, names, palette)
 
@@ -255,16 +278,20 @@ def _own_member(stored:dict, path) -> tuple[list[str], np.ndarray|None]:
     "Names and colours in the member `ovss_nb` of a file. Raises `SegmentationError` for names that cannot be."
     where = f"{path}: 'ovss_nb'"
     names = _get(stored["ovss_nb"], "names", "a list", where)
-    if not names or not all(isinstance(o, str) for o in names): raise SegmentationError(f"{where}: 'names' is {str(names)[:60]}, not a list of names")
+    if not names or not all(isinstance(o, str) for o in names):
+        raise SegmentationError(f"{where}: 'names' is {str(names)[:60]}, not a list of names")
     colours = [_colour(dict(color=o)) for o in stored["ovss_nb"].get("palette") or [] ] if isinstance(stored["ovss_nb"].get("palette"), list) else []
     return list(map(composed, names)), np.array(colours) if len(colours) == len(names) and all(colours) else None
 
 def _rings(geometry:dict, where:str) -> dict: # the geometry in plain numbers
     "Check a polygon or multi-polygon, since GDAL leaves out what it cannot read. Raises `SegmentationError`."
     kind, parts = _get(geometry, "type", "text", where), _get(geometry, "coordinates", "a list", where)
-    if kind not in ("Polygon", "MultiPolygon"): raise SegmentationError(f"{where} is a {kind}: redraw it as a polygon")
-    try: parts = [[np.array(ring, float) for ring in part] for part in ([parts] if kind == "Polygon" else parts)]
-    except (ValueError, TypeError, OverflowError): raise SegmentationError(f"{where} has coordinates that are not lists of numbers") from None
+    if kind not in ("Polygon", "MultiPolygon"):
+        raise SegmentationError(f"{where} is a {kind}: redraw it as a polygon")
+    try:
+        parts = [[np.array(ring, float) for ring in part] for part in ([parts] if kind == "Polygon" else parts)]
+    except (ValueError, TypeError, OverflowError):
+        raise SegmentationError(f"{where} has coordinates that are not lists of numbers") from None
     for ring in (ring for part in parts for ring in part):
         if ring.ndim != 2 or len(ring) < 4 or ring.shape[1] not in (2, 3) or not (abs(ring) < 1e12).all():
             raise SegmentationError(f"{where} has a ring that is not at least four [x, y]: draw it again")
@@ -277,7 +304,8 @@ def load_geojson(
     stored = _read_json(path, ("features", "ovss_nb"), "GeoJSON")
     (names, palette), own, features = _own_member(stored, path), stored["ovss_nb"], require("rasterio.features", "geo")
     size = [_whole(o) for o in _get(own, "size", "a list", f"{path}: 'ovss_nb'")]
-    if len(size) != 2 or None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS: raise SegmentationError(f"{path}: the size {own['size']} is no height and width in pixels")
+    if len(size) != 2 or None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS:
+        raise SegmentationError(f"{path}: the size {own['size']} is no height and width in pixels")
     numbers = _get(own, "transform", "a list", f"{path}: 'ovss_nb'")
     good = len(numbers) == 6 and all(isinstance(o, (int, float)) and abs(o) < 1e12 for o in numbers)
     if not good or abs(numbers[0]*numbers[4] - numbers[1]*numbers[3]) < 1e-24:
@@ -286,7 +314,8 @@ def load_geojson(
     for n, o in enumerate(_get(stored, "features", "a list", str(path))):
         where = f"{path}: feature {n}"
         name, geometry = _get(_get(o, "properties", "an object", where), "name", "a name", where), _get(o, "geometry", "an object", where, needed=False)
-        if name not in names: raise SegmentationError(f"{where}: there is no class {name!r}. The classes are: {', '.join(names[:20])}")
+        if name not in names:
+            raise SegmentationError(f"{where}: there is no class {name!r}. The classes are: {', '.join(names[:20])}")
         if geometry is None: continue   # which the standard allows: a feature without a place
         geometry = _rings(geometry, where)
         if geometry["coordinates"]: shapes.append((geometry, names.index(name) + 1))
@@ -301,7 +330,8 @@ def _named(path, labels, names, palette) -> Segmentation:
 def _covered(labels:np.ndarray, names:list[str], path) -> np.ndarray:
     "Labels with -1 replaced by the background. Raises `SegmentationError` where there is none."
     if (labels < 0).any():
-        if (background := find_background(names)) is None: raise SegmentationError(f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them")
+        if (background := find_background(names)) is None:
+            raise SegmentationError(f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them")
         labels[labels < 0] = background
     return labels
 
@@ -333,7 +363,8 @@ def _refuse_to_replace(path:Path):
     if not path.exists(): return
     try: stored = json.loads(path.read_bytes()); same = stored["ovss_nb"]["drawn"] == _drawn(stored["shapes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): same = False
-    if not same: raise SegmentationError(f"{path} holds labels that were not written here, or were edited since: it is not replaced. Write to another folder, or move it away")
+    if not same:
+        raise SegmentationError(f"{path} holds labels that were not written here, or were edited since: it is not replaced. Write to another folder, or move it away")
 
 def save_labelme(
     segmentation:Segmentation,
@@ -356,18 +387,21 @@ def save_labelme(
         file = BytesIO()
         Image.fromarray(segmentation.image).save(file, "JPEG", quality=95)
         inside = base64.b64encode(file.getvalue()).decode()
-    elif embed: raise SegmentationError(f"{path}: the segmentation has no picture to put inside. Make it with image=...")
+    elif embed:
+        raise SegmentationError(f"{path}: the segmentation has no picture to put inside. Make it with image=...")
     seen = _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
     own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "drawn": _drawn(shapes)}
     _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": seen, "imageData": inside, "imageHeight": height, "imageWidth": width, "ovss_nb": own})
 
+# %% ../nbs/06_formats.ipynb #9a68f182
 def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
     "Height and width of the picture, as the file says, or else as its picture is. Raises `SegmentationError` where the two differ, or neither is there."
     said = [_get(stored, o, "a size in pixels", str(path), needed=False) for o in ("imageHeight", "imageWidth")]
     picture = None
     if isinstance(stored.get("imageData"), str):
         try: picture = BytesIO(base64.b64decode(stored["imageData"]))
-        except (binascii.Error, ValueError) as e: raise SegmentationError(f"{path}: 'imageData' is no picture ({e})") from None
+        except (binascii.Error, ValueError) as e:
+            raise SegmentationError(f"{path}: 'imageData' is no picture ({e})") from None
     elif isinstance(stored.get("imagePath"), str) and stored["imagePath"].strip():
         picture = path.parent/PureWindowsPath(stored["imagePath"]).as_posix()   # as labelme does: either slash
         if not picture.is_file(): picture = None
@@ -380,8 +414,10 @@ def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
             raise SegmentationError(f"{path} says {said[0]} x {said[1]} pixels, its picture has {size[0]} x {size[1]}: the labels belong to another picture")
         said = size
     for key, value in zip(("imageHeight", "imageWidth"), said):
-        if value is None: raise SegmentationError(f"{path} has no {key!r}, and its picture is not there: add it")
-    if said[0]*said[1] > MAX_PIXELS: raise SegmentationError(f"{path}: {said[0]} x {said[1]} pixels are more than {MAX_PIXELS:,}")
+        if value is None:
+            raise SegmentationError(f"{path} has no {key!r}, and its picture is not there: add it")
+    if said[0]*said[1] > MAX_PIXELS:
+        raise SegmentationError(f"{path}: {said[0]} x {said[1]} pixels are more than {MAX_PIXELS:,}")
     return tuple(said)
 
 def _labelme_shape(o, where:str, size:tuple[int, int]) -> tuple[str, str, list]: # label, kind, points
@@ -389,16 +425,20 @@ def _labelme_shape(o, where:str, size:tuple[int, int]) -> tuple[str, str, list]:
     label, kind = _get(o, "label", "a name", where), _get(o, "shape_type", "text", where, needed=False) or "polygon"   # as labelme does
     given = _get(o, "points", "a list", where)
     try: points = np.array(given, float).reshape(len(given), 2)
-    except (ValueError, TypeError, OverflowError): raise SegmentationError(f"{where}: the points of {label!r} are not a list of [x, y]") from None
-    if not (abs(points) <= 10*max(size)).all(): raise SegmentationError(f"{where}: {label!r} has points far outside the picture, or none that are numbers")
+    except (ValueError, TypeError, OverflowError):
+        raise SegmentationError(f"{where}: the points of {label!r} are not a list of [x, y]") from None
+    if not (abs(points) <= 10*max(size)).all():
+        raise SegmentationError(f"{where}: {label!r} has points far outside the picture, or none that are numbers")
     wanted = dict(polygon=len(given) > 2, rectangle=len(given) == 2, oriented_rectangle=len(given) == 4, mask=len(given) == 2).get(kind, False)
-    if not wanted: raise SegmentationError(f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a rectangle")
+    if not wanted:
+        raise SegmentationError(f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a rectangle")
     return label, kind, [tuple(p) for p in points.tolist()]
 
 def _labelme_mask(o, where:str) -> Image.Image:
     "The mask of a shape of kind `mask`: base64 of a PNG. Raises `SegmentationError`."
     try:
-        with Image.open(BytesIO(base64.b64decode(_get(o, "mask", "text", where)))) as image: return Image.fromarray(np.array(image.convert("L")) > 0)
+        with Image.open(BytesIO(base64.b64decode(_get(o, "mask", "text", where)))) as image:
+            return Image.fromarray(np.array(image.convert("L")) > 0)
     except (*PILLOW_ERRORS, binascii.Error) as e:
         if isinstance(e, SegmentationError): raise
         raise SegmentationError(f"{where}: the mask is no picture ({e})") from e
@@ -418,9 +458,11 @@ def load_labelme(
     canvas = Image.new("I", size[::-1], -1)
     draw = ImageDraw.Draw(canvas)
     for label, kind, points, o, where in shapes:
-        if label not in names: raise SegmentationError(f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}")
+        if label not in names:
+            raise SegmentationError(f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}")
         k = names.index(label)
-        if kind == "rectangle": draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
+        if kind == "rectangle":
+            draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
         elif kind == "mask": canvas.paste(k, tuple(map(int, points[0])), _labelme_mask(o, where))
         else: draw.polygon(points, outline=k, fill=k)
     return _named(path, _covered(np.array(canvas), names, path), names, palette if names == own else None)

@@ -356,14 +356,20 @@ def _findings(dataset, found:_Scan) -> tuple[dict, list[str], list[str], set[int
     absent, problems, notes = [name for k, name in enumerate(names) if k not in seen], [], []
     counts = dict(pairs=len(dataset), without_labels=len(dataset.without_labels), without_image=len(dataset.without_image), without_either=len(dataset.without_either),
                   unreadable=len(found.unreadable), sizes_differ=len(found.differ), stray_values=len(stray), classes_present=len(seen))
-    if dataset.without_image: problems.append(_first("label files without an image", dataset.without_image) + dataset.hint)
-    if found.unreadable: problems.append(f"files that cannot be read: {len(found.unreadable):,}, the first: {found.unreadable[0]}")
+    if dataset.without_image:
+        problems.append(_first("label files without an image", dataset.without_image) + dataset.hint)
+    if found.unreadable:
+        problems.append(f"files that cannot be read: {len(found.unreadable):,}, the first: {found.unreadable[0]}")
     if found.differ: problems.append(_first("pairs that differ in size", found.differ))
-    for value, paths in list(stray.items())[:10]: problems.append(_first(f"files with label value {value}, which {name} does not know", paths))
+    for value, paths in list(stray.items())[:10]:
+        problems.append(_first(f"files with label value {value}, which {name} does not know", paths))
     if len(stray) > 10: problems.append(f"... and {len(stray) - 10} more values")
-    if dataset.without_labels: notes.append(_first("images without labels (not scored)", dataset.without_labels))
-    if dataset.without_either: notes.append(_first("listed images that are not here at all", dataset.without_either))
-    if absent: notes.append(f"{len(absent)} of {dataset.classes} classes never occur: {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}")
+    if dataset.without_labels:
+        notes.append(_first("images without labels (not scored)", dataset.without_labels))
+    if dataset.without_either:
+        notes.append(_first("listed images that are not here at all", dataset.without_either))
+    if absent:
+        notes.append(f"{len(absent)} of {dataset.classes} classes never occur: {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}")
     return counts, problems, notes, seen
 
 def _report(dataset, found:_Scan, counts:dict, problems:list[str], complete:bool, lines:list[str], notes:list[str], source:str="") -> Report:
@@ -416,7 +422,8 @@ def check(
     p, found = dataset.protocol, _scan(dataset, decode, progress)
     counts, problems, notes, _ = _findings(dataset, found)
     expected, pairs = " or ".join(f"{o:,}" for o in p.expected), len(dataset)
-    if pairs > max(p.expected): problems.insert(0, f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?")
+    if pairs > max(p.expected):
+        problems.insert(0, f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?")
     if dataset.layout != FOLDER and dataset.layout.note: notes.append(dataset.layout.note)
     also = [o.name for o, _ in find_layouts(root, p) if o.name != dataset.layout.name]
     if also: notes.append(f"also there, not read: {', '.join(dict.fromkeys(also))}")
