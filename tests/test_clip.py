@@ -305,8 +305,10 @@ def test_a_file_of_one_of_several_kinds_is_asked_for(published):
 
 @pytest.mark.parametrize("model", ["ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-H-14", "ViT-bigG-14"])
 def test_published_architectures_of_several_kinds(model, tmp_path):
-    "For the real names: before anything is built, since the file is small."
+    "For the real names, before anything is built; what is no checkpoint is told so first."
     (path := tmp_path/"weights.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="does not fit.*cannot be read"): load_clip(model, path)
+    torch.save({"logit_scale": torch.ones(())}, path)
     with pytest.raises(ValueError, match="several kinds.*QuickGELU.*metaclip_fullcc"): load_clip(model, path)
     assert file_settings(f"{model}-quickgelu", path, {}) == file_settings(model, path, {}, like="metaclip_fullcc") == (True, (*MEANS["openai-mean"], "bicubic"))
 
@@ -337,12 +339,13 @@ def test_normalisation_belongs_into_the_fingerprint(published):
     assert len({o.text_fingerprint for o in found.values()}) == 1
     assert len({CLIPEncoder("ovss-test", path, dense=o, like="a", device="cpu").fingerprint for o in ("tokens", "value", "vv", "loda")}) == 4
 
-@pytest.mark.parametrize("form", ["archive", "table", "wrapped"])
+@pytest.mark.parametrize("form", ["archive", "table", "wrapped", "safetensors"])
 def test_openais_own_file_is_known_by_its_marks(published, form):
     publish, path = published
     publish(openai=QUICK, laion=OPENAI)
     state = tiny(seed=7, text=WORDS).state_dict()
     if form == "archive": archive(path, state, **MARKED)
+    elif form == "safetensors": save_file(state | {name: torch.tensor(o) for name, o in MARKED.items()}, path := path.with_suffix(".safetensors"))
     else:
         table = state | {name: torch.tensor(o) for name, o in MARKED.items()}
         torch.save(table if form == "table" else dict(state_dict={f"module.{name}": o for name, o in table.items()}), path)
@@ -404,6 +407,9 @@ def test_a_folder_must_say_its_normalisation(tmp_path):
     (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=CONFIG, preprocess_cfg=dict(mean=[.5]*3, std=[.25]*3, interpolation="bilinear"))))
     encoder = create_encoder(f"clip:local-dir:{tmp_path}", device="cpu")
     assert encoder.mean == (.5,)*3 and encoder.resample.name == "BILINEAR"
+
+def test_a_folder_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="no folder.*nowhere"): create_encoder(f"clip:local-dir:{tmp_path/'nowhere'}")
 
 def test_like_is_for_files(folder):
     for options in (dict(model="ovss-test", pretrained="random"), dict(model="ViT-B-16", pretrained="openai"), dict(model=tiny())):

@@ -36,7 +36,8 @@ def test_recipes_are_the_papers(name):
     assert {key: found[key] for key in PAPERS[name]} == PAPERS[name] and found["unseen"] == []
     assert all(knobs["first_word"] for knobs in found["knobs"].values())
     Augmentation(**found["augmentation"])
-    assert recipes("clip:ViT-L-14-336-quickgelu/openai")[name]["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"])
+    large = recipes("clip:ViT-L-14-336-quickgelu/openai")[name]
+    assert large["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"]) and large["knobs"].get("mrovseg", {}).get("size", 672) == 672
 
 def test_small_recipes_are_as_they_were():
     "The weights that ship were made by them: no picture is changed, and a class is the mean of its words."

@@ -17,6 +17,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from ..cache import file_digest
@@ -175,6 +176,7 @@ def _build(
     try:
         if tensors.keys() >= set(MARKS):   # open_clip would stumble over them
             built = open_clip.create_model(model, None, **(options | dict(require_pretrained=False)))
+            if pretrained.endswith(".safetensors"): tensors = load_file(pretrained)   # until now there were shapes alone
             built.load_state_dict({name: o for name, o in tensors.items() if name not in MARKS})
         else: built = open_clip.create_model(model, None if pretrained == "random" else pretrained, **options)
         return built, open_clip.get_tokenizer(model)
@@ -197,7 +199,9 @@ def load_clip(
     if ":" in model:
         if pretrained is not None: raise ValueError(f"{model} brings its own weights: leave `pretrained` away.")
         place, _, name = model.partition(":")
-        if place == "local-dir": model = f"local-dir:{Path(name).expanduser()}"
+        if place == "local-dir":
+            if not (folder := Path(name).expanduser()).is_dir(): raise ValueError(f"there is no folder {folder}. Check the path")
+            model = f"local-dir:{folder}"
         return _build(model, None, False, _hub_normalisation(model, like))   # QuickGELU open_clip reads there itself
     model = model.replace("/", "-")   # open_clip takes both ViT-B/16 and ViT-B-16
     config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
@@ -217,7 +221,8 @@ def load_clip(
     path = Path(pretrained).expanduser()
     if (path/"open_clip_config.json").is_file(): raise ValueError(f"{path} is a folder that brings its own configuration: take clip:local-dir:{path}")
     if not path.is_file(): raise ValueError(f"{pretrained!r} is neither a file nor a tag of {model}. Tags: {', '.join(tags) or 'none known'}")
-    tensors = peek(path)
+    if not (tensors := peek(path)) and path.suffix not in (".npz", ".npy"):   # which open_clip reads in its own way
+        raise ValueError(f"{path} does not fit {model}: it cannot be read as a checkpoint. Download it again, or save it as .safetensors")
     return _build(model, str(path), *file_settings(model, path, tensors, like), tensors)
 
 # %% ../../nbs/11_clip.ipynb #e025d9d6
