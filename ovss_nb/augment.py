@@ -9,10 +9,12 @@ __all__ = ['Augmentation', 'merge_vocabularies', 'TrainingSets', 'SetBatches', '
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Annotated
 import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
+from .options import Count, Index, Positive, Range, Share, check_options
 from .train import Batches
 from .vocabulary import Vocabulary
 
@@ -35,29 +37,24 @@ _RECOLOURS = { # (3 x H x W uint8, amount) -> the same
 @dataclass(frozen=True)
 class Augmentation:
     "How pictures are changed by chance; the defaults are CAT-Seg's. Raises `ValueError` for values that make no sense."
-    shortest:tuple[int, int] = (384, 384) # pixels of the shorter side, drawn from this range
-    step:int = 1 # sizes in the range are so many pixels apart
-    scale:tuple[float, float]|None = None # in place of `shortest`: factors of the picture's own size, drawn from this range
-    longest:int|None = None # pixels of the longer side at most; default: four times the shorter, with `scale` no limit
-    crop:int = 384 # side of the square that is cut out
-    jitter:float = 0.5 # probability of each of the next four changes
-    brightness:float = 32/255 # share of white that is added or taken away at most
-    contrast:float = 0.5 # factors of all pixels are drawn from 1 - this to 1 + this
-    saturation:float = 0.5 # likewise, of the distance from grey (in HSV)
-    hue:float = 0.1 # turn of the colour circle at most, as a share of it
-    flip:float = 0.5 # probability
-    fill:int = 128 # grey beside a picture that is smaller than the square
-    ignore:int = 255 # label there
+    shortest:tuple[Count, Count] = (384, 384) # pixels of the shorter side, drawn from this range
+    step:Count = 1 # sizes in the range are so many pixels apart
+    scale:tuple[Positive, Positive]|None = None # in place of `shortest`: factors of the picture's own size, drawn from this range
+    longest:Count|None = None # pixels of the longer side at most; default: four times the shorter, with `scale` no limit
+    crop:Count = 384 # side of the square that is cut out
+    jitter:Share = 0.5 # probability of each of the next four changes
+    brightness:Share = 32/255 # share of white that is added or taken away at most
+    contrast:Share = 0.5 # factors of all pixels are drawn from 1 - this to 1 + this
+    saturation:Share = 0.5 # likewise, of the distance from grey (in HSV)
+    hue:Annotated[float, Range(0, 0.5)] = 0.1 # turn of the colour circle at most, as a share of it
+    flip:Share = 0.5 # probability
+    fill:Annotated[int, Range(0, 255)] = 128 # grey beside a picture that is smaller than the square
+    ignore:Index = 255 # label there
 
     def __post_init__(self):
-        object.__setattr__(self, "shortest", tuple(self.shortest))   # JSON gives lists
-        if len(self.shortest) != 2 or not 1 <= self.shortest[0] <= self.shortest[1]: raise ValueError(f"shortest={self.shortest} must be the least and the most pixels of the shorter side")
-        if self.scale is not None: object.__setattr__(self, "scale", tuple(self.scale))
-        if self.scale is not None and (len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]):
-            raise ValueError(f"scale={self.scale} must be the least and the greatest factor of a picture's size")
-        if self.crop < 1 or self.step < 1: raise ValueError(f"crop={self.crop} and step={self.step} must be at least 1 pixel")
-        if not all(0 <= o <= 1 for o in (self.jitter, self.brightness, self.contrast, self.saturation, self.flip)) or not 0 <= self.hue <= 0.5:
-            raise ValueError(f"jitter, brightness, contrast, saturation and flip lie between 0 and 1, hue between 0 and 0.5: {self}")
+        check_options(self)
+        if self.shortest[0] > self.shortest[1]: raise ValueError(f"shortest={self.shortest} must be the least and the most pixels of the shorter side")
+        if self.scale is not None and self.scale[0] > self.scale[1]: raise ValueError(f"scale={self.scale} must be the least and the greatest factor of a picture's size")
 
     def recolour(self,
         picture:torch.Tensor, # 3 x H x W uint8

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Count', 'Index', 'Positive', 'NotNegative', 'Share', 'OptionError', 'Range', 'expected', 'fitted', 'fit_option',
-           'option_kinds', 'check_options', 'check_names', 'checked_arguments', 'read_option', 'read_options']
+           'option_kinds', 'check_options', 'check_names', 'checked_arguments', 'guess', 'read_option', 'argument',
+           'read_options']
 
 # %% ../nbs/00_options.ipynb #43593635
-import inspect, json, math, os, re, sys
+import argparse, inspect, json, math, os, re, tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -64,7 +65,7 @@ def expected(
 
 # %% ../nbs/00_options.ipynb #eff8b213
 def fitted(value, kind):
-    "`value` as `kind` has it. Raises `TypeError` for one that does not fit."
+    "`value` as `kind` has it. Raises `TypeError` for one that does not fit, and `OverflowError` for one that no float can hold."
     origin, inside = get_origin(kind) or kind, get_args(kind)
     if kind in (object, Any): return value
     if origin is Annotated:
@@ -73,14 +74,14 @@ def fitted(value, kind):
     elif origin in (Union, UnionType):
         for o in inside:
             try: return fitted(value, o)
-            except TypeError: continue
+            except (TypeError, OverflowError): continue
     elif origin is Literal:
         for o in inside:
             if type(value) is type(o) and value == o: return o
     elif origin is bool or isinstance(value, (bool, np.bool_)):
         if origin is bool and isinstance(value, (bool, np.bool_)): return bool(value)
     elif origin is int and isinstance(value, Integral): return int(value)
-    elif origin is float and isinstance(value, Real) and abs(value) <= sys.float_info.max: return float(value)
+    elif origin is float and isinstance(value, Real) and math.isfinite(value): return float(value)
     elif origin is str and isinstance(value, (str, os.PathLike)): return os.fspath(value)
     elif origin in (tuple, list): return _fitted_items(value, origin, inside)
     elif origin is dict and isinstance(value, dict):
@@ -103,7 +104,7 @@ def fit_option(
 ):
     "The value of an option, checked. Raises `OptionError`."
     try: return fitted(value, kind)
-    except TypeError: raise OptionError(f"{name} must be {expected(kind)}, not {value!r}") from None
+    except (TypeError, OverflowError): raise OptionError(f"{name} must be {expected(kind)}, not {value!r}") from None
 
 # %% ../nbs/00_options.ipynb #218267ff
 @lru_cache
@@ -142,14 +143,17 @@ def _is_plain(kind) -> bool:
 
 def checked_arguments(
     function:Callable, # with annotations
+    error:type[ValueError]=OptionError, # what is raised
 ) -> Callable:
-    "Decorator: arguments of plain types are checked by their annotations before the call, which raises `OptionError`."
+    "Decorator: arguments of plain types are checked by their annotations before the call, which raises `error`."
     signature = inspect.signature(function)
     @wraps(function)
     def call(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         for name, kind in get_type_hints(function, include_extras=True).items():
-            if name in bound.arguments and _is_plain(kind): bound.arguments[name] = fit_option(name, bound.arguments[name], kind)
+            if name not in bound.arguments or not _is_plain(kind): continue
+            try: bound.arguments[name] = fit_option(name, bound.arguments[name], kind)
+            except OptionError as e: raise error(str(e)) from None
         return function(*bound.args, **bound.kwargs)
     return call
 
@@ -162,11 +166,12 @@ def _rank(kind) -> int:
     origin = get_origin(kind) or kind
     return _ORDER.index(origin) if origin in _ORDER else len(_ORDER)
 
-def _json(text:str, wanted:type):
-    "The JSON value in a text if it is of the wanted type, else None."
-    try: found = json.loads(text)
-    except ValueError: return None
-    return found if isinstance(found, wanted) else None
+def guess(text:str):
+    "The value that a text is in JSON or TOML, else the text itself."
+    for read in (json.loads, lambda text: tomllib.loads(f"value = {text}")["value"]):
+        try: return text if "\n" in text else read(text)
+        except (ValueError, RecursionError): continue
+    return text
 
 def _read(text:str, kind):
     "The value that a text stands for, of the wanted type but not yet checked. Raises `TypeError` or `ValueError`."
@@ -179,9 +184,9 @@ def _read(text:str, kind):
     if origin is bool: return _SWITCHES[text.lower()]
     if origin in (int, float): return origin(text)
     if origin in (tuple, list): return _read_items(text, inside)
-    if origin is dict: return _json(text, dict)
-    quoted = _json(text, str)
-    return text if quoted is None else quoted
+    written = guess(text)
+    if origin is dict or kind in (object, Any): return written
+    return written if isinstance(written, str) else text
 
 def _read_union(text:str, kinds):
     "The value of the first type, in `_ORDER`, that a text can be read as and that takes it."
@@ -189,18 +194,18 @@ def _read_union(text:str, kinds):
     for kind in sorted(kinds, key=_rank):
         if str in kinds and (get_origin(kind) or kind) in (tuple, list) and not listed: continue
         try: return fitted(_read(text, kind), kind)
-        except (TypeError, ValueError, KeyError): continue
+        except (TypeError, ValueError, KeyError, ArithmeticError): continue
     raise ValueError(text)
 
 def _read_items(text:str, inside):
-    "The items of a list, as JSON or with commas between them."
-    items = _json(text, list)
-    if items is None:
-        bare = text[1:-1] if re.fullmatch(r"[(].*[)]|[[].*[]]", text) else text
-        items = [o.strip() for o in bare.split(",")] if bare.strip() else []
-        if "" in items: raise ValueError(text)
-    kinds = inside[:1]*len(items) if not inside or inside[-1] is Ellipsis or len(inside) == 1 else inside
-    return [_read(o, kind) if isinstance(o, str) else o for o, kind in zip(items, kinds or [str]*len(items), strict=True)]
+    "The items of a list, as JSON or TOML, or with commas between them."
+    if isinstance(items := guess(text), list): return items
+    bare = text[1:-1] if re.fullmatch(r"\(.*\)|\[.*\]", text) else text
+    items = [o.strip() for o in bare.split(",")] if bare.strip() else []
+    if "" in items: raise ValueError(text)
+    endless = not inside or inside[1:] in ((), (...,))
+    kinds = (inside[:1] or (object,))*len(items) if endless else inside
+    return [_read(o, kind) for o, kind in zip(items, kinds, strict=True)]
 
 # %% ../nbs/00_options.ipynb #4685f944
 def read_option(
@@ -211,7 +216,16 @@ def read_option(
     "The value that a text from the shell stands for. Raises `OptionError`."
     text = text.strip()
     try: return fitted(_read(text, kind), kind)
-    except (TypeError, ValueError, KeyError, RecursionError): raise OptionError(f"{name} must be {expected(kind)}, not {text!r}") from None
+    except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError): raise OptionError(f"{name} must be {expected(kind)}, not {text!r}") from None
+
+def argument(
+    kind, # see `expected`
+) -> Callable[[str], object]: # what argparse takes as `type`
+    "What reads an argument of the command line."
+    def read(text):
+        try: return read_option("it", text, kind)
+        except OptionError: raise argparse.ArgumentTypeError(f"must be {expected(kind)}, not {text!r}") from None
+    return read
 
 def read_options(
     texts:Iterable[str], # "name=value" each

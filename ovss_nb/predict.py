@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'SYSTEMS', 'DEFAULT_SYSTEM', 'list_encoders', 'list_systems', 'create_encoder', 'resize_rule', 'has_knob',
-           'shipped_weights', 'create', 'segment', 'segment_files']
+           'read_knobs', 'shipped_weights', 'create', 'segment', 'segment_files']
 
 # %% ../nbs/42_predict.ipynb #53e34ef7
+import inspect, json
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 from tqdm.auto import tqdm
 from .images import ImageError, load_image
+from .options import Count, Range, check_names, fit_option, option_kinds, read_option, read_options
 from .segmentation import Segmentation
 from .vocabulary import Vocabulary
 
@@ -60,8 +62,11 @@ def create_encoder(
     **knobs, # passed on, e.g. dense="value" for clip
 ):
     "Build an encoder from a short description. Raises ValueError for an unknown one, MissingExtra for a missing package."
-    kind, _, rest = spec.partition(":")
+    kind, _, rest = fit_option("encoder", spec, str).partition(":")
     module = import_module(_look_up(kind, ENCODERS, "encoder")[0])
+    built = getattr(module, dict(lite="LiteEncoder", conse="ConSEEncoder", clip="CLIPEncoder", simseg="SimSegEncoder")[kind])
+    known = inspect.signature(getattr(built, "from_checkpoint", built)).parameters
+    check_names(knobs, [o for o in known if o not in ("weights", "model", "pretrained", "path", "device")], f"the {kind} encoder")
     if kind == "lite": return module.LiteEncoder(rest or None, device=device, **knobs)
     if kind == "conse":
         if rest: raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not {spec!r}")
@@ -76,27 +81,56 @@ def create_encoder(
     encoder = module.SimSegEncoder.from_checkpoint(rest, **knobs)
     return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))
 
+_RULES = dict(square=["size"], shortest=["size", "longest"], windows=["size", "window", "overlap"])
+_NUMBERS = dict(size=Count, longest=Count, window=Count, overlap=Annotated[float, Range(0, 1, "high")])
+
 def resize_rule(
     rule:str, # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the system's own
 ) -> tuple[dict, dict|None]: # knobs of the configuration, and arguments of `SlidingWindows` or None
-    "What a resize rule means. Raises ValueError for one that does not read so."
-    if not rule: return {}, None
-    kind, *numbers = rule.split(":")
-    try:
-        if kind == "square" and len(numbers) == 1: return dict(size=int(numbers[0]), keep_aspect=False), None
-        if kind == "shortest" and len(numbers) in (1, 2): return dict(zip(("size", "longest"), map(int, numbers))) | dict(keep_aspect=True), None
-        if kind == "windows" and len(numbers) in (2, 3): return {}, dict(zip(("size", "window", "overlap"), (int(numbers[0]), int(numbers[1]), *map(float, numbers[2:]))))
-    except ValueError: pass
-    raise ValueError(f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, windows:640:384 or windows:640:384:0.333")
+    "What a resize rule means. Raises `ValueError` for one that does not read so, or whose numbers cannot be."
+    if not fit_option("resize", rule, str): return {}, None
+    kind, *texts = (o.strip() for o in rule.split(":"))
+    names = _RULES.get(kind, [])
+    if not 1 + (kind == "windows") <= len(texts) <= len(names):
+        raise ValueError(f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, "
+                         "windows:640:384 or windows:640:384:0.333")
+    found = {name: read_option(f"{name} in the resize rule {rule!r}", text, _NUMBERS[name]) for name, text in zip(names, texts)}
+    if found.get("longest", found["size"]) < found["size"]:
+        raise ValueError(f"the resize rule {rule!r} bounds the longer side by {found['longest']} pixels, but the shorter one gets {found['size']}")
+    if found.get("window", 0) > found["size"]:
+        raise ValueError(f"the resize rule {rule!r} has windows of {found['window']} pixels in an image of {found['size']}")
+    return ({}, found) if kind == "windows" else (found | dict(keep_aspect=kind == "shortest"), None)
 
-def _system_class(name:str): module, cls, _ = _look_up(name, SYSTEMS, "system"); return getattr(import_module(module), cls)
+def _system_class(name:str):
+    module, cls, _ = _look_up(name, SYSTEMS, "system")
+    return getattr(import_module(module), cls)
 
 def has_knob(
     system:str, # of `list_systems`
     knob:str,
 ) -> bool:
     "Whether a system can be asked for a knob. Raises `ValueError` for an unknown system."
-    return any(o.name == knob for o in fields(_system_class(system).config_class))
+    return knob in option_kinds(_system_class(system).config_class)
+
+def read_knobs(
+    system:str, # of `list_systems`
+    knobs:dict|str|Iterable[str], # {name: value}, the same as JSON, or texts "name=value"
+    door:str="", # what stands before a name where it was typed, e.g. "--set ", for messages
+) -> dict[str, object]:
+    "Knobs of a system from where there are texts: each is read as its knob wants it. Raises `ValueError` for an unknown system, name or value."
+    config = _system_class(system).config_class
+    kinds = option_kinds(config)
+    if isinstance(knobs, str):
+        try: knobs = json.loads(knobs or "{}")
+        except ValueError: knobs = [knobs]
+    if not isinstance(knobs, dict): return read_options(knobs, kinds, config.__name__, door)
+    check_names(knobs, kinds, config.__name__)
+    def read(name, value):
+        try: return fit_option(door + name, value, kinds[name])
+        except ValueError:
+            if not isinstance(value, str): raise
+        return read_option(door + name, value, kinds[name])
+    return {name: read(name, value) for name, value in knobs.items()}
 
 def _own_windows(sizes:dict, windows:dict|None) -> dict:
     "What `resize_rule` gives, in the knobs of a system that brings its own windows."

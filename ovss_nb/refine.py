@@ -16,6 +16,7 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 from .extras import MissingExtra, require
+from .options import Index, NotNegative, Positive, check_options
 
 # %% ../nbs/21_refine.ipynb #9adfc944
 def _label_dtype(classes:int) -> torch.dtype:
@@ -267,12 +268,14 @@ def erode(
 @dataclass(frozen=True)
 class CRFConfig:
     "Widths and strengths of a dense CRF; the defaults are those of PnP-OVSS (SYSTEMS 6.5 step 5 and section 7)."
-    gaussian_sxy:float = 3 # width of the smoothness term, pixels
-    gaussian_compat:float = 7 # its strength
-    bilateral_sxy:float = 50 # width of the appearance term, pixels
-    bilateral_srgb:float = 5 # and in colour, levels of 0..255
-    bilateral_compat:float = 10 # its strength
-    iterations:int = 10 # mean-field steps
+    gaussian_sxy:Positive = 3 # width of the smoothness term, pixels
+    gaussian_compat:NotNegative = 7 # its strength
+    bilateral_sxy:Positive = 50 # width of the appearance term, pixels
+    bilateral_srgb:Positive = 5 # and in colour, levels of 0..255
+    bilateral_compat:NotNegative = 10 # its strength
+    iterations:Index = 10 # mean-field steps
+
+    def __post_init__(self): check_options(self)
 
 PNP_CRF = CRFConfig()
 SIMSEG_CRF = CRFConfig(gaussian_compat=3, bilateral_sxy=40, bilateral_srgb=13, iterations=3)

@@ -10,43 +10,39 @@ __all__ = ['SalienceConfig', 'salience_maps', 'class_tokens', 'drop_more', 'with
 # %% ../nbs/24_salience.ipynb #1037a59c
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 from .encoders.blip import split_prompts
 from .encoders.itm import ImageTextMatcher, ImageTokens, Prompts
+from .options import Count, Index, Range, Share, check_options
 from .refine import PNP_CRF, dense_crf, gaussian_blur, min_max, threshold, upsample_argmax
 
 # %% ../nbs/24_salience.ipynb #22785f4b
 @dataclass(frozen=True)
 class SalienceConfig:
     "Every knob between a matching model and labels (PnP-OVSS; SYSTEMS 6 and section 9). Raises `ValueError` for a value that means nothing."
-    layer:int = 7 # of cross-attention, from 0; the paper's layer 8
-    head:int = 9 # in that layer, from 0
+    layer:Index = 7 # of cross-attention, from 0; the paper's layer 8
+    head:Index = 9 # in that layer, from 0
     gradient:bool = True # weigh attention by the verdict's derivative (PN-3); false: attention alone
     one_prompt:bool = True # name all classes of an image in one text, as published; false: a text for each
-    drop_rule:str = "fixed10" # patches dropped after each iteration: "fixed10" (code), "half" of those left (paper); that the code made the table is inferred
-    drop_iter:int = 4 # iterations of Salience DropOut; 1 is GradCAM alone
+    drop_rule:Literal["fixed10", "half"] = "fixed10" # patches dropped after each iteration: "fixed10" (code), "half" of those left (paper); that the code made the table is inferred
+    drop_iter:Count = 4 # iterations of Salience DropOut; 1 is GradCAM alone
     double_first:bool = True # count iteration 0 twice, as the code does; false: PN-5 as printed
-    threshold:float = 0.15 # places of a map below this, on its min-max scale, are emptied
+    threshold:Annotated[float, Range(0, 1, "low")] = 0.15 # places of a map below this, on its min-max scale, are emptied
     rescale_after_resize:bool = False # min-max again after resizing: the code for COCO
-    bg_rule:str = "always" # a background map: "always" (VOC, COCO-Object), "few" (with fewer than three classes: Context, ADE, COCO-Stuff), "never"
-    blur:float = 0.05 # sigma of the Gaussian in sides of the image, the longer one; 0: none
+    bg_rule:Literal["always", "few", "never"] = "always" # a background map: "always" (VOC, COCO-Object), "few" (with fewer than three classes: Context, ADE, COCO-Stuff), "never"
+    blur:Share = 0.05 # sigma of the Gaussian in sides of the image, the longer one; 0: none
     crf:bool = True # joint dense CRF at the end (extra `crf`)
-    crf_pixels:int = 500_000 # a larger image is refined at this many pixels
+    crf_pixels:Count = 500_000 # a larger image is refined at this many pixels
     compat_inplace_remap:bool = False # number the labels as the code does, one class overwriting another
     compat_glue_names:str = "" # characters taken out of names before they are read: " " for the code's ADE, " -" for its COCO
-    rows:int|None = None # texts, or images, in one pass through the model at most: bounds memory, changes nothing else
+    rows:Count|None = None # texts, or images, in one pass through the model at most: bounds memory, changes nothing else
 
     def __post_init__(self):
-        for knob, choices in (("drop_rule", ("fixed10", "half")), ("bg_rule", ("always", "few", "never"))):
-            if getattr(self, knob) not in choices: raise ValueError(f"{knob} must be {' or '.join(map(repr, choices))}, not {getattr(self, knob)!r}")
-        for knob in ("drop_iter", "crf_pixels"):
-            if getattr(self, knob) < 1: raise ValueError(f"{knob} must be at least 1, not {getattr(self, knob)}")
-        if self.rows is not None and self.rows < 1: raise ValueError(f"rows must be at least 1, or None for no bound, not {self.rows}")
-        if not 0 < self.threshold <= 1: raise ValueError(f"threshold must lie above 0 and at most at 1, not {self.threshold}")
-        if self.blur < 0: raise ValueError(f"blur must be 0 or more, not {self.blur}")
+        check_options(self)
 
 # %% ../nbs/24_salience.ipynb #c8a6d083
 def _pairing(index, texts:int, images:int) -> torch.Tensor:

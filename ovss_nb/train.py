@@ -11,8 +11,10 @@ import csv, json, math, os, re, shutil, signal, threading, uuid
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from .cache import Cache, atomic_path
 from .extras import require
+from .options import Count, Index, NotNegative, Positive, Range, checked_arguments
 
 # %% ../nbs/43_train.ipynb #f031549b
 class TrainingError(ValueError):
@@ -279,28 +282,29 @@ def _read_state(path:Path, settings:dict) -> dict:
         raise TrainingError(f"{path.parent.parent} holds a run with {'; '.join(other)}. Take another run_dir, or the same settings")
     return state
 
+@partial(checked_arguments, error=TrainingError)
 def fit(
     model:nn.Module, # on its device, in the modes to train in; frozen parts have requires_grad=False
     step, # (model, batch) -> (loss, {name: number to log})
     batches, # (number of the batch, torch.Generator) -> batch, always the same for the same number
     run_dir, # for log.csv and checkpoints/
     *,
-    steps:int, # updates of the weights
-    lr:float=1e-3, # AdamW's, at its height
-    weight_decay:float=0.05,
+    steps:Count, # updates of the weights
+    lr:Positive=1e-3, # AdamW's, at its height
+    weight_decay:NotNegative=0.05,
     groups:dict[str, float]|None=None, # factors of the learning rate by name, as for `parameter_groups`
     schedule:str="cosine", # constant, cosine or poly
-    warmup:int=0, # steps
-    clip:float|None=1.0, # largest norm of the whole gradient
-    accumulate:int=1, # batches per step, shared by all processes
-    precision:str="fp32", # fp32, or bf16: automatic mixed precision
-    average:float|None=None, # decay of the weights' average over the steps, e.g. 0.999; the model ends with the average
-    seed:int=0,
-    log_every:int=50, # steps per row of the log
-    save_every:int=500, # steps
-    keep:int=2, # checkpoints
+    warmup:Index=0, # steps
+    clip:Positive|None=1.0, # largest norm of the whole gradient
+    accumulate:Count=1, # batches per step, shared by all processes
+    precision:Literal["fp32", "bf16"]="fp32", # fp32, or bf16: automatic mixed precision
+    average:Annotated[float, Range(0, 1, "both")]|None=None, # decay of the weights' average over the steps, e.g. 0.999; the model ends with the average
+    seed:Index=0,
+    log_every:Count=50, # steps per row of the log
+    save_every:Count=500, # steps
+    keep:Count=2, # checkpoints
     on_interval=None, # (steps done, row) -> true to stop early; may add numbers to the row
-    early:int=0, # steps after which `on_interval` is called once with an empty row; 0: not
+    early:Index=0, # steps after which `on_interval` is called once with an empty row; 0: not
     tensorboard:bool=False, # the log also for TensorBoard, in run_dir/tensorboard
     progress:bool=True,
 ) -> list[dict]: # the rows of log.csv: step, lr, loss, gradient (its norm before clipping), and what `step` gave
@@ -311,10 +315,6 @@ def fit(
     number, count = processes()
     settings = dict(steps=steps, lr=lr, weight_decay=weight_decay, groups=groups or {}, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
         precision=precision, seed=seed, log_every=log_every) | (dict(average=average) if average else {}) | (dict(processes=count) if count > 1 else {})
-    for name, value in dict(steps=steps, accumulate=accumulate, log_every=log_every, save_every=save_every, keep=keep).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise TrainingError(f"{name} must be a whole number, 1 or more, not {value!r}")
-    if precision not in ("fp32", "bf16"): raise TrainingError(f"precision={precision!r} is unknown. Choose from: fp32, bf16")
-    if average is not None and not 0 < average < 1: raise TrainingError(f"average={average} must lie between 0 and 1, e.g. 0.999")
     if accumulate % count: raise TrainingError(f"accumulate={accumulate} batches per step cannot be shared by {count} processes: make it a multiple, and the batches smaller")
     schedule_factor(0, steps, schedule)
     run_dir = Path(run_dir)

@@ -438,9 +438,9 @@ def test_offline_names_the_fix(tmp_path):
     (dict(model="ViT-B-16-SigLIP", pretrained="random"), "no ViT image tower"),
     (dict(model="ViT-B-61", pretrained="random"), "Close names: ViT-B-16"),
     (dict(model="ViT-B-16", pretrained="opneai"), "neither a file nor a tag.*openai"),
-    (dict(dense="values"), "Choose from: tokens, value, vv, loda"),
-    (dict(residual="none"), "Choose from: cls, token"),
-    (dict(precision="fp16"), "Choose from: fp32, bf16"),
+    (dict(dense="values"), "'tokens', 'value', 'vv' or 'loda'"),
+    (dict(residual="none"), "'cls' or 'token'"),
+    (dict(precision="fp16"), "'fp32' or 'bf16'"),
     (dict(dense="vv", start=7), "from 0 to 6"),
     (dict(pretrained="openai"), "leave `pretrained` away"),
 ])

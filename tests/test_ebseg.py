@@ -466,10 +466,10 @@ class Blind(Encoder):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: EBSeg(Blind(), weights="random"), "no transformer blocks"),
-    (lambda: small(first=6), "numbers from 0 to 5"), (lambda: small(fused=(1, 2)), "three from 0 to 6"), (lambda: small(surgery=-1), "numbers from 0"),
+    (lambda: small(first=6), "numbers from 0 to 5"), (lambda: small(fused=(1, 2)), "fused must be a list of 3"), (lambda: small(surgery=-1), "surgery must be a whole number from 0 up"),
     (lambda: small(second="dino"), "no second encoder"), (lambda: small(weights=None), "no weights"), (lambda: small(overlap="meaning"), "overlap must be"),
     (lambda: small().scores(photo(), small().encode_text(WORDS)), "encode_image"),
-    (lambda: small(gamma=1.2), "shares"), (lambda: small(groups=5), "multiple of groups"),
+    (lambda: small(gamma=1.2), "gamma must be a number from 0 to 1"), (lambda: small(gamma=0.8), "shares"), (lambda: small(groups=5), "multiple of groups"),
 ])
 def test_refused(make, message):
     with pytest.raises(ValueError, match=message): make()

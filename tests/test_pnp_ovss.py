@@ -115,7 +115,7 @@ def test_defaults_that_depend_on_the_matcher():
     assert PnPOVSSConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("knobs, message", [(dict(matcher="bridge"), "no matcher 'bridge'"), (dict(selection="gpt4o"), "choose from llm, clip, all, oracle"), (dict(prompts="subclasses"), "leave prompts"),
+@pytest.mark.parametrize("knobs, message", [(dict(matcher="bridge"), "no matcher 'bridge'"), (dict(selection="gpt4o"), "'llm', 'clip', 'all' or 'oracle'"), (dict(prompts="subclasses"), "leave prompts"),
     (dict(drop_rule="none"), "drop_rule"), (dict(bg_rule="maybe"), "bg_rule"), (dict(threshold=2), "threshold"), (dict(pooling="median"), "'mean' or 'max'")])
 def test_bad_knobs(knobs, message):
     with pytest.raises(ValueError, match=message): PnPOVSSConfig(**knobs)

@@ -363,7 +363,7 @@ def test_other_shapes_are_refused(shape):
         with pytest.raises(ValueError, match="multiples of 4"): reading(torch.zeros(shape))
 
 def test_other_options_are_refused():
-    for options, message in ((dict(size=30), "multiple of 4"), (dict(size=0), "multiple of 4"), (dict(precision="fp8"), "fp32, bf16"), (dict(checkpoint="random"), "leave `checkpoint` away")):
+    for options, message in ((dict(size=30), "multiple of 4"), (dict(size=0), "size must be"), (dict(precision="fp8"), "'fp32' or 'bf16'"), (dict(checkpoint="random"), "leave `checkpoint` away")):
         with pytest.raises(ValueError, match=message): encoder(**options)
     with pytest.raises(ValueError, match="Linear is no image encoder of SAM"): SAMEncoder(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="with absolute positions"): encoder(tiny(use_abs_pos=False))

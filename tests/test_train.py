@@ -287,7 +287,7 @@ def test_numbers_that_are_none(tmp_path, spoil, message):
     assert all(o.isfinite().all() for o in model.state_dict().values())
 
 @pytest.mark.parametrize("options, message", [(dict(steps=0), "steps must be"), (dict(accumulate=1.5), "accumulate must be"), (dict(keep=0), "keep must be"), (dict(save_every=True), "save_every"),
-    (dict(precision="fp16"), "fp32, bf16"), (dict(schedule="linear"), "constant, cosine, poly"), (dict(groups={"clip": 0.1}), r"name fits \['clip'\]")])
+    (dict(precision="fp16"), "'fp32' or 'bf16'"), (dict(schedule="linear"), "constant, cosine, poly"), (dict(groups={"clip": 0.1}), r"name fits \['clip'\]")])
 def test_options_are_checked(tmp_path, options, message):
     with pytest.raises(TrainingError, match=message): fit(Small(), step, batches, tmp_path/"run", **RECIPE | options)
     assert not checkpoints(tmp_path/"run")
@@ -472,7 +472,7 @@ def test_average(tmp_path, calm):
     again = Small()
     assert fit(again, step, batches, tmp_path/"b", average=0.8, **RECIPE | dict(log_every=1)) == log and equal(state(again), state(model))
     assert equal(state(again), state(finished)) and fit(finished, step, batches, tmp_path/"b", average=0.8, **RECIPE | dict(log_every=1)) == log
-    with pytest.raises(TrainingError, match="average=2"): fit(Small(), step, batches, tmp_path/"c", average=2, **RECIPE)
+    with pytest.raises(TrainingError, match="average must be a number above 0 to below 1"): fit(Small(), step, batches, tmp_path/"c", average=2, **RECIPE)
     with pytest.raises(TrainingError, match="average=0.8, now 0.9"): fit(Small(), step, batches, tmp_path/"b", average=0.9, **RECIPE | dict(log_every=1))
 
 def test_a_faulty_measurement_shows_early(tmp_path, calm):

@@ -156,7 +156,7 @@ def test_refusals(tuner, tmp_path, monkeypatch):
     refused("at least 1", search, tuner, tmp_path, 0, SPACE)
     refused("count", search, tuner, tmp_path, 3, SPACE, "miou")
     refused("tpe", search, tuner, tmp_path, 3, SPACE, sampler="grid")
-    with pytest.raises(ValueError, match="threshold must lie"): search(tuner, tmp_path, 3, dict(threshold=[0.1, 2]))
+    with pytest.raises(ValueError, match="threshold must be a number above 0 to 1, not 2"): search(tuner, tmp_path, 3, dict(threshold=[0.1, 2]))
     refused("no image", Tuner, system, [], reward, progress=False)
     refused("PnPOVSS", Tuner, SimpleNamespace(), [stripes()], reward, progress=False)
     nothing = PnPOVSS(system.encoder, system.config, model=system.matcher, selector=SimpleNamespace(select=lambda image, words: SimpleNamespace(indices=[0])))

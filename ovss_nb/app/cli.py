@@ -9,13 +9,15 @@ __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main'
 import argparse, html, json, os, sys, time
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 from .experiments import add_commands, command
 from ..cache import atomic_path, check_writable, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
 from ..images import check_bands, check_limits, load_image, open_picture
 from ..language_model import LanguageModel
-from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, segment_files
+from ..options import Count, Index, NotNegative, Range, argument
+from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, read_knobs, resize_rule, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation, SegmentationError
 from ..vocabulary import Vocabulary, VocabularyError, list_vocabularies, load_vocabulary, read_lines
@@ -96,12 +98,15 @@ def run(
     return failed
 
 # %% ../../nbs/app/50_cli.ipynb #e8916ed6
-def _knob(text:str) -> tuple[str, object]:
-    "KNOB=VALUE with the value read as JSON where it is JSON (numbers, true, null), else as text."
-    name, equals, value = text.partition("=")
-    if not equals: raise ValueError(f"--set takes KNOB=VALUE, e.g. --set size=640, not {text!r}")
-    try: return name, json.loads(value)
-    except json.JSONDecodeError: return name, value
+def _resize(text:str) -> str:
+    "A resize rule that can be, for argparse."
+    try: resize_rule(text)
+    except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+class _Parser(argparse.ArgumentParser):
+    "Says what is wrong in one line, as every other error is said."
+    def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
 
 def _add_reading(verb):
     "Options for images whose file does not say what is black, white, red, green and blue."
@@ -130,12 +135,12 @@ def _said(error:Exception|str) -> str:
 def _add_large(verbs):
     tiles = verbs.add_parser("tiles", help="a picture too large for one look: overlapping tiles into one label map; goes on where it was stopped")
     tiles.add_argument("file", type=Path, metavar="FILE", help="what Pillow opens, or a GeoTIFF of any size (extra `geo`)")
-    tiles.add_argument("--tile", type=int, metavar="PIXELS", help="what is seen at once (default: the system's input size)")
-    tiles.add_argument("--overlap", type=float, default=0.25, help="share of a tile (default: %(default)s)")
-    tiles.add_argument("--margin", type=int, metavar="PIXELS", help="context around what counts (default: a quarter of the overlap)")
+    tiles.add_argument("--tile", type=argument(Count), metavar="PIXELS", help="what is seen at once (default: the system's input size)")
+    tiles.add_argument("--overlap", type=argument(Annotated[float, Range(0, 1, "high")]), default=0.25, help="share of a tile (default: %(default)s)")
+    tiles.add_argument("--margin", type=argument(Index), metavar="PIXELS", help="context around what counts (default: a quarter of the overlap)")
     video = verbs.add_parser("video", help="a video or a folder of frames into label maps and overlays; goes on where it was stopped (extra `video`)")
     video.add_argument("file", type=Path, metavar="FILE")
-    video.add_argument("--every", type=int, default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
+    video.add_argument("--every", type=argument(Count), default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
     video.add_argument("--mp4", type=Path, metavar="FILE", help="write the overlays as a video too")
     video.add_argument("--fps", metavar="RATE", help="frames per second of that video, e.g. 12.5 or 30000/1001 (default: the source's, divided by N; 25/N for a folder of frames)")
     onnx = verbs.add_parser("onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)")
@@ -154,7 +159,7 @@ def _add_large(verbs):
     for verb in (video, onnx): verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
 
 def _large(a) -> int:
-    knobs, reading = dict(map(_knob, a.set)), _reading(a)
+    knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
     if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
     if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
     if a.verb == "tiles":
@@ -198,7 +203,7 @@ def _video(a, knobs:dict, reading:dict) -> int:
 # %% ../../nbs/app/50_cli.ipynb #5d728697
 def main(arguments:list[str]|None=None) -> int:
     "Entry point of `ovss-nb`; returns the exit code."
-    parser = argparse.ArgumentParser("ovss-nb", description="Open-vocabulary semantic segmentation: an image and words in, a label map out.")
+    parser = _Parser("ovss-nb", description="Open-vocabulary semantic segmentation: an image and words in, a label map out.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     demo = verbs.add_parser("demo", help="segment the photographs that scikit-image ships")
     own = verbs.add_parser("segment", help="segment your own images")
@@ -207,14 +212,14 @@ def main(arguments:list[str]|None=None) -> int:
     app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
     app.add_argument("file", metavar="FILE")
     app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
-    app.add_argument("--port", type=int, default=8866, help="of the server on this machine (default: %(default)s)")
+    app.add_argument("--port", type=argument(Annotated[int, Range(1, 65535)]), default=8866, help="of the server on this machine (default: %(default)s)")
     app.add_argument("--no-browser", action="store_true", help="only serve")
     for verb in (own, app): _add_reading(verb)
     for verb in (demo, own, app):
         verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
         verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT, see `ovss-nb encoders` (default: %(default)s)")
         verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
-        verb.add_argument("--resize", default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
+        verb.add_argument("--resize", type=_resize, default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
         if verb is not app: verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
     own.add_argument("--format", action="append", default=[], choices=list(FORMATS), help="write this too (repeatable): " + "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items()))
     verbs.add_parser("systems", help="list the systems")
@@ -234,8 +239,8 @@ def main(arguments:list[str]|None=None) -> int:
     _add_prompts(verbs)
     _add_large(verbs)
     add_commands(verbs)
-    a = parser.parse_args(_two_words(sys.argv[1:] if arguments is None else arguments))
     try:
+        a = parser.parse_args(_two_words(sys.argv[1:] if arguments is None else arguments))
         if a.verb == "vocabularies":
             for name in list_vocabularies(): print(f"{name:16} {len(load_vocabulary(name)):4} names")
             return 0
@@ -253,7 +258,7 @@ def main(arguments:list[str]|None=None) -> int:
 
 def _app(a) -> int:
     from ovss_nb.app.viewer import serve   # brings torch
-    knobs = dict(map(_knob, a.set)) | (dict(resize=a.resize) if a.resize else {}) | {name: o for name, o in _reading(a).items() if o}
+    knobs = read_knobs(a.system, a.set, "--set ") | (dict(resize=a.resize) if a.resize else {}) | {name: o for name, o in _reading(a).items() if o}
     return serve(a.file, parse_classes(a.classes), a.port, not a.no_browser, system=a.system, encoder=a.encoder, **knobs)
 
 def _data(a) -> int:
@@ -283,12 +288,12 @@ def _add_prompts(verbs):
         if task in ("show", "check"): continue
         o.add_argument("--model", help="name of the model, as the server knows it")
         o.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI's)")
-        o.add_argument("--temperature", type=float, default=0)
+        o.add_argument("--temperature", type=argument(NotNegative), default=0)
         o.add_argument("--context", default="", help="what the photographs are, e.g. 'photographs of German streets'")
-        o.add_argument("--concurrency", type=int, default=8, help="calls at once (default: %(default)s)")
-        o.add_argument("--max-calls", type=int, metavar="N", help="stop after so many calls; the same command goes on")
-        o.add_argument("--max-tokens", type=int, metavar="N", help="stop after so many tokens")
-        o.add_argument("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens, for --dry-run")
+        o.add_argument("--concurrency", type=argument(Count), default=8, help="calls at once (default: %(default)s)")
+        o.add_argument("--max-calls", type=argument(Count), metavar="N", help="stop after so many calls; the same command goes on")
+        o.add_argument("--max-tokens", type=argument(Count), metavar="N", help="stop after so many tokens")
+        o.add_argument("--prices", type=argument(NotNegative), nargs=2, metavar=("IN", "OUT"), help="per million tokens, for --dry-run")
         o.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
 
 def _prompts(a) -> int:
@@ -345,7 +350,7 @@ def _prompts(a) -> int:
     return 1 if failed else 0
 
 def _segment(a) -> int:
-    knobs, reading = dict(map(_knob, a.set)), _reading(a)
+    knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
     if a.verb == "demo":
         folder = Path(require("skimage.data", "demo").__file__).parent
         pictures = [(folder/name, parse_classes(words)) for name, words in DEMO.items()]

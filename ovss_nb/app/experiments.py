@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 import ovss_nb
 from ..cache import atomic_path
 from ..extras import require
+from ..options import Count, OptionError, argument, check_names, fitted, guess, read_option
+from ..predict import SYSTEMS, read_knobs, resize_rule
 from ..workers import WorkerDied, spread
 
 # %% ../../nbs/app/51_experiments.ipynb #c8cb70fb
@@ -40,24 +42,6 @@ _TYPES |= {name: getattr(typing, name) for name in ("Any", "Literal", "Optional"
 def _near(name:str, known) -> str:
     "A hint for a misspelt name, or nothing."
     return "".join(f" Did you mean `{o}`?" for o in get_close_matches(str(name), known, 1))
-
-def _fitted(value, kind):
-    "`value` as `kind` (a whole number will do for a float). Raises TypeError."
-    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, type(int|str)):
-        for o in inside:
-            try: return _fitted(value, o)
-            except TypeError: continue
-    elif kind in (object, typing.Any): return value
-    elif origin is typing.Literal:
-        if any(value == o and type(value) is type(o) for o in inside): return value
-    elif isinstance(value, bool) or value is None:
-        if kind is type(value): return value
-    elif kind is float and isinstance(value, (int, float)): return float(value)
-    elif origin is list and isinstance(value, list): return [_fitted(o, inside[0]) for o in value] if inside else value
-    elif origin is dict and isinstance(value, dict): return {name: _fitted(o, inside[1]) for name, o in value.items()} if inside else value
-    elif kind in (int, str) and isinstance(value, kind): return value
-    raise TypeError
 
 def _is_json(value) -> bool:
     "Whether a value comes back from JSON as it was; a tuple, a Path, NaN or a dict with numbers as keys does not."
@@ -119,7 +103,7 @@ def _checked(path, name, value, kind):
     "The value, fitted to its type, or an ExperimentError."
     if not _is_json(value):
         raise ExperimentError(f"{path}: `{name}` must be made of what JSON has (numbers, strings, booleans, null, lists, dicts by name), not {value!r}")
-    try: return _fitted(value, kind)
+    try: return fitted(value, kind)
     except (TypeError, OverflowError):
         hint = f". To pass text, quote it twice: {name}='\"{value}\"'" if kind is str and isinstance(value, (bool, int, float)) else ""
         raise ExperimentError(f"{path}: `{name}` must be {_name(kind)}, not {type(value).__name__} {value!r}{hint}") from None
@@ -131,11 +115,26 @@ def check_parameters(path, parameters:dict) -> dict: # all parameters of the not
         if name == "run_dir": raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
         if name not in known:
             raise ExperimentError(f"{path} has no parameter `{name}`.{_near(name, known)} It has: {', '.join(o for o in known if o != 'run_dir')}")
-    return {name: _checked(path, name, parameters.get(name, o.default), o.type) for name, o in known.items() if name != "run_dir"}
+    values = {name: _checked(path, name, parameters.get(name, o.default), o.type) for name, o in known.items() if name != "run_dir"}
+    return values | _checked_choices(path, known, values)
+
+def _checked_choices(path, known:dict[str, Parameter], values:dict) -> dict:
+    "The knobs of a notebook whose `system` is one of this package's, checked as `create` would, but before a kernel starts."
+    if "system" not in known or known["system"].default not in SYSTEMS: return {}
+    try:
+        if values["system"] not in SYSTEMS: check_names([values["system"]], SYSTEMS, "the parameter `system`")
+        if values.get("resize", "protocol") != "protocol": resize_rule(values["resize"])
+        knobs = values.get("knobs") or {}
+        plain = json.loads(json.dumps(read_knobs(values["system"], knobs))) if knobs else {}   # brings torch
+    except ValueError as e: raise ExperimentError(f"{path}: {e}") from None
+    return {"knobs": {name: o if o == plain[name] else plain[name] for name, o in knobs.items()}} if knobs else {}
 
 # %% ../../nbs/app/51_experiments.ipynb #da28312c
-def parse_parameter(*texts:str) -> dict[str, object]:
-    "Parameters from texts of the form `key=value`; values as JSON or TOML writes them, else plain text. Raises ExperimentError."
+def parse_parameter(
+    *texts:str, # "key=value" each
+    known:dict[str, Parameter]|None=None, # of `read_parameters`: a value is read as its parameter wants it
+) -> dict[str, object]:
+    "Parameters from texts; without a known type a value is what JSON or TOML makes of it, else plain text. Raises ExperimentError."
     parameters = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -143,12 +142,11 @@ def parse_parameter(*texts:str) -> dict[str, object]:
         if not (equals and name.isidentifier()):
             raise ExperimentError(f"A parameter is given as key=value, e.g. -p limit=100, not {text!r}")
         if name in parameters: raise ExperimentError(f"The parameter `{name}` is given twice")
-        parameters[name] = value
-        for read in (json.loads, lambda value: tomllib.loads(f"value = {value}")["value"]):
-            if "\n" in value: break   # it would be several lines of TOML
-            try: found = read(value)
-            except ValueError: continue
-            if _is_json(found): parameters[name] = found; break
+        found = guess(value)
+        parameters[name] = found if _is_json(found) else value
+        if name not in (known or {}): continue
+        try: parameters[name] = read_option(f"-p {name}", value, known[name].type)
+        except OptionError as e: raise ExperimentError(str(e)) from None
     return parameters
 
 # %% ../../nbs/app/51_experiments.ipynb #59112959
@@ -462,7 +460,7 @@ def add_commands(verbs):
     many = verbs.add_parser("sweep", help="run an experiment notebook with many sets of parameters")
     many.add_argument("file", type=Path, metavar="FILE.toml", help='notebook = "...", [base] values, [grid] lists of values, [[runs]] tables')
     many.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: out/NAME OF THE FILE)")
-    many.add_argument("--workers", type=int, metavar="N", help="runs at once (default: one per CUDA device, else one)")
+    many.add_argument("--workers", type=argument(Count), metavar="N", help="runs at once (default: one per CUDA device, else one)")
     many.add_argument("--ray", metavar="ADDRESS", help='spread the runs over a Ray cluster: its address, "auto", or "local" to start one')
     for o in (one, many): o.add_argument("--force", action="store_true", help="run again what is finished, and replace other runs in the folder")
     table = verbs.add_parser("results", help="the table of the runs in a folder")
@@ -474,7 +472,7 @@ def command(a) -> int: # exit code: 0, or 1 if a run failed
     "Carry out a parsed `run`, `sweep` or `results`. Raises ExperimentError and MissingExtra for the caller to print."
     if a.verb == "run":
         out = a.out or Path("out")/a.notebook.stem
-        try: run = run_notebook(a.notebook, parse_parameter(*a.parameters), out, a.force, progress=True)
+        try: run = run_notebook(a.notebook, parse_parameter(*a.parameters, known=read_parameters(a.notebook)), out, a.force, progress=True)
         except RunFailed as e: print(e, file=sys.stderr); return 1
         print(f"{out}\n" + json.dumps(_row("", run)["metrics"], indent=1))
         return 0

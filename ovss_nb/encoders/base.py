@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from ..options import Count, fit_option
 
 # %% ../../nbs/10_encoders.ipynb #5df24c93
 @dataclass
@@ -53,9 +54,14 @@ def resize_positions(
 
 # %% ../../nbs/10_encoders.ipynb #90b0ec98
 def choose_device(device:str|torch.device="auto") -> torch.device:
-    "`auto` means CUDA, else Apple's MPS, else the CPU; anything else is taken at its word."
-    if device != "auto": return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    "`auto` means CUDA, else Apple's MPS, else the CPU. Raises `ValueError` for a device that torch does not know or that is not there."
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try: found = torch.device(device)
+    except (RuntimeError, TypeError): raise ValueError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or another of torch's, not {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Leave it at 'auto', or say 'cpu'")
+    if found.type == "mps" and not torch.backends.mps.is_available(): raise ValueError("device='mps' is not there. Leave it at 'auto', or say 'cpu'")
+    return found
 
 # %% ../../nbs/10_encoders.ipynb #0e1a9174
 class Encoder(nn.Module):
@@ -114,7 +120,7 @@ class Encoder(nn.Module):
         longest:int|None=None, # limit of the longer side with `keep_aspect`; default: four times `size`, the papers' 2560 for 640
     ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
         "Resize, scale and normalise one image."
-        size = size or self.size
+        size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
         height, width = image.shape[:2]
         if isinstance(size, int):
             # A panorama is not allowed to grow without bound.

@@ -10,6 +10,7 @@ __all__ = ['IMAGE_SHA256', 'TEXT_SHA256', 'checked', 'load_efficientnet_lite0', 
 import hashlib, json
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from ..cache import atomic_path
 from .base import choose_device, Encoder, ImageFeatures, resize_positions
 from ..extras import require
+from ..options import Positive, Range, Share, checked_arguments
 
 # %% ../../nbs/12_lite.ipynb #c80714d7
 def checked(path:Path, sha256:str) -> Path:
@@ -87,10 +89,11 @@ class ConSEEncoder(Encoder):
     name, dim, stride, size = "conse", 384, 32, 448
     mean = std = (0.5, 0.5, 0.5)
 
+    @checked_arguments
     def __init__(self,
-        temperature:float=1.0, # of the class probabilities; below 1 is sharper
-        top:int=10, # classes averaged per location
-        device:str="auto",
+        temperature:Positive=1.0, # of the class probabilities; below 1 is sharper
+        top:Annotated[int, Range(1, 1000)]=10, # classes averaged per location
+        device:str|torch.device="auto",
     ):
         super().__init__()
         self.network, self.words = load_efficientnet_lite0(), SentenceEncoder()
@@ -213,10 +216,11 @@ class LiteEncoder(ConSEEncoder):
 
     384-dimensional space, stride 32; a larger input gives a finer map. It has a ViT's interface (`blocks`, `embed`, `project`, `layers`), as `CLIPEncoder` has.
     Raises MissingExtra without the extra `lite`, ValueError for weights that are missing or unfit."""
+    @checked_arguments
     def __init__(self,
         weights:str|Path|None=None, # file made by train_lite.ipynb, or "random"; None: those of the package
-        gate:float=0.5, # how far ConSE's share falls where all is stuff
-        device:str="auto",
+        gate:Share=0.5, # how far ConSE's share falls where all is stuff
+        device:str|torch.device="auto",
     ):
         tower = LiteTower() if str(weights) == "random" else LiteTower.load(weights or files("ovss_nb.data").joinpath("weights/lite.safetensors"))   # first, as it may be refused
         super().__init__(device="cpu")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .base import choose_device, Encoder, ImageFeatures
 from .lite import load_efficientnet_lite0
 from .sam import SAMEncoder, fit_longest
+from ..options import Count, checked_arguments, fit_option
 
 # %% ../../nbs/17_lite_sam.ipynb #2a616333
 def affinity_auc(
@@ -164,13 +165,14 @@ class LiteSAMEncoder(Encoder):
     mean = std = (0.5, 0.5, 0.5) # the stem's, not SAM's
     resample = Image.Resampling.BILINEAR
 
+    @checked_arguments
     def __init__(self,
         weights:str|Path|None=None, # of the neck: a file, None for the package's own, or "random"
-        size:int=448, # longer side `preprocess` gives by default, pixels, a multiple of 16
-        device:str="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
+        size:Count=448, # longer side `preprocess` gives by default, pixels, a multiple of 16
+        device:str|torch.device="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
     ):
         super().__init__()
-        if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
+        if size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
         self.size = size
         self.neck, self.metadata = load_neck(weights)
         self.network = load_efficientnet_lite0()
@@ -215,7 +217,7 @@ def preprocess(self:LiteSAMEncoder,
     pad:bool=True, # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
 ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
     "Normalise one image as `SAMEncoder.preprocess` does: longer side `size`, zeros at the right and bottom up to a square; squashed; or as other encoders do."
-    size = size or self.size
+    size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
     plain = super(LiteSAMEncoder, self).preprocess
     if not pad or keep_aspect or not isinstance(size, int): return plain(image, size, keep_aspect, longest)
     if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")

@@ -8,6 +8,7 @@ __all__ = ['CHECKPOINTS', 'fit_longest', 'read_encoder_weights', 'load_sam', 'SA
 # %% ../../nbs/15_sam.ipynb #b34c9e58
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from .base import choose_device, Encoder, ImageFeatures, resize_positions
 from ..extras import require
+from ..options import Count, checked_arguments, fit_option
 
 # %% ../../nbs/15_sam.ipynb #282e3abe
 def fit_longest(
@@ -81,15 +83,15 @@ class SAMEncoder(Encoder):
     # Mean and std are the base's: SAM's 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375, divided by 255.
     resample = Image.Resampling.BILINEAR
 
+    @checked_arguments
     def __init__(self,
         model:str|nn.Module="vit_b", # `vit_b`, `vit_l`, `vit_h`, or a `Sam` or `ImageEncoderViT` already built (moved and frozen in place)
         checkpoint:str|Path|None=None, # file of the weights, or "random"; None with a built model
-        size:int=1024, # longer side `preprocess` gives by default, pixels, a multiple of 16
-        precision:str="fp32", # `fp32` or `bf16`, inside; features come out in fp32
-        device:str="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
+        size:Count=1024, # longer side `preprocess` gives by default, pixels, a multiple of 16
+        precision:Literal["fp32", "bf16"]="fp32", # `fp32` or `bf16`, inside; features come out in fp32
+        device:str|torch.device="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
     ):
         super().__init__()
-        if precision not in ("fp32", "bf16"): raise ValueError(f"precision={precision!r} is unknown. Choose from: fp32, bf16")
         label, kind = model, require("segment_anything.modeling", "sam").ImageEncoderViT
         if isinstance(model, str): model = load_sam(model, checkpoint)
         elif checkpoint is not None: raise ValueError("A model that is already built has its weights: leave `checkpoint` away.")
@@ -155,7 +157,7 @@ def preprocess(self:SAMEncoder,
     pad:bool=True, # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
 ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
     "Normalise one image in SAM's way (longer side `size`, zeros at the right and bottom up to a square), squashed, or as other encoders do."
-    size = size or self.size
+    size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
     plain = super(SAMEncoder, self).preprocess
     if not pad or keep_aspect or not isinstance(size, int): return plain(image, size, keep_aspect, longest)
     if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")

@@ -8,36 +8,42 @@ __all__ = ['Config', 'EncodedImage', 'System']
 # %% ../../nbs/systems/30_base.ipynb #be2b7ad7
 import dataclasses, json
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 import numpy as np
 import torch
 from ..cache import Cache, file_digest
 from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
+from ..options import Count, check_names, check_options, fit_option, option_kinds
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
-from ..text import POOLINGS, SOURCES, TextBank, encode_text, prompt_sources, prompts_digest
+from ..text import SOURCES, TextBank, encode_text, prompt_sources, prompts_digest
 from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/30_base.ipynb #0ebcca8d
 @dataclass(frozen=True)
 class Config:
     "The knobs that every system has; each system adds its own. Frozen, so that a result can be traced to one configuration."
-    size:int = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`)
+    size:Count = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`)
     keep_aspect:bool = False # false squashes the image to a square, as SimSeg does
-    longest:int|None = None # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
+    longest:Count|None = None # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
     templates:str = "single" # prompt templates: see `ovss_nb.text`
     prompts:str|tuple[str, ...] = "names" # "names", "descriptions", "subclasses", "both", the file of a bank (*.json), or several: see `prompt_sources`
-    pooling:str = "mean" # several texts of one class: "mean" of the embeddings or "max" of the scores
+    pooling:Literal["mean", "max"] = "mean" # several texts of one class: "mean" of the embeddings or "max" of the scores
 
     def __post_init__(self):
-        several = isinstance(self.prompts, (list, tuple))   # JSON gives lists
-        prompts = tuple(self.prompts) if several else (self.prompts,)
-        if not all(isinstance(o, (str, Path)) for o in prompts): raise ValueError("a configuration names its prompts: save a PromptBank and give the file")
-        object.__setattr__(self, "prompts", tuple(map(str, prompts)) if several else str(self.prompts))
+        prompts = self.prompts if isinstance(self.prompts, (list, tuple)) else [self.prompts]
+        if not all(isinstance(o, (str, Path)) for o in prompts):
+            raise ValueError("a configuration names its prompts: save a PromptBank and give the file")
+        check_options(self)
         prompt_sources(self.prompts)
-        if self.pooling not in POOLINGS: raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {self.pooling!r}")
+        self.check_sizes()
+
+    def check_sizes(self):
+        "Raises `ValueError` for sizes that contradict each other."
+        if self.keep_aspect and self.size and self.longest is not None and self.longest < self.size:
+            raise ValueError(f"longest={self.longest} must be at least size={self.size}: it bounds the longer side")
 
     def to_dict(self) -> dict:
         "All knobs and their values, ready for JSON."
@@ -45,12 +51,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, knobs:dict):
-        "Build from a dict; raises ValueError for an unknown knob, with the nearest known name."
-        known = [o.name for o in dataclasses.fields(cls)]
-        for key in knobs:
-            if key not in known:
-                near = get_close_matches(key, known, 1)
-                raise ValueError(f"{cls.__name__} has no knob {key!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(known)}")
+        "Build from a dict; raises `OptionError` for an unknown knob, with the nearest known name, and for a value of another type."
+        check_names(knobs, option_kinds(cls), cls.__name__)
         return cls(**knobs)
 
 # %% ../../nbs/systems/30_base.ipynb #29ed9869
@@ -77,9 +79,11 @@ class System:
         cache:Cache|bool|None=None, # disk cache for text embeddings; True for the default place
         **knobs, # ... single knobs by name
     ):
+        if config is not None and knobs: raise ValueError("give a config or single knobs, not both")
+        if config is not None and not isinstance(config, self.config_class):
+            raise ValueError(f"config must be a {self.config_class.__name__}, not {type(config).__name__}")
         self.config = config or self.config_class.from_dict(knobs)
-        if config and knobs: raise ValueError("give a config or single knobs, not both")
-        self.encoder, self.cache, self._banks = encoder, cache, {}
+        self.encoder, self.cache, self._banks = encoder, fit_option("cache", cache, Cache|bool|None), {}
 
     @torch.inference_mode()
     def encode_image(self, image) -> EncodedImage:

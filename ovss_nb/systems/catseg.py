@@ -9,6 +9,7 @@ __all__ = ['CATSegConfig', 'guidance_blocks', 'encode_with_layers', 'CATSegNetwo
 # %% ../../nbs/systems/35_catseg.ipynb #f87c11ac
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from ..cost import CostAggregation, cost_map, window_mask
 from ..encoders.base import Encoder, ImageFeatures
 from ..images import load_image
+from ..options import Count, Index, Range, Share
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, difference, tune_queries_values
 from .windows import window_offsets
@@ -26,38 +28,35 @@ from ..text import TextBank
 @dataclass(frozen=True)
 class CATSegConfig(TrainedConfig):
     "Knobs of CAT-Seg; the defaults are those of the released B/16 and L/14 (SYSTEMS 2.2)."
-    size:int = 640 # with windows: the image is squashed to this square, or its shorter side becomes so long (`keep_aspect`)
-    shortest:int|None = 640 # before squashing, the shorter side is brought to this many pixels, as the authors' loader does; None: not
+    size:Count = 640 # with windows: the image is squashed to this square, or its shorter side becomes so long (`keep_aspect`)
+    shortest:Count|None = 640 # before squashing, the shorter side is brought to this many pixels, as the authors' loader does; None: not
     windows:bool = True # see the image through windows and as a whole; false: as a whole, once
-    window:int = 384 # pixels of a window
-    overlap:float = 0.333 # of neighbouring windows, as a share
-    grid:int = 24 # places per side of a view: the encoder sees grid*stride pixels
-    guidance_layers:tuple[int, int]|None = None # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
-    enlarged:tuple[int, int] = (256, 128) # channels of the guides, enlarged twice and four times
-    prompt_channels:int = 1 # several texts per class kept as so many channels of the cost map; 1: pooled as `pooling` says
-    width:int = 128 # from here on: see `CostAggregation`
-    guidance:tuple[int, int] = (128, 128)
-    layers:int = 2
-    heads:int = 4
-    attention_window:int = 12 # places per side
-    decoder:tuple[int, int] = (64, 32)
-    decoder_guidance:tuple[int, int] = (32, 16)
-    length:int = 256
+    window:Count = 384 # pixels of a window
+    overlap:Annotated[float, Range(0, 1, "high")] = 0.333 # of neighbouring windows, as a share
+    grid:Count = 24 # places per side of a view: the encoder sees grid*stride pixels
+    guidance_layers:tuple[Index, Index]|None = None # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
+    enlarged:tuple[Count, Count] = (256, 128) # channels of the guides, enlarged twice and four times
+    prompt_channels:Count = 1 # several texts per class kept as so many channels of the cost map; 1: pooled as `pooling` says
+    width:Count = 128 # from here on: see `CostAggregation`
+    guidance:tuple[Count, Count] = (128, 128)
+    layers:Index = 2
+    heads:Count = 4
+    attention_window:Count = 12 # places per side
+    decoder:tuple[Count, Count] = (64, 32)
+    decoder_guidance:tuple[Count, Count] = (32, 16)
+    length:Index = 256
     limit_classes:bool = True # of more classes than `length` only the likeliest go through; the others score 0
-    class_pool_train:int = 2
-    class_pool_eval:int = 1
-    chunk:int|None = None # maps (views times classes) worked on at once: memory against speed; default: 16 on a CPU, else 256
+    class_pool_train:Count = 2
+    class_pool_eval:Count = 1
+    chunk:Count|None = None # maps (views times classes) worked on at once: memory against speed; default: 16 on a CPU, else 256
     spatial_stage:bool = True # false leaves the spatial enhancement out
     class_stage:bool = True # false leaves the class enhancement out
     centre_text:bool = False # compare with words less the mean of the vocabulary's words; not in the paper, see below
-    background_threshold:float|None = None # probability that a background has at least
+    background_threshold:Share|None = None # probability that a background has at least
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("guidance_layers", "enlarged", "guidance", "decoder", "decoder_guidance"):
-            if (value := getattr(self, name)) is not None: object.__setattr__(self, name, tuple(value))   # JSON gives lists
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1: raise ValueError(f"background_threshold is a probability, not {self.background_threshold}")
-        if self.grid < 1 or self.prompt_channels < 1: raise ValueError(f"grid={self.grid} and prompt_channels={self.prompt_channels} must be at least 1")
+    def check_sizes(self):
+        if self.shortest is not None and self.longest is not None and self.longest < self.shortest:
+            raise ValueError(f"longest={self.longest} must be at least shortest={self.shortest}: it bounds the longer side")
         if self.windows: window_offsets(self.size, self.window, self.overlap)   # raises if they do not fit
 
 # %% ../../nbs/systems/35_catseg.ipynb #4c312c0d

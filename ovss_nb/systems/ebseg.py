@@ -11,6 +11,7 @@ import copy, json, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from ..images import load_image
 from ..losses import mask_classification_loss, mask_targets, match_masks, ssc_loss
 from ..mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
 from ..masks import TextClassifier, carry, mask_pool, mask_scores, propose, sos_bias
+from ..options import Count, Index, NotNegative, Positive, Range, Share
 from ..refine import upsample_argmax
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, difference, logit_scale
@@ -39,51 +41,46 @@ RELEASED = { # what differs between the released models, of B/16 and of L/14 (SY
 @dataclass(frozen=True)
 class EBSegConfig(TrainedConfig):
     "Knobs of EBSeg; the defaults are those of the released B/16 or L/14 (SYSTEMS section 3)."
-    size:int = 640 # pixels of the shorter side; or of both, without `keep_aspect`
+    size:Annotated[int, Range(32)] = 640 # pixels of the shorter side; or of both, without `keep_aspect`
     keep_aspect:bool = True # false squashes to a square, which stored features need
     templates:str = "vild14"
     second:str = "lite_sam" # "lite_sam", "lite_sam:WEIGHTS", "sam:MODEL/CHECKPOINT", or "none": CLIP's own layers in its place
-    encoder_scale:float|None = None # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
-    fused:tuple[int, int, int]|None = None # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three quarters of them
-    first:int|None = None # the first block (0-based) that mask attention goes through; default: three quarters up
-    surgery:int|None = None # the first block of the second path; default: a sixth up
-    frozen:str = "surgery" # what D is pooled from: "surgery", or "dense", the encoder's own dense features
+    encoder_scale:Annotated[float, Range(0, 1, "low")]|None = None # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
+    fused:tuple[Index, Index, Index]|None = None # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three quarters of them
+    first:Index|None = None # the first block (0-based) that mask attention goes through; default: three quarters up
+    surgery:Index|None = None # the first block of the second path; default: a sixth up
+    frozen:Literal["surgery", "dense"] = "surgery" # what D is pooled from: "surgery", or "dense", the encoder's own dense features
     train_positions:bool = True # `tune` unfreezes the position embeddings of both encoders
-    width:int = 256 # from here on: see `PixelDecoder` and `MaskDecoder`
-    encoder_layers:int = 6
-    encoder_hidden:int = 1024
-    points:int = 4
-    groups:int = 32
-    queries:int = 100
-    layers:int = 9
-    heads:int = 8
-    hidden:int = 2048
-    logit_scale:float|None = None # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
-    use:str = "balanced" # which opinion counts: "A", "B", "D" or "balanced"
-    alpha:float|None = None # exponent of D for trained words
-    beta:float|None = None # exponent of D for new words
-    gamma:float|None = None # exponent of B; A has the rest
+    width:Count = 256 # from here on: see `PixelDecoder` and `MaskDecoder`
+    encoder_layers:Count = 6
+    encoder_hidden:Count = 1024
+    points:Count = 4
+    groups:Count = 32
+    queries:Count = 100
+    layers:Count = 9
+    heads:Count = 8
+    hidden:Count = 2048
+    logit_scale:Positive|None = None # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
+    use:Literal["balanced", "A", "B", "D"] = "balanced" # which opinion counts: "A", "B", "D" or "balanced"
+    alpha:Share|None = None # exponent of D for trained words
+    beta:Share|None = None # exponent of D for new words
+    gamma:Share|None = None # exponent of B; A has the rest
     seen:str|tuple[str, ...] = "COCO-Stuff-171" # the training words, unless the weights' file knows them: a vocabulary's name or file, or words
-    overlap:str = "words" # which classes are seen: "words" compares strings, "published" corrects shipped vocabularies to the authors' lists
+    overlap:Literal["words", "published"] = "words" # which classes are seen: "words" compares strings, "published" corrects shipped vocabularies to the authors' lists
     full_resolution:bool = True # join masks and classes at the picture's own resolution, as the authors do; false: at a quarter of the input's, and enlarge
-    class_weight:float = 1.5 # in the loss, of each of A and B
-    ssc:float = 10.0 # weight of the SSC loss; 0: none
+    class_weight:NotNegative = 1.5 # in the loss, of each of A and B
+    ssc:NotNegative = 10.0 # weight of the SSC loss; 0: none
     ssc_normalise:bool = False # compare cosines, not products
-    loss_points:int = 12544 # per mask
+    loss_points:Count = 12544 # per mask
 
     def __post_init__(self):
-        super().__post_init__()
         object.__setattr__(self, "second", self.second or "none")
-        for name in ("fused", "seen"):
-            if isinstance(value := getattr(self, name), list): object.__setattr__(self, name, tuple(value))   # JSON gives lists
-        for name, known in (("use", tuple(USES)), ("frozen", ("surgery", "dense")), ("overlap", ("words", "published"))):
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {getattr(self, name)!r}")
+        super().__post_init__()
         # What is not given yet is taken at its least.
-        alpha, beta, gamma, scale = (min(o[name] for o in RELEASED.values()) if (value := getattr(self, name)) is None else value
-                                     for name in ("alpha", "beta", "gamma", "encoder_scale"))
-        if min(alpha, beta, gamma) < 0 or max(alpha, beta) + gamma > 1 + 1e-9:
+        alpha, beta, gamma = (min(o[name] for o in RELEASED.values()) if (value := getattr(self, name)) is None else value
+                                     for name in ("alpha", "beta", "gamma"))
+        if max(alpha, beta) + gamma > 1 + 1e-9:
             raise ValueError(f"alpha, beta and gamma are shares, and neither alpha nor beta may pass 1 - gamma, got {self.alpha}, {self.beta}, {self.gamma}")
-        if not 0 < scale <= 1 or self.size < 32: raise ValueError(f"encoder_scale={scale} must lie above 0 and at most at 1, and size={self.size} at 32 or above")
 
     def completed(self, encoder:Encoder) -> "EBSegConfig":
         "With the released values for an encoder of that size in place of what is not given."

@@ -7,7 +7,9 @@ __all__ = ['LLMSupervisedConfig', 'subclass_vocabulary', 'SubclassText', 'LLMSup
 
 # %% ../../nbs/systems/33_llm_supervised.ipynb #de8091b8
 from dataclasses import dataclass
+from typing import Literal
 import torch
+from ..options import Count, Positive
 from ..prompts import load_subclasses, list_subclasses
 from ..subclasses import subclass_maps
 from .base import EncodedImage
@@ -19,17 +21,14 @@ from ..vocabulary import Vocabulary
 @dataclass(frozen=True)
 class LLMSupervisedConfig(SimSegConfig):
     "Knobs of LLM-supervised segmentation; n, ensemble and what follows from the paper (SYSTEMS 5)."
-    n:int = 10 # subclasses per class; the released code ships 5
+    n:Count = 10 # subclasses per class; the released code ships 5
     include_superclass:bool = False # count the class itself among its subclasses
-    ensemble:str = "paper" # "paper" (LS-6 to LS-8), "repo" (LS-8'), "mean", or "max" over the maps
-    temperature:float = 1.0 # of the softmax over subclasses
-    score_source:str = "superclass" # whose embedding scores the image: "superclass" (code and default) or "subclasses" (their mean)
+    ensemble:Literal["paper", "repo", "mean", "max"] = "paper" # "paper" (LS-6 to LS-8), "repo" (LS-8'), "mean", or "max" over the maps
+    temperature:Positive = 1.0 # of the softmax over subclasses
+    score_source:Literal["superclass", "subclasses"] = "superclass" # whose embedding scores the image: "superclass" (code and default) or "subclasses" (their mean)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.ensemble not in ("paper", "repo", "mean", "max"): raise ValueError(f"ensemble must be 'paper', 'repo', 'mean' or 'max', not {self.ensemble!r}")
-        if self.score_source not in ("superclass", "subclasses"): raise ValueError(f"score_source must be 'superclass' or 'subclasses', not {self.score_source!r}")
-        if self.n < 1: raise ValueError(f"n is a number of subclasses, at least 1, not {self.n}")
         if self.prompts != "names": raise ValueError(f"this system brings its own subclasses: leave prompts at 'names', not {self.prompts!r}, or use simseg; words of your own are its subclasses")
         if self.pooling != "mean": raise ValueError("this system pools its subclasses by the knob 'ensemble'; leave pooling at 'mean'")
 

@@ -7,11 +7,13 @@ __all__ = ['LMSegConfig', 'LMSegNetwork', 'FusedImage', 'LMSeg']
 
 # %% ../../nbs/systems/36_lmseg.ipynb #cfca56e9
 from dataclasses import dataclass
+from typing import Literal
 import torch
 from ..encoders.base import Encoder
 from ..encoders.lite_sam import create_second
 from ..encoders.sam import fit_longest
 from ..fusion import FeatureFusion
+from ..options import Count, Share
 from ..prompts import PromptBank, PromptError
 from .catseg import CATSeg, CATSegConfig, CATSegNetwork, GuidedImage
 from ..text import TextBank, encode_text, load_templates
@@ -24,12 +26,12 @@ class LMSegConfig(CATSegConfig):
     prompts:str|tuple[str, ...] = "descriptions" # see `ovss_nb.text.prompt_sources`; "names" is CAT-Seg's template
     fallback:bool = True # with "descriptions": words without a shipped one are put into the template; false: they are an error
     second:str = "lite_sam" # where Fs comes from: "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
-    second_size:int|None = None # pixels of its longer side; default: the encoder's own, 448 for lite_sam and 1024 for SAM
-    fusion_weight:str|float = "scalar" # w: learned, "scalar" or "channel"; or fixed, where 1.0 leaves the second encoder out
-    fusion_initial:float = 0.5 # where a learned w starts; 0.88 if training is unstable
+    second_size:Count|None = None # pixels of its longer side; default: the encoder's own, 448 for lite_sam and 1024 for SAM
+    fusion_weight:Literal["scalar", "channel"]|Share = "scalar" # w: learned, "scalar" or "channel"; or fixed, where 1.0 leaves the second encoder out
+    fusion_initial:Share = 0.5 # where a learned w starts; 0.88 if training is unstable
     fusion_project:bool = True # see `FeatureFusion` for this and the next two
-    fusion_normalise:str = "match"
-    fusion_resize:str = "bilinear"
+    fusion_normalise:Literal["match", "unit", "none"] = "match"
+    fusion_resize:Literal["bilinear", "bicubic", "nearest"] = "bilinear"
 
 # %% ../../nbs/systems/36_lmseg.ipynb #b24e0d32
 class LMSegNetwork(CATSegNetwork):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from ..options import Count, Positive, Share
 from ..refine import dense_crf, upsample_argmax
 from .base import Config, EncodedImage, System
 from ..text import TextBank
@@ -21,15 +22,10 @@ from ..vocabulary import Vocabulary
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
     background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user or a bank says
-    background_threshold:float|None = None # probability under which a pixel is background too
-    logit_scale:float = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
+    background_threshold:Share|None = None # probability under which a pixel is background too
+    logit_scale:Positive = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
     crf:bool = False # refine by a joint dense CRF (extra `crf`)
-    crf_pixels:int = 500_000 # a larger image is refined at this many pixels: time and memory of the CRF grow with them
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "background_words", tuple(self.background_words))   # JSON gives lists
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1: raise ValueError(f"background_threshold is a probability, not {self.background_threshold}")
+    crf_pixels:Count = 500_000 # a larger image is refined at this many pixels: time and memory of the CRF grow with them
 
 # %% ../../nbs/systems/31_maskclip.ipynb #3eb66091
 class MaskCLIP(System):

@@ -7,6 +7,7 @@ __all__ = ['MROVSegConfig', 'pyramid_levels', 'MROVSegNetwork', 'SlicedImage', '
 
 # %% ../../nbs/systems/39_mrovseg.ipynb #ff28eb4e
 from dataclasses import dataclass
+from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
@@ -17,7 +18,8 @@ from ..fusion import sample_regions
 from ..images import load_image
 from ..losses import mask_classification_loss, mask_targets
 from ..masks import TextClassifier, mask_scores, mlp, propose
-from ..multires import FUSIONS, AttentionMasks, MaskPyramid, MultiResAdapter, Views, multi_grained_attention, see_views, small_grid
+from ..multires import AttentionMasks, MaskPyramid, MultiResAdapter, Views, multi_grained_attention, see_views, small_grid
+from ..options import Count, Index, NotNegative, Positive, Range
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, logit_scale
 from ..text import TextBank
@@ -26,44 +28,35 @@ from ..text import TextBank
 @dataclass(frozen=True)
 class MROVSegConfig(TrainedConfig):
     "Knobs of MROVSeg; the defaults are the paper's for B/16, or those of SYSTEMS 4."
-    size:int = 640 # pixels of the shorter side: a multiple of the encoder's stride; 672 for L/14
+    size:Count = 640 # pixels of the shorter side: a multiple of the encoder's stride; 672 for L/14
     keep_aspect:bool = True
     templates:str = "vild14"
-    slice_ratio:float = 0.5 # p: side of a slice as a share of `size`
-    slice_pixels:int|None = None # side of a slice; default: `slice_ratio` of `size`, rounded to whole places
-    reduction:int = 2 # the small view has so many times fewer places per side
-    pad_to:int|None = None # sides are filled up to multiples of so many pixels; default: a slice if slices tile a square of `size`, else `reduction` places
-    pad_value:int = 128 # what they are filled with, from 0 to 255
-    layers:tuple[int, ...]|None = None # of the encoder, to be fused: 0 is the stem; default: every quarter, the last only of up to 12 blocks
-    start:int|None = None # proposals start after so many blocks; default: three quarters
+    slice_ratio:Annotated[float, Range(0, 1, "low")] = 0.5 # p: side of a slice as a share of `size`
+    slice_pixels:Count|None = None # side of a slice; default: `slice_ratio` of `size`, rounded to whole places
+    reduction:Count = 2 # the small view has so many times fewer places per side
+    pad_to:Count|None = None # sides are filled up to multiples of so many pixels; default: a slice if slices tile a square of `size`, else `reduction` places
+    pad_value:Annotated[int, Range(0, 255)] = 128 # what they are filled with, from 0 to 255
+    layers:tuple[Index, ...]|None = None # of the encoder, to be fused: 0 is the stem; default: every quarter, the last only of up to 12 blocks
+    start:Index|None = None # proposals start after so many blocks; default: three quarters
     multi_resolution:bool = True # the adapter gets slices; false: the small view alone
     hierarchical:bool = True # masks of stride 4 from a pyramid; false: of the tokens' stride
     multi_grained:bool = True # proposals look at both views (MR-9); false: at the small one, and at themselves, as SAN's
-    fusion:str = "scale" # how the two views become one: see `MultiResFusion`, as for the next
+    fusion:Literal["scale", "add", "concat"] = "scale" # how the two views become one: see `MultiResFusion`, as for the next
     normalise:bool = True
-    width:int = 768 # from here on: see `MultiResAdapter`
-    depth:int = 6
-    heads:int = 12
-    queries:int = 100
-    inject:tuple[int, ...]|None = None
-    positions:str = "every"
-    supervised:int = 2
-    channels:int = 256 # of query vectors and pixel vectors
-    pyramid:tuple[int, int, int]|None = None # places, among the fused layers, of the mask pyramid's levels, the lowest first; default: the three next above the stem, the deepest first
-    logit_scale:float|None = None # factor of the cosines; default: CLIP's own, 100 for encoders that have none
-    resolution:str = "input" # masks are combined at the pixels of the "input", of the "image" as SAN's evaluation does, or at the places of the "masks" themselves
-    points:int = 12544 # at which masks are compared in training, here and below: SYSTEMS 1.6
-    loss_weights:tuple[float, float, float] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
-    no_object:float = 0.1 # weight of the background in the loss of classes
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("layers", "inject", "pyramid", "loss_weights"):
-            if (value := getattr(self, name)) is not None: object.__setattr__(self, name, tuple(value))   # JSON gives lists
-        if not 0 < self.slice_ratio <= 1: raise ValueError(f"slice_ratio is a share above 0 and at most 1, not {self.slice_ratio}")
-        if self.resolution not in ("input", "image", "masks"): raise ValueError(f"resolution must be 'input', 'image' or 'masks', not {self.resolution!r}")
-        if self.fusion not in FUSIONS[:-1]: raise ValueError(f"fusion must be one of {', '.join(FUSIONS[:-1])}, not {self.fusion!r}; multi_resolution=False leaves the large view out")
-        if self.reduction < 1 or self.pyramid is not None and len(self.pyramid) != 3: raise ValueError(f"reduction={self.reduction} must be at least 1, and pyramid={self.pyramid} three levels")
+    width:Count = 768 # from here on: see `MultiResAdapter`
+    depth:Count = 6
+    heads:Count = 12
+    queries:Count = 100
+    inject:tuple[Index, ...]|None = None
+    positions:Literal["every", "once"] = "every"
+    supervised:Count = 2
+    channels:Count = 256 # of query vectors and pixel vectors
+    pyramid:tuple[Index, Index, Index]|None = None # places, among the fused layers, of the mask pyramid's levels, the lowest first; default: the three next above the stem, the deepest first
+    logit_scale:Positive|None = None # factor of the cosines; default: CLIP's own, 100 for encoders that have none
+    resolution:Literal["input", "image", "masks"] = "input" # masks are combined at the pixels of the "input", of the "image" as SAN's evaluation does, or at the places of the "masks" themselves
+    points:Count = 12544 # at which masks are compared in training, here and below: SYSTEMS 1.6
+    loss_weights:tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
+    no_object:NotNegative = 0.1 # weight of the background in the loss of classes
 
 # %% ../../nbs/systems/39_mrovseg.ipynb #25564f16
 def pyramid_levels(

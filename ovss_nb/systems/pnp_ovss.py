@@ -10,6 +10,7 @@ import hashlib
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
+from typing import Annotated, Literal
 import numpy as np
 import torch
 from ..cache import Cache
@@ -18,6 +19,7 @@ from ..encoders.base import Encoder
 from ..encoders.itm import ImageTextMatcher, ImageTokens
 from ..images import load_image
 from ..language_model import LanguageModel
+from ..options import Count, Index, Positive, Range
 from ..salience import SalienceConfig, class_maps, image_tokens, salience_labels
 from .base import Config, EncodedImage, System
 from ..vocabulary import Vocabulary
@@ -35,17 +37,17 @@ DATASETS = { # title of a vocabulary -> what its script does otherwise (SYSTEMS 
 @dataclass(frozen=True)
 class PnPOVSSConfig(SalienceConfig, Config):
     "Knobs of PnP-OVSS; None means what suits the matcher or the data set (`MATCHERS`, `DATASETS`)."
-    size:int|None = None # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
-    layer:int|None = None # None: the matcher's
-    head:int|None = None # None: the matcher's
+    size:Count|None = None # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
+    layer:Index|None = None # None: the matcher's
+    head:Index|None = None # None: the matcher's
     one_prompt:bool|None = None # None: the matcher's
-    drop_iter:int|None = None # None: the matcher's; lite_itm does better without Salience DropOut, see experiments/pnp_ablation.ipynb
-    bg_rule:str|None = None # None: the data set's
+    drop_iter:Count|None = None # None: the matcher's; lite_itm does better without Salience DropOut, see experiments/pnp_ablation.ipynb
+    bg_rule:Literal["always", "few", "never"]|None = None # None: the data set's
     rescale_after_resize:bool|None = None # None: the data set's
     matcher:str = "lite_itm" # "lite_itm", "lite_itm:WEIGHTS", or "blip:MODEL", e.g. "blip:large-flickr": see `BLIPMatcher`
-    selection:str = "clip" # which classes are in the image: "llm" (published), "clip", "all", or "oracle" (the truth: cheating); see `ovss_nb.class_selection`
-    selection_threshold:float|None = None # of "llm" (percent) and "clip" (probability); default: the backend's, 70 and 0.05
-    selection_temperature:float = 0.01 # of the softmax over classes in "clip"
+    selection:Literal["llm", "clip", "all", "oracle"] = "clip" # which classes are in the image: "llm" (published), "clip", "all", or "oracle" (the truth: cheating); see `ovss_nb.class_selection`
+    selection_threshold:Annotated[float, Range(0, 100)]|None = None # of "llm" (percent) and "clip" (probability); default: the backend's, 70 and 0.05
+    selection_temperature:Positive = 0.01 # of the softmax over classes in "clip"
     language_model:str = "gpt-4o" # for "llm": a model that takes pictures, as its server names it
     base_url:str|None = None # of its server; default: the environment's
     compat_ade_no_norm:bool = False # images scaled to [0, 1] only, as the released code does for ADE
@@ -53,7 +55,6 @@ class PnPOVSSConfig(SalienceConfig, Config):
     def __post_init__(self):
         Config.__post_init__(self)
         if self.matcher.partition(":")[0] not in MATCHERS: raise ValueError(f"no matcher {self.matcher!r}; there are lite_itm, lite_itm:WEIGHTS and blip:MODEL")
-        if self.selection not in ("llm", "clip", "all", "oracle"): raise ValueError(f"no class selection {self.selection!r}; choose from llm, clip, all, oracle")
         if self.prompts != "names": raise ValueError(f"this system asks about names: leave prompts at 'names', not {self.prompts!r}")
         self.salience()
 

@@ -9,6 +9,7 @@ __all__ = ['SANConfig', 'SideNetwork', 'translate', 'SideImage', 'SAN']
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from ..fusion import sample_regions
 from ..images import load_image
 from ..losses import mask_classification_loss, mask_targets
 from ..masks import TextClassifier, mask_scores, mlp, propose, sos_bias
+from ..options import Count, Index, NotNegative, Positive
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, difference, logit_scale
 from ..text import TextBank
@@ -27,38 +29,35 @@ from ..text import TextBank
 @dataclass(frozen=True)
 class SANConfig(TrainedConfig):
     "Knobs of SAN; the defaults are those of the released B/16 and L/14 (SYSTEMS 1.4 and 1.6)."
-    size:int = 640 # pixels of the shorter side, as the side network sees it
+    size:Count = 640 # pixels of the shorter side, as the side network sees it
     keep_aspect:bool = True
     templates:str = "vild14"
-    pad_to:int = 32 # sides are filled up to multiples of so many pixels, with zeros after normalising
-    encoder_scale:float|None = None # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
-    layers:tuple[int, ...]|None = None # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
-    start:int|None = None # proposals start after so many blocks; default: three quarters
-    queries:int = 100 # masks that are proposed
-    patch:int = 16 # pixels of a place of the side network
-    width:int = 240 # of the side network, and for the next two too
-    depth:int = 8 # blocks
-    heads:int = 6 # of their attention
-    channels:int = 256 # of mask vectors, and inside the heads that make them
-    supervised:int = 2 # outputs of so many last blocks are trained; the last one counts
+    pad_to:Count = 32 # sides are filled up to multiples of so many pixels, with zeros after normalising
+    encoder_scale:Positive|None = None # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
+    layers:tuple[Index, ...]|None = None # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
+    start:Index|None = None # proposals start after so many blocks; default: three quarters
+    queries:Count = 100 # masks that are proposed
+    patch:Count = 16 # pixels of a place of the side network
+    width:Count = 240 # of the side network, and for the next two too
+    depth:Count = 8 # blocks
+    heads:Count = 6 # of their attention
+    channels:Count = 256 # of mask vectors, and inside the heads that make them
+    supervised:Count = 2 # outputs of so many last blocks are trained; the last one counts
     bias_per_head:bool = True # of the encoder; false: one bias for all
-    bias_resize:str = "max" # see `sos_bias`
-    logit_scale:float|None = None # factor of the cosines; default: the encoder's own, 100 for encoders that have none
+    bias_resize:Literal["max", "bilinear"] = "max" # see `sos_bias`
+    logit_scale:Positive|None = None # factor of the cosines; default: the encoder's own, 100 for encoders that have none
     train_positions:bool = True # `tune` unfreezes the encoder's position table, as the authors do
-    resolution:str = "image" # masks are combined at the pixels of the "image" as the authors do, of the "input", or at the places of the "masks" themselves
-    points:int = 12544 # at which masks are compared in training
-    loss_weights:tuple[float, float, float] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
-    no_object:float = 0.1 # weight of the background in the loss of classes
+    resolution:Literal["image", "input", "masks"] = "image" # masks are combined at the pixels of the "image" as the authors do, of the "input", or at the places of the "masks" themselves
+    points:Count = 12544 # at which masks are compared in training
+    loss_weights:tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
+    no_object:NotNegative = 0.1 # weight of the background in the loss of classes
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("layers", "loss_weights"):
-            if (value := getattr(self, name)) is not None: object.__setattr__(self, name, tuple(value))   # JSON gives lists
-        if self.resolution not in ("image", "input", "masks"): raise ValueError(f"resolution must be 'image', 'input' or 'masks', not {self.resolution!r}")
         if self.pad_to % self.patch: raise ValueError(f"pad_to={self.pad_to} must be a multiple of patch={self.patch}")
         if not self.keep_aspect and self.size % self.pad_to: raise ValueError(f"squashed pictures are not filled up: size={self.size} must be a multiple of pad_to={self.pad_to}")
         if self.width % self.heads: raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        if not 1 <= self.supervised <= self.depth: raise ValueError(f"supervised={self.supervised} must be from 1 to depth={self.depth}")
+        if self.supervised > self.depth: raise ValueError(f"supervised={self.supervised} must be from 1 to depth={self.depth}")
 
 # %% ../../nbs/systems/37_san.ipynb #88ebc28d
 class SideNetwork(nn.Module):

@@ -7,10 +7,12 @@ __all__ = ['SimSegConfig', 'draw_mask', 'SimSeg']
 
 # %% ../../nbs/systems/32_simseg.ipynb #737f9fd8
 from dataclasses import dataclass
+from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from ..options import Count, Index, Range, Share
 from ..refine import binary_crf, dilate, erode, min_max, upsample_argmax
 from ..subclasses import merge_masks, select_classes, superclass_scores
 from .base import Config, EncodedImage, System
@@ -22,18 +24,12 @@ from ..vocabulary import Vocabulary
 class SimSegConfig(Config):
     "Knobs of SimSeg's inference; defaults are its evaluation script's, except where marked as ours."
     templates:str = "imagenet80" # the 80 ImageNet templates
-    top:int = 10 # classes whose scores give the threshold: 10; 30 for Pascal Context
-    walk:int = 5 # at most so many of the best are drawn
-    threshold:str|float|None = "mean+std" # "mean+std" of the top scores, a number, or None for no threshold
+    top:Annotated[int, Range(2)] = 10 # classes whose scores give the threshold: 10; 30 for Pascal Context
+    walk:Count = 5 # at most so many of the best are drawn
+    threshold:Literal["mean+std"]|float|None = "mean+std" # "mean+std" of the top scores, a number, or None for no threshold
     crf:bool = True # refine each mask by a binary dense CRF (extra `crf`)
-    morphology:int = 1 # iterations of dilation and of erosion, 7 x 7; 0 turns it off
-    mask_level:float = 0.5 # ours: where a stretched map becomes a mask when the CRF is off
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.threshold, str) and self.threshold != "mean+std":
-            raise ValueError(f"threshold must be 'mean+std', a number or None, not {self.threshold!r}")
-        if self.top < 2 or self.walk < 1: raise ValueError(f"top must be at least 2 and walk at least 1, not {self.top} and {self.walk}")
+    morphology:Index = 1 # iterations of dilation and of erosion, 7 x 7; 0 turns it off
+    mask_level:Share = 0.5 # ours: where a stretched map becomes a mask when the CRF is off
 
 # %% ../../nbs/systems/32_simseg.ipynb #61fe406e
 def draw_mask(
