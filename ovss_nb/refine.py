@@ -220,14 +220,38 @@ def threshold(
     return min_max(maps) >= value
 
 # %% ../nbs/21_refine.ipynb #f4f15667
+def _band(
+    rows:np.ndarray, # consecutive pixels of an axis
+    pixels:int, # its length
+    kernel:np.ndarray, # 2r + 1 weights
+) -> tuple[int, np.ndarray]: # the first pixel that they see, and rows x seen weights
+    "The weights with which some pixels of a blurred axis see its pixels; beyond its ends the axis goes on as in a mirror."
+    places = (rows[:, None] + np.arange(len(kernel)) - len(kernel)//2) % (2*pixels)
+    places = np.minimum(places, 2*pixels - 1 - places)
+    low = places.min()
+    width = places.max() + 1 - low
+    index = (rows - rows[0])[:, None]*width + places - low
+    weights = np.bincount(index.ravel(), np.broadcast_to(kernel, index.shape).ravel(), len(rows)*width)
+    return int(low), weights.reshape(len(rows), width)
+
+def _blurred(maps:torch.Tensor, kernel:np.ndarray, rows:int=256) -> torch.Tensor:
+    "Blur along the last but one axis, so many rows at a time."
+    pixels, found = maps.shape[-2], []
+    for first in range(0, pixels, rows):
+        low, weights = _band(np.arange(first, min(first + rows, pixels)), pixels, kernel)
+        found.append(torch.as_tensor(weights).to(maps) @ maps[..., low:low + weights.shape[1], :])
+    return torch.cat(found, -2)
+
 def gaussian_blur(
     maps:torch.Tensor, # ... x h x w
     sigma:float, # standard deviation in pixels
 ) -> torch.Tensor: # the same shape
     "Blur each map with a Gaussian, as `scipy.ndimage.gaussian_filter` does with its defaults (PnP-OVSS, SYSTEMS 6.5 step 4)."
     if not sigma > 0: raise ValueError(f"sigma must be above 0 pixels, got {sigma}")
-    down, across = (torch.as_tensor(ndimage.gaussian_filter1d(np.eye(n), sigma, axis=0)).to(maps) for n in maps.shape[-2:])
-    return down @ maps @ across.mT
+    kernel = np.zeros(2*int(4*sigma + 0.5) + 1)
+    kernel[len(kernel)//2] = 1
+    kernel = ndimage.gaussian_filter1d(kernel, sigma, mode="constant")
+    return _blurred(_blurred(maps, kernel).mT, kernel).mT
 
 # %% ../nbs/21_refine.ipynb #c572808e
 def add_background(
