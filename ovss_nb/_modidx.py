@@ -1208,6 +1208,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ovss_nb.refine._argmax_by_cells': ('refine.html#_argmax_by_cells', 'ovss_nb/refine.py'),
                                 'ovss_nb.refine._argmax_in_groups': ('refine.html#_argmax_in_groups', 'ovss_nb/refine.py'),
                                 'ovss_nb.refine._axis_weights': ('refine.html#_axis_weights', 'ovss_nb/refine.py'),
+                                'ovss_nb.refine._band': ('refine.html#_band', 'ovss_nb/refine.py'),
+                                'ovss_nb.refine._blurred': ('refine.html#_blurred', 'ovss_nb/refine.py'),
                                 'ovss_nb.refine._check_crf': ('refine.html#_check_crf', 'ovss_nb/refine.py'),
                                 'ovss_nb.refine._fill': ('refine.html#_fill', 'ovss_nb/refine.py'),
                                 'ovss_nb.refine._label_dtype': ('refine.html#_label_dtype', 'ovss_nb/refine.py'),
