@@ -148,7 +148,7 @@ def _check_use(low:float, high:float, white:float, name:str):
     ask = f"limits=(0, {likely}), or limits='stretch' to take them from the image", f"--limits 0 {likely}, or --limits stretch to take them from the image"
     if deep and 0 < high < white/4:
         say = f"{span}, and the image would be nearly black. Say what is black and what is white, e.g. "
-        raise ImageError(f"{say}load_image(..., {ask[0]})", say + ask[1])
+        raise ImageError(f"{say}{ask[0]} (load_image, open_picture); or convert the file to 8 bits", say + ask[1])
     if 0 < high < white/(2 if deep else 8) or (deep and 0 < high - low < white/8):
         mask = "" if deep or white == 1 else " Is it a mask or a label map?"
         warnings.warn(f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)

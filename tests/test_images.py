@@ -9,7 +9,7 @@ import skimage
 import torch
 from PIL import Image, features
 
-from ovss_nb.images import MAX_PIXELS, ImageError, load_image, open_picture
+from ovss_nb.images import MAX_PIXELS, ImageError, image_size, load_image, open_picture
 
 PHOTOS = Path(skimage.__file__).parent/"data"
 
@@ -374,12 +374,14 @@ def test_bands_of_files(photo, tmp_path):
     infrared = photo[..., 1:2]
     path = write_raster(tmp_path/"bgr.tif", photo[..., ::-1])
     assert (at_both_doors(path, bands=(3, 2, 1)) == photo).all() and (load_image(path.read_bytes(), bands=(3, 2, 1)) == photo).all()
+    assert image_size(path) == (40, 60)
     path = write_raster(tmp_path/"said.tif", np.dstack([photo[..., ::-1], infrared]), photometric="minisblack")
     for name in "two", "four", "five":
         bands = dict(two=photo[..., :2], four=np.dstack([photo, infrared]), five=np.dstack([photo, photo[..., :2]]))[name]
         asked = write_raster(tmp_path/f"{name}.tif", bands, photometric="minisblack")
         with pytest.raises(ImageError, match="does not say which are red") as error: load_image(asked)
         assert "--bands 3,2,1" in error.value.shell and "bands=" not in error.value.shell
+        assert image_size(asked) == (40, 60)   # without Pillow's help
         assert (at_both_doors(asked, bands=(1, 2, 1)) == photo[..., [0, 1, 0]]).all()
     with rasterio.open(path, "r+") as file: file.colorinterp = [Kind.blue, Kind.green, Kind.red, Kind.undefined]
     assert (at_both_doors(path) == photo).all()
