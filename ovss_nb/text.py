@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'SOURCES', 'POOLINGS', 'load_templates', 'prompt_sources', 'class_prompts', 'prompts_digest', 'TextBank',
-           'encode_text']
+           'check_texts', 'encode_text']
 
 # %% ../nbs/14_text.ipynb #47346a22
+import warnings
 from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .cache import Cache
 from .prompts import KINDS, PromptBank, PromptError, list_banks
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, VocabularyError, VocabularyWarning
 
 # %% ../nbs/14_text.ipynb #b3e91f35
 _SIZED = ("a photo of a %s {}.", "This is a photo of a %s {}.", "There is a %s {} in the scene.")
@@ -157,6 +158,46 @@ class TextBank:
             best = torch.maximum(best, (column @ vectors.float().T).masked_fill(~real[:, None], -torch.inf))
         return best
 
+# %% ../nbs/14_text.ipynb #0ae198a9
+def _named(encoder) -> str: return f"the encoder {getattr(encoder, 'name', type(encoder).__name__)}"
+
+def _alike(encoder, groups:list[list[str]]) -> VocabularyError:
+    shown = "; ".join(", ".join(map(repr, o[:5])) + (f" and {len(o) - 5} more" if len(o) > 5 else "") for o in groups[:5])
+    return VocabularyError(f"{_named(encoder)} reads the same in names of this vocabulary, so it cannot tell them apart: {shown}. "
+                           "Give them words that differ and that it knows, as a dict {name: [words]} or behind a colon, name: word; or leave all but one out")
+
+def check_texts(
+    encoder, # anything with `pieces`, see `Encoder`
+    said:dict[str, tuple[str, ...]], # {name: the words or texts that are encoded for it}
+):
+    "Raise `VocabularyError` for names that are read alike; warn of texts that the encoder does not know, wholly or in part."
+    texts = list(dict.fromkeys(o for own in said.values() for o in own))
+    pieces = encoder.pieces(texts) if hasattr(encoder, "pieces") else None
+    if pieces is None: return
+    # Without a single known piece all texts are alike, however many pieces they have.
+    read, heard = {text: own if any(o is not None for o in own) else () for text, own in zip(texts, pieces)}, {}
+    for name, own in said.items(): heard.setdefault(frozenset(read[o] for o in own), []).append(name)
+    alike = [names for names in heard.values() if len(names) > 1]
+    if alike: raise _alike(encoder, alike)
+    unknown = [text for text, own in zip(texts, pieces) if None in own or not own]
+    if unknown:
+        shown = ", ".join(repr(o[:60]) for o in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        warnings.warn(f"{_named(encoder)} does not know all of {shown}: what it makes of this means little. Give words that it knows, as a dict {{name: [words]}} or behind a colon, name: word",
+                      VocabularyWarning, stacklevel=3)
+
+def _check_apart(encoder, bank:TextBank):
+    "Raise `VocabularyError` for classes of one vector, cosine above 1 - 1e-6; only warn if the encoder has no tokenizer whose fault it could be."
+    means, partner = bank.mean().float(), {}
+    for start in range(0, len(bank), 1024):
+        rows, columns = (means[start:start + 1024] @ means.T > 1 - 1e-6).nonzero().T.tolist()
+        for i, j in zip(rows, columns):
+            if start + i < j: partner.setdefault(start + i, []).append(j)
+    if partner:
+        first, others = next(iter(partner.items()))
+        error = _alike(encoder, [[bank.names[o] for o in (first, *others)]])
+        if hasattr(encoder, "pieces") and encoder.pieces([bank.names[first]]) is not None: raise error
+        warnings.warn(str(error), VocabularyWarning, stacklevel=3)
+
 # %% ../nbs/14_text.ipynb #ebb3abd4
 def _steps(rows:list[tuple[str, ...]], size:int):
     "Lists of rows with at most `size` prompts in all, or one longer row: whole texts, so that each can be stored as soon as it is there."
@@ -198,7 +239,8 @@ def encode_text(
 ) -> TextBank: # on the encoder's device, in the vocabulary's order
     """Embed all words or texts of a vocabulary: per word the mean over templates of unit vectors, re-normalised; each is encoded once.
 
-    Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a prompt the encoder cannot read, and as `class_prompts` does."""
+    Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a prompt the encoder cannot read, as `class_prompts` does, and
+    `VocabularyError` for names that become one vector. Warns of words that the encoder does not know."""
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     vocabulary, cache, sentences = Vocabulary.of(vocabulary), Cache() if cache is True else cache or None, load_templates(templates)
     # Names need no bank of prompts: words and templates say all, and the whole result is found without spelling out every sentence.
@@ -206,10 +248,13 @@ def encode_text(
     said = [tuple(dict.fromkeys(own[o])) for o in vocabulary.names]
     whole = cache.key("bank", getattr(encoder, "text_fingerprint", encoder.fingerprint), sentences, said) if cache and prompt_sources(prompts) == ("names",) else None
     stored = cache.get(whole) if whole else None
-    if stored is not None: vectors = torch.from_numpy(stored["embeddings"]).to(encoder.device)
+    if stored is not None:
+        vectors = torch.from_numpy(stored["embeddings"]).to(encoder.device)
+        check_texts(encoder, dict(zip(vocabulary.names, said)))
     else:
         classes = class_prompts(vocabulary, prompts, sentences, instead)
         said = [tuple(o.values()) for o in classes.values()]
+        check_texts(encoder, dict(zip(vocabulary.names, said)))   # before anything is encoded
         found = _encoded(encoder, {row: text for o in classes.values() for row, text in o.items()}, cache, batch_size, progress)
         vectors = torch.stack([found[row] for o in classes.values() for row in o])
         if whole: cache.try_put(whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]})
@@ -217,4 +262,6 @@ def encode_text(
     mask = torch.arange(int(counts.max()), device=vectors.device) < counts[:, None]
     embeddings = vectors.new_zeros(*mask.shape, vectors.shape[1])
     embeddings[mask] = vectors
-    return TextBank(embeddings, mask, vocabulary.names, tuple(said), sentences, vocabulary.background)
+    bank = TextBank(embeddings, mask, vocabulary.names, tuple(said), sentences, vocabulary.background)
+    _check_apart(encoder, bank)
+    return bank

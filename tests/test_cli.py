@@ -71,6 +71,12 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
     (["segment", "x.jpg", "--classes", "cat", "--encoder", "clip"], "clip:MODEL/PRETRAINED"),
     (["segment", "x.jpg", "--classes", "cat", "--encoder", "simseg:missing.pth"], "missing.pth"),
     (["segment", "x.jpg", "--classes", "missing.txt"], "missing.txt"),
+    (["segment", "x.jpg", "--classes", "cat; dog"], "--classes: line 1 of the list: 'cat; dog' has the separators of another tool; write 'cat, dog'"),
+    (["segment", "x.jpg", "--classes", "my_classes.csv"], "cannot read the vocabulary file my_classes.csv"),
+    (["segment", "x.jpg", "--classes", ",".join(["cat"*9]*40)], "named already"), (["segment", "x.jpg", "--classes", "cat\0"], "no character"),
+    (["tiles", __file__, "--classes", "voc-21", "--out", "y.tif"], "--classes: line 1 of the list: 'voc-21' looks like a class list"),
+    (["onnx", "maskclip", "--vocabulary", "VOC-21,cat", "--out", "y"], "--vocabulary: line 1 of the list: 'VOC-21' looks like a class list"),
+    (["prompts", "make", "--vocabulary", "coco", "--model", "m"], "--vocabulary: line 1 of the list: 'coco' looks like a class list"),
     (["segment", "x.jpg", "--classes", "cat"], "no file x.jpg"), (["tiles", "x.tif", "--classes", "cat", "--out", "y.tif"], "x.tif does not exist"),
 ])
 def test_bad_arguments_give_one_line(arguments, message, tmp_path, monkeypatch):
@@ -143,6 +149,28 @@ def test_limits_and_bands_give_the_labels_of_the_plain_photo(odd_files, tmp_path
     for verb, stretch in ("segment", []), ("tiles", ["--limits", "stretch"]):
         plain = labels(verb, *stretch, "plain.png")
         assert (labels(verb, "--bands", "3,2,1", *(stretch or ["--limits", "0", "255"]), "five.tif") == plain).all()
+
+
+def test_one_name_is_a_line_on_stderr(tmp_path):
+    result = ovss_nb("segment", PHOTOS/"chelsea.png", PHOTOS/"coffee.png", "--classes", "cat", "--out", tmp_path/"out")
+    told = [o for o in result.stderr.splitlines() if "only name" in o]
+    assert result.returncode == 0 and len(told) == 1 and told[0].startswith("ovss-nb: 'cat' is the only name") and "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["Background", "__background__"])
+def test_a_background_is_one_however_it_is_spelt(name, tmp_path):
+    for folder, words in (("plain", "rocket,background"), ("other", f"rocket,{name}")):
+        result = ovss_nb("segment", PHOTOS/"rocket.jpg", "--classes", words, "--out", tmp_path/folder)
+        assert result.returncode == 0, result.stderr
+    plain, other = (np.asarray(Image.open(tmp_path/o/"rocket.labels.png")) for o in ("plain", "other"))
+    assert (plain == other).all() and (plain == 1).mean() > 0.3
+
+
+def test_words_that_the_encoder_cannot_read(tmp_path):
+    alike = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "ድመት,ውሻ", "--out", tmp_path/"out")
+    assert alike.returncode == 2 and "'ድመት', 'ውሻ'" in alike.stderr and "Traceback" not in alike.stderr
+    alone = ovss_nb("segment", PHOTOS/"chelsea.png", "--classes", "ድመት,dog", "--out", tmp_path/"out")
+    assert alone.returncode == 0 and len([o for o in alone.stderr.splitlines() if o.startswith("ovss-nb: ") and "does not know all of 'ድመት'" in o]) == 1
 
 
 def test_lists():

@@ -1,6 +1,7 @@
 "What every system must do, run on each of them; and the measured promise that an image is encoded once."
 import json
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ovss_nb.prompts import PromptBank, PromptError
 from ovss_nb.refine import crf_available
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.text import POOLINGS, SOURCES, encode_text
-from ovss_nb.vocabulary import VocabularyError
+from ovss_nb.vocabulary import VocabularyError, VocabularyWarning
 
 PHOTOS = Path(data.__file__).parent
 KNOBS = {"maskclip": {}, "simseg": dict(templates="single", crf=crf_available()), "llm_supervised": dict(templates="single", crf=crf_available()),
@@ -57,6 +58,20 @@ def test_the_last_stage_is_what_the_scores_are(system):
     stages = system.stages(image, text)
     assert all(o.ndim == 3 and len(o) == 2 and np.isfinite(np.asarray(o)).all() for o in stages.values())
     assert np.allclose(list(stages.values())[-1], system.scores(image, text), atol=1e-5)
+
+
+def test_one_name_alone_is_said_once(system):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for photo in ("chelsea.png", "chelsea.png"): system.segment(PHOTOS/photo, ["teapot"])
+    told = [str(o.message) for o in told if issubclass(o.category, VocabularyWarning)]
+    assert len(told) == 1 and "'teapot' is the only name" in told[0] and "Add the name 'background'" in told[0]
+    assert ("background_threshold" in told[0]) == hasattr(system.config, "background_threshold")
+
+
+def test_names_that_the_encoder_reads_alike_are_refused(system):
+    for words in (["ድመት", "ውሻ"], ["cafe", "cafe\u0301"]):
+        with pytest.raises(VocabularyError, match="cannot tell them apart"): system.segment(PHOTOS/"chelsea.png", words)
 
 
 def test_one_name_alone(system):

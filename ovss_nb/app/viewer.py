@@ -6,7 +6,7 @@
 __all__ = ['REFINED', 'DISPLAYED', 'score_at', 'Viewer', 'ViewerForm', 'app_notebook', 'serve']
 
 # %% ../../nbs/app/53_viewer.ipynb #41d7d4f9
-import base64, json, os, re, subprocess, sys, tempfile, zlib
+import base64, json, os, re, subprocess, sys, tempfile, warnings, zlib
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
@@ -22,7 +22,7 @@ from ..predict import DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, has_knob,
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
 from ..systems.base import System
-from ..vocabulary import Vocabulary, list_vocabularies, load_vocabulary, read_lines, write_lines
+from ..vocabulary import Vocabulary, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines, write_lines
 
 # %% ../../nbs/app/53_viewer.ipynb #539c4bf2
 def score_at(
@@ -61,7 +61,7 @@ class Viewer:
         self._given = {} if isinstance(encoder, str) else {encoder.name: encoder}
         encoder = encoder if isinstance(encoder, str) else encoder.name
         self.reading = {name: o for name, o in dict(limits=limits, bands=bands).items() if o}
-        self._encoders, self._recipes, self._images, self._form = dict(self._given), {}, {}, None
+        self._encoders, self._recipes, self._images, self._told, self._form = dict(self._given), {}, {}, {}, None
         self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(knobs.pop("crf", False))
         self.knobs = {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)} | dict(systems) | {system: knobs}
         self.encoders = tuple(dict.fromkeys((encoder, *encoders)))
@@ -89,11 +89,17 @@ class Viewer:
         key = (names[1], c.size, c.keep_aspect, c.longest) if type(recipe).encode_image is System.encode_image else names[:2]
         if key not in images: images[key] = recipe.encode_image(photo)
         with torch.inference_mode():
-            text = recipe.encode_text(vocabulary)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", VocabularyWarning)
+                text = recipe.encode_text(vocabulary)
             stages = recipe.stages(images[key], text)
             labels = recipe.labels(images[key], text, list(stages.values())[-1], vocabulary)
         stages = {name: maps.float().cpu().numpy() for name, maps in stages.items()}
         refined = Segmentation(labels, vocabulary.names, scores=list(stages.values())[-1], image=photo)
+        for o in told: warnings.warn_explicit(o.message, o.category, o.filename, o.lineno)
+        # A system says it once; here it is to be seen as long as the words are there.
+        said = [str(o.message) for o in told if issubclass(o.category, VocabularyWarning)]
+        self.notes = self._told.setdefault((*names, vocabulary), said)
         self.photo, self.source, self._images, self.vocabulary, (self.system, self.encoder, self.crf) = photo, source, images, vocabulary, names
         self.stages, self._results = stages, {REFINED: refined}
         self.choose_stage(self.stage if self.stage in stages else REFINED)
@@ -368,11 +374,11 @@ class ViewerForm:
     def _act(self, action, *choice, **choices):
         "Tell the session, which fills the widgets; after an error they return to what it says."
         if self._filling: return
-        self.canvas.message, self.canvas.busy = "", True
+        self.canvas.message, self.canvas.busy = "\n".join(self.viewer.notes), True
         try: action(*choice, **choices)
         except (ValueError, RuntimeError, OSError, MissingExtra) as e:
-            self.canvas.message = str(e)
             self.fill()
+            self.canvas.message = str(e)
         finally: self.canvas.busy = False
 
     def _new(self, name:str) -> bool:
@@ -402,7 +408,7 @@ class ViewerForm:
             c.shape, c.step, c.labels = list(labels.shape), step, zlib.compress(labels.astype("<u2").tobytes())
             c.scores = zlib.compress(score_at(result.scores, (height, width), y, x, labels).clip(-6e4, 6e4).astype("<f2").tobytes())
             c.classes = [dict(name=name, colour=colour, share=share) for (name, share), colour in zip(result.areas().items(), result.palette.tolist())]
-            c.code = v.code()
+            c.code, c.message = v.code(), "\n".join(v.notes)
             self._tell()
         self._filling = False
 

@@ -362,3 +362,13 @@ def text(self:CLIPEncoder, prompts:list[str]) -> torch.Tensor:
         if count > context: raise ValueError(f"A prompt has {count} tokens, {self.name} reads at most {context}. Shorten it: {prompt!r}")
     tokens = self.tokenizer(prompts, context_length=context).to(self.device)
     return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+@patch
+def pieces(self:CLIPEncoder, texts:list[str]) -> list[tuple[int|None, ...]]|None:
+    "Per text the tokens after open_clip's cleaning, None for what the tokenizer does not know; CLIP's own reads bytes and knows all."
+    if self.tokenizer is None: return None
+    rows = self.tokenizer([*texts, ""], context_length=2*max(len(o.encode()) for o in texts) + 8).tolist()   # wide enough, as in `count_tokens`
+    unknown, padding = getattr(getattr(self.tokenizer, "tokenizer", None), "unk_token_id", None), rows[-1][-1]
+    rows = [row[:max((i + 1 for i, o in enumerate(row) if o != padding), default=0)] for row in rows]
+    start, end = max(len(rows[-1]) - 1, 0), min(len(rows[-1]), 1)   # what is left of an empty text stands around the others
+    return [tuple(None if o == unknown else o for o in row[start:len(row) - end]) for row in rows[:-1]]

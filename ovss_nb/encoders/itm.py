@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from ..cache import atomic_path
-from .base import choose_device, Encoder
+from .base import choose_device, Encoder, known_pieces
 from .lite import LiteEncoder
 
 # %% ../../nbs/16_itm.ipynb #cd50420d
@@ -104,6 +104,8 @@ class ImageTextMatcher(Encoder):
     def prompts(self, texts:list[str|list[str]], opening:str="A picture of") -> Prompts:
         "Sentences, or lists of class names, to tokens and spans; see `tokenise`."
         return tokenise(self.tokenizer, texts, opening, self.limit)
+
+    def pieces(self, texts): return known_pieces(self.tokenizer, texts)
 
     def match(self,
         images:torch.Tensor|ImageTokens, # B x 3 x H x W normalised, or read already

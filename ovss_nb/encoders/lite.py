@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from ..cache import atomic_path
-from .base import choose_device, Encoder, ImageFeatures, resize_positions
+from .base import choose_device, Encoder, ImageFeatures, known_pieces, resize_positions
 from ..extras import require
 from ..options import Positive, Range, Share, checked_arguments
 
@@ -132,6 +132,8 @@ class ConSEEncoder(Encoder):
         return self.network.forward_intermediates(images, indices=list(indices), norm=False, intermediates_only=True)
 
     def text(self, prompts): return self.words(prompts)
+
+    def pieces(self, texts): return known_pieces(self.words.tokenizer, texts)
 
 # %% ../../nbs/12_lite.ipynb #01c568ec
 class LiteTower(nn.Module):

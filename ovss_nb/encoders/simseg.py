@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from .base import Encoder, loda_pool, resize_positions
+from .base import Encoder, loda_pool, resize_positions, known_pieces
 from ..extras import require
 
 # %% ../../nbs/13_simseg_encoder.ipynb #5f7d525a
@@ -140,6 +140,11 @@ def text(self:SimSegEncoder, prompts:list[str]) -> torch.Tensor:
     tokens, mask = self.text_tokens(prompts)
     pooled = loda_pool(tokens, 1, mask)
     return pooled/(pooled.norm(dim=-1, keepdim=True) + 1e-8)
+
+@patch
+def pieces(self:SimSegEncoder, texts:list[str]) -> list[tuple[int|None, ...]]:
+    "Per text its word pieces, None for what the vocabulary does not know."
+    return known_pieces(self.tokenizer, texts)
 
 # %% ../../nbs/13_simseg_encoder.ipynb #b642018a
 def read_simseg_weights(

@@ -6,7 +6,7 @@
 __all__ = ['Config', 'EncodedImage', 'System']
 
 # %% ../../nbs/systems/30_base.ipynb #be2b7ad7
-import dataclasses, json
+import dataclasses, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from ..options import Count, check_names, check_options, fit_option, option_kind
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
 from ..text import SOURCES, TextBank, encode_text, prompt_sources, prompts_digest
-from ..vocabulary import Vocabulary
+from ..vocabulary import Vocabulary, VocabularyWarning
 
 # %% ../../nbs/systems/30_base.ipynb #0ebcca8d
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class System:
         if config is not None and not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, not {type(config).__name__}")
         self.config = config or self.config_class.from_dict(knobs)
-        self.encoder, self.cache, self._banks = encoder, fit_option("cache", cache, Cache|bool|None), {}
+        self.encoder, self.cache, self._banks, self._noted = encoder, fit_option("cache", cache, Cache|bool|None), {}, set()
 
     @torch.inference_mode()
     def encode_image(self, image) -> EncodedImage:
@@ -96,10 +96,19 @@ class System:
         "{name: words} that this system puts in place of some names, unless a bank of prompts has texts for them; here none."
         return {}
 
+    def note_single(self, vocabulary:Vocabulary):
+        "Warn, once for a vocabulary, if it has one name only."
+        if len(vocabulary) > 1 or vocabulary.names in self._noted: return
+        self._noted.add(vocabulary.names)
+        threshold = "; with it, the knob background_threshold says how probable a name must be" if hasattr(self.config, "background_threshold") else ""
+        warnings.warn(f"{vocabulary.names[0]!r} is the only name, so every pixel gets it, whatever the picture shows. Add the name 'background'{threshold}. "
+                      "Or add the names of what else may be there", VocabularyWarning, stacklevel=4)
+
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
         "Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the system has a cache. Raises as `ovss_nb.text.encode_text`."
         vocabulary = Vocabulary.of(words)
+        self.note_single(vocabulary)
         # A file that says something else by now is read again.
         files = [Path(o) for o in prompt_sources(self.config.prompts) if o not in SOURCES]
         key = (vocabulary, *(file_digest(o) if o.is_file() else "" for o in files))

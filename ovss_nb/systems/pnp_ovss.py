@@ -22,6 +22,7 @@ from ..language_model import LanguageModel
 from ..options import Count, Index, Positive, Range
 from ..salience import SalienceConfig, class_maps, image_tokens, salience_labels
 from .base import Config, EncodedImage, System
+from ..text import check_texts
 from ..vocabulary import Vocabulary
 
 # %% ../../nbs/systems/34_pnp_ovss.ipynb #284ad183
@@ -127,8 +128,15 @@ class PnPOVSS(System):
         return MatchedImage(image, None, pixels=pixels, tokens=image_tokens(self.matcher, pixels))
 
     def encode_text(self, words) -> Vocabulary:
-        "Nothing is encoded ahead: a matcher reads words together with an image."
-        return Vocabulary.of(words)
+        "Nothing is encoded ahead: a matcher reads words together with an image. Raises `VocabularyError` for names that it would read alike."
+        vocabulary = Vocabulary.of(words)
+        self.note_single(vocabulary)
+        if vocabulary not in self._banks:
+            while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
+            foreground = [k for k, name in enumerate(vocabulary.names) if name not in vocabulary.background]   # a background is never read
+            check_texts(self.matcher, {vocabulary.names[k]: vocabulary.words[k][:1] for k in foreground})
+            self._banks[vocabulary] = vocabulary
+        return vocabulary
 
     def describe(self) -> dict:
         return super().describe() | dict(matcher=self.matcher.name, matcher_fingerprint=self.matcher.fingerprint) if self.encoder is not None else dict(
