@@ -74,7 +74,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
     (["segment", "x.jpg", "--classes", "cat; dog"], "--classes: line 1 of the list: 'cat; dog' has the separators of another tool; write 'cat, dog'"),
     (["segment", "x.jpg", "--classes", "my_classes.csv"], "cannot read the vocabulary file my_classes.csv"),
     (["segment", "x.jpg", "--classes", ",".join(["cat"*9]*40)], "named already"), (["segment", "x.jpg", "--classes", "cat\0"], "no character"),
-    (["tiles", __file__, "--classes", "voc-21", "--out", "y.tif"], "--classes: line 1 of the list: 'voc-21' looks like a class list"),
+    (["tiles", PHOTOS/"chelsea.png", "--classes", "voc-21", "--out", "y.tif"], "--classes: line 1 of the list: 'voc-21' looks like a class list"),
     (["onnx", "maskclip", "--vocabulary", "VOC-21,cat", "--out", "y"], "--vocabulary: line 1 of the list: 'VOC-21' looks like a class list"),
     (["prompts", "make", "--vocabulary", "coco", "--model", "m"], "--vocabulary: line 1 of the list: 'coco' looks like a class list"),
     (["segment", "x.jpg", "--classes", "cat"], "no file x.jpg"), (["tiles", "x.tif", "--classes", "cat", "--out", "y.tif"], "x.tif does not exist"),
