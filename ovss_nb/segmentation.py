@@ -14,9 +14,10 @@ from functools import lru_cache
 from io import BytesIO
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
 from .cache import atomic_path
+from .fonts import draw_text, text_length
 from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
 from .vocabulary import composed, find_background, is_background
 
@@ -150,10 +151,10 @@ def _borders(labels:np.ndarray, width:int) -> np.ndarray:
 def _legend(entries:list, width:int) -> Image.Image:
     "A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it). `entries`: triples of RGB colour, name, area."
     size = min(max(width // 38, 12), 40)
-    font, pad = ImageFont.load_default(size), size // 2
-    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries] # the font draws single lines only
-    behind = [size + pad + round(font.getlength(name)) + size // 3 for _, name, _ in entries] # where the area stands
-    lengths = [at + round(font.getlength(area)) for at, (*_, area) in zip(behind, entries)]
+    pad = size // 2
+    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries] # single lines are drawn only
+    behind = [size + pad + round(text_length(name, size)) + size // 3 for _, name, _ in entries] # where the area stands
+    lengths = [at + round(text_length(area, size)) for at, (*_, area) in zip(behind, entries)]
     width, x, y, places = max(width, max(lengths) + 2 * pad), pad, pad, []
     for length in lengths:
         if x > pad and x + length + pad > width: x, y = pad, y + size + pad
@@ -163,8 +164,8 @@ def _legend(entries:list, width:int) -> Image.Image:
     draw = ImageDraw.Draw(strip)
     for (colour, name, area), at, (x, y) in zip(entries, behind, places):
         draw.rounded_rectangle((x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour))
-        draw.text((x + size + pad, y + size / 2), name, font=font, fill=(30, 30, 30), anchor="lm")
-        draw.text((x + at, y + size / 2), area, font=font, fill=(130, 130, 130), anchor="lm")
+        draw_text(draw, (x + size + pad, y + size / 2), name, size, (30, 30, 30))
+        draw_text(draw, (x + at, y + size / 2), area, size, (130, 130, 130))
     return strip
 
 @patch

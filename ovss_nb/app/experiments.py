@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 import ovss_nb
 from ..cache import atomic_path
 from ..extras import require
+from ..fonts import plot_families
 from ..options import Count, OptionError, argument, check_names, fitted, guess, read_option
 from ..predict import SYSTEMS, read_knobs, resize_rule
 from ..workers import WorkerDied, spread
@@ -400,11 +401,12 @@ def plot_results(
     numbers = [{key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))} for row in rows]
     _known_metric(metric, list(dict.fromkeys(itertools.chain(*numbers))))
     shown = [(label, row[metric]) for label, row in zip(_labels(rows), numbers) if metric in row]
+    fonts = dict(family=plot_families(label for label, _ in shown))
     axis = figure.subplots()
     # Places, not labels: two runs of one label would be drawn as one bar.
     bars = axis.barh(range(len(shown)), [value if math.isfinite(value) else 0 for _, value in shown])
     axis.bar_label(bars, [_text(value) for _, value in shown], padding=3)
-    axis.set_yticks(range(len(shown)), [label for label, _ in shown]); axis.invert_yaxis(); axis.margins(x=0.15); axis.set_xlabel(metric)
+    axis.set_yticks(range(len(shown)), [label for label, _ in shown], **fonts); axis.invert_yaxis(); axis.margins(x=0.15); axis.set_xlabel(metric)
     if path is not None:
         with atomic_path(path) as temporary: figure.savefig(temporary, dpi=150)
     return figure

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from ..extras import MissingExtra, require
+from ..fonts import draw_text, text_length
 from ..formats import save_coco
 from ..images import load_image
 from ..predict import DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, has_knob, shipped_weights
@@ -170,7 +171,7 @@ def show_point(self:Viewer,
     bars, result = self.bars(x, y), self.result
     heat = self.show_map(name or result.names[result.labels[y, x]])
     size = min(max(heat.width//32, 12), 40)
-    font, sheet = ImageFont.load_default(size), Image.new("RGB", (heat.width, heat.height + (2*len(bars) + 1)*size), "white")
+    sheet = Image.new("RGB", (heat.width, heat.height + (2*len(bars) + 1)*size), "white")
     sheet.paste(heat)
     draw, room = ImageDraw.Draw(sheet), heat.width - 6*size
     for shift, colour in ((1, "black"), (0, "white")):
@@ -178,8 +179,9 @@ def show_point(self:Viewer,
         draw.line((x + shift, y - size + shift, x + shift, y + size + shift), colour, 2)
     for top, (label, score, share) in zip(range(heat.height + size, sheet.height, 2*size), bars):
         draw.rectangle((size, top, size + share*room, top + size*1.3), tuple(int(o) for o in result.palette[result.names.index(label)]))
-        draw.text((1.3*size, top + size*0.65), label, "black", font, "lm", stroke_width=2, stroke_fill="white")
-        draw.text((heat.width - size, top + size*0.65), f"{score:.3g}", "black", font, "rm")
+        draw_text(draw, (1.3*size, top + size*0.65), label, size, "black", stroke_width=2, stroke_fill="white")
+        number = f"{score:.3g}"
+        draw_text(draw, (heat.width - size - text_length(number, size), top + size*0.65), number, size, "black")
     return sheet
 
 # %% ../../nbs/app/53_viewer.ipynb #734e4f11
