@@ -42,7 +42,7 @@ class Config:
 
     def check_sizes(self):
         "Raises `ValueError` for sizes that contradict each other."
-        if self.keep_aspect and self.size and self.longest is not None and self.longest < self.size:
+        if self.keep_aspect and isinstance(self.size, int) and self.longest is not None and self.longest < self.size:
             raise ValueError(f"longest={self.longest} must be at least size={self.size}: it bounds the longer side")
 
     def to_dict(self) -> dict:

@@ -21,6 +21,7 @@ from ..vocabulary import Vocabulary
 @dataclass(frozen=True)
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
+    size:Count|tuple[Count, Count] = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`), or height and width
     background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user or a bank says
     background_threshold:Share|None = None # probability under which a pixel is background too
     logit_scale:Positive = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
