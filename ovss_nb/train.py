@@ -35,17 +35,17 @@ class TrainingError(ValueError):
 # %% ../nbs/43_train.ipynb #5125c63a
 def cached_features(
     compute, # range of item numbers -> {name: array, one row per item}
-    names:list[str], # of the items, in order
+    items:list[str], # what each item is, in order: a digest of its content, such as `dataset.image_digest(i)` or `Cache.key(text)`. A name alone would give the features of whatever had that name before
     folder, # a subfolder per fingerprint is made here; delete those no longer needed
-    fingerprint, # what else the features depend on, as `Cache.key` takes it: e.g. (encoder.fingerprint, 448)
+    fingerprint, # what else the features depend on, as `Cache.key` takes it: encoder and preprocessing, e.g. (encoder.fingerprint, 448)
     batch:int=32, # items per call of `compute`
     progress:bool=True,
 ) -> dict[str, np.ndarray]: # read-only, memory-mapped, N rows each
     """Compute features once and read them from disk ever after; killed at any moment, it goes on where it was.
 
     Raises `TrainingError` for arrays that do not fit each other, a damaged folder, or a full disk."""
-    if not (names := list(names)) or batch < 1: raise TrainingError(f"There is nothing to compute: {len(names)} items in batches of {batch}")
-    folder = Path(folder)/Cache.key(fingerprint, names)[:16]
+    if not (items := list(items)) or batch < 1: raise TrainingError(f"There is nothing to compute: {len(items)} items in batches of {batch}")
+    folder = Path(folder)/Cache.key(fingerprint, items)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     record, done, kinds = folder/"rows.json", 0, None
     def array(key, mode): return np.load(folder/f"{key}.npy", mmap_mode=mode)
@@ -54,26 +54,26 @@ def cached_features(
             if record.is_file(): done, kinds = (json.loads(record.read_text())[o] for o in ("rows", "arrays"))
             arrays = {key: array(key, "r") for key in kinds or {}}
             for key, o in arrays.items():
-                if [o.dtype.str, *o.shape] != [kinds[key][0], len(names), *kinds[key][1:]]: raise ValueError(f"{key}.npy is {o.dtype} {o.shape}")
+                if [o.dtype.str, *o.shape] != [kinds[key][0], len(items), *kinds[key][1:]]: raise ValueError(f"{key}.npy is {o.dtype} {o.shape}")
             arrays = {key: array(key, "r+") for key in arrays}   # only now: opened for writing, a file that was cut is made longer
         except (ValueError, KeyError, TypeError, OSError) as e: raise TrainingError(f"The features in {folder} are damaged ({e}). Delete the folder") from e
-        with tqdm(total=len(names), initial=done, desc="features", unit="image", disable=not progress or done == len(names)) as bar:
-            while done < len(names):
-                rows = range(done, min(done + batch, len(names)))
+        with tqdm(total=len(items), initial=done, desc="features", unit="image", disable=not progress or done == len(items)) as bar:
+            while done < len(items):
+                rows = range(done, min(done + batch, len(items)))
                 values = {key: np.asarray(o) for key, o in compute(rows).items()}
                 found = {key: [o.dtype.str, *o.shape[1:]] for key, o in values.items()}
                 if not found or any(o.shape[:1] != (len(rows),) for o in values.values()) or found != (kinds or found):
                     forms = {key: (o.dtype.name, o.shape) for key, o in values.items()}
-                    raise TrainingError(f"compute must give {kinds or 'arrays'} with {len(rows)} rows for the items from {names[rows[0]]!r} on, "
+                    raise TrainingError(f"compute must give {kinds or 'arrays'} with {len(rows)} rows for the items from {items[rows[0]]!r} on, number {rows[0]}, "
                                         f"but gave {forms}")
                 if kinds is None:
-                    size, free = sum(o.nbytes//len(o)*len(names) for o in values.values()), shutil.disk_usage(folder).free
+                    size, free = sum(o.nbytes//len(o)*len(items) for o in values.values()), shutil.disk_usage(folder).free
                     if size > free: raise TrainingError(f"The features take {size/1e9:.1f} GB, but {folder} has {free/1e9:.1f} GB left. Choose another folder")
                     kinds = found
-                    arrays = {key: np.lib.format.open_memmap(folder/f"{key}.npy", "w+", o.dtype, (len(names), *o.shape[1:])) for key, o in values.items()}
+                    arrays = {key: np.lib.format.open_memmap(folder/f"{key}.npy", "w+", o.dtype, (len(items), *o.shape[1:])) for key, o in values.items()}
                 for key, o in values.items(): arrays[key][rows.start:rows.stop] = o; arrays[key].flush()
                 done = rows.stop
-                with atomic_path(record) as temporary: temporary.write_text(json.dumps(dict(rows=done, of=len(names), arrays=kinds)))
+                with atomic_path(record) as temporary: temporary.write_text(json.dumps(dict(rows=done, of=len(items), arrays=kinds)))
                 bar.update(len(rows))
     return {key: array(key, "r") for key in kinds}
 
@@ -306,6 +306,7 @@ def fit(
     on_interval=None, # (steps done, row) -> true to stop early; may add numbers to the row
     early:Index=0, # steps after which `on_interval` is called once with an empty row; 0: not
     tensorboard:bool=False, # the log also for TensorBoard, in run_dir/tensorboard
+    data:str="", # digest of all that `batches` draws from: a run that began with other data is refused
     progress:bool=True,
 ) -> list[dict]: # the rows of log.csv: step, lr, loss, gradient (its norm before clipping), and what `step` gave
     """Train with AdamW, resuming exactly after whatever ended the last call; in all processes that `torchrun` started, see `processes`.
@@ -314,7 +315,7 @@ def fit(
     (naming the step), for settings that differ from those of the run in `run_dir`, and if another process trains there."""
     number, count = processes()
     settings = dict(steps=steps, lr=lr, weight_decay=weight_decay, groups=groups or {}, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
-        precision=precision, seed=seed, log_every=log_every) | (dict(average=average) if average else {}) | (dict(processes=count) if count > 1 else {})
+        precision=precision, seed=seed, log_every=log_every) | (dict(average=average) if average else {}) | (dict(processes=count) if count > 1 else {}) | (dict(data=data) if data else {})
     if accumulate % count: raise TrainingError(f"accumulate={accumulate} batches per step cannot be shared by {count} processes: make it a multiple, and the batches smaller")
     schedule_factor(0, steps, schedule)
     run_dir = Path(run_dir)

@@ -1,13 +1,16 @@
 "Training: exact resume after real kills at every file operation and at random moments, Ctrl-C, schedules, groups, cached features."
-import csv, json, os, random, signal, subprocess, sys, threading, time
+import csv, io, json, os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from ovss_nb.captions import CaptionSet
+from ovss_nb.datasets import FolderDataset
 from ovss_nb.train import (Batches, TrainingError, _read_state, cached_features, checkpoints, fit, load_weights, parameter_groups, save_checkpoint, schedule_factor, step_generator)
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX's")
@@ -516,6 +519,82 @@ def test_features_of_another_encoder(tmp_path):
     def compute(rows): calls.append(rows); return dict(x=np.full((len(rows), 2), len(calls), np.float32))
     def get(names, fingerprint): return cached_features(compute, names, tmp_path, fingerprint, batch=8, progress=False)["x"][0, 0]
     assert [get(names, ("one", 448)), get(names, ("two", 448)), get(names, ("one", 224)), get(names[::-1], ("one", 448)), get(names[:2], ("one", 448)), get(names, ("one", 448))] == [1, 2, 3, 4, 5, 1]
+
+class Mean:
+    "What the experiment's `look` asks of a system: features that say what picture they are of."
+    def __init__(self): self.asked = 0
+    def packed_by(self): return "mean", 8
+    def encode_images(self, images): self.asked += len(images); return images
+    def pack(self, image): return dict(mean=torch.from_numpy(image.reshape(-1, 3).mean(0)))
+
+def look_of(notebook="train"):
+    "The cell of the experiment that keeps features, as it stands in the notebook."
+    cells = json.loads((Path(__file__).parent.parent/f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]
+    source = next("".join(o["source"]) for o in cells if o["cell_type"] == "code" and "def look(dataset, rows)" in "".join(o["source"]))
+    return source[:source.index("def stored")]
+
+def labelled_set(root, level, suffix="bmp"):
+    for part in ("images", "masks"): (root/part).mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), level + i, np.uint8)).save(root/f"images/{i}.{suffix}")
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(root/f"masks/{i}.png")
+    (root/"classes.txt").write_text("a\nb\n")
+    return FolderDataset.open(root)
+
+def test_features_belong_to_the_content_of_pictures(tmp_path):
+    "animals/train and kitchen/train have equal names; an edited picture may have its old size and time; a set that was moved finds its features again."
+    model = Mean()
+    place = dict(model=model, torch=torch, cached_features=cached_features, features=tmp_path/"features")
+    exec(look_of(), place)
+    def means(dataset): return [round(float(o)) for o in place["look"](dataset, range(3))["mean"][:, 0]]
+    animals, kitchen = labelled_set(tmp_path/"animals/train", 60), labelled_set(tmp_path/"kitchen/train", 100)
+    assert means(animals) == [60, 61, 62] and means(kitchen) == [100, 101, 102]
+    path = tmp_path/"animals/train/images/1.bmp"
+    times = path.stat()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size and means(animals) == [60, 200, 62]
+    asked = model.asked
+    shutil.move(tmp_path/"kitchen/train", tmp_path/"cooking")
+    assert means(FolderDataset.open(tmp_path/"cooking")) == [100, 101, 102] and model.asked == asked
+    shutil.copytree(tmp_path/"cooking/images", tmp_path/"renamed/images"); shutil.copytree(tmp_path/"cooking/masks", tmp_path/"renamed/masks")
+    shutil.copy(tmp_path/"cooking/classes.txt", tmp_path/"renamed")
+    for i in range(3): (tmp_path/f"renamed/images/{i}.bmp").rename(tmp_path/f"renamed/images/x{i}.bmp"); (tmp_path/f"renamed/masks/{i}.png").rename(tmp_path/f"renamed/masks/x{i}.png")
+    assert means(FolderDataset.open(tmp_path/"renamed")) == [100, 101, 102] and model.asked == asked
+
+@pytest.mark.parametrize("notebook", ["train", "train_lite", "train_lite_itm", "tune", "pnp_ablation"])
+def test_no_experiment_keeps_by_name(notebook):
+    "Neither stems nor names may be what a kept result is known by."
+    cells = json.loads((Path(__file__).parent.parent/f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]
+    kept = [line for o in cells if o["cell_type"] == "code" for line in "".join(o["source"]).splitlines() if re.search(r"= cached_features\(|return cached_features\(|cached_features\(|key = Cache\.key\(", line) and "import" not in line]
+    assert kept and not any(re.search(r"\bstems\b|\bnames, features|root\.name", line) for line in kept), kept
+
+def test_captions_and_their_pictures_have_digests(tmp_path):
+    "In a shard as in a folder: the digest is that of the picture's bytes."
+    def png(level):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+    pictures = {f"{i}.png": png(20*i) for i in range(3)}
+    for kind in ("folder", "shard"):
+        root = tmp_path/kind; root.mkdir()
+        (root/"captions.json").write_text(json.dumps({name: ["a word"] for name in pictures}))
+        if kind == "folder":
+            (root/"images").mkdir()
+            for name, data in pictures.items(): (root/"images"/name).write_bytes(data)
+        else:
+            with tarfile.open(root/"a.tar", "w") as tar:
+                for name, data in pictures.items():
+                    entry = tarfile.TarInfo(name); entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    sets = [CaptionSet.open(tmp_path/o) for o in ("folder", "shard")]
+    assert [sets[0].image_digest(i) for i in range(3)] == [sets[1].image_digest(i) for i in range(3)] and len({sets[0].image_digest(i) for i in range(3)}) == 3
+
+def test_a_run_with_other_data_is_refused(tmp_path):
+    recipe = SHORT | dict(data="one")
+    fit(Small(), step, batches, tmp_path/"run", **recipe)
+    with pytest.raises(TrainingError, match="data='one', now 'two'"): fit(Small(), step, batches, tmp_path/"run", **recipe | dict(data="two"))
+    assert fit(Small(), step, batches, tmp_path/"run", **recipe)
 
 def test_features_that_do_not_fit(tmp_path):
     def get(compute, folder="f", names="abcde"): return cached_features(compute, names, tmp_path/folder, "x", batch=2, progress=False)
