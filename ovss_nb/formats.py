@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from .cache import atomic_path
+from .cache import atomic_path, refuse_overwrite
 from .extras import require
 from .images import MAX_PIXELS, PILLOW_ERRORS, ImageError, image_size
 from .segmentation import Segmentation, SegmentationError, _object_mask, _rle_size, _whole
@@ -30,7 +30,8 @@ def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
     if missing: raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
     return found
 
-def _write_json(path, content):
+def _write_json(path, content, sources=()): # `sources`: files of the pictures, which are not written over
+    refuse_overwrite(path, *sources)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
@@ -119,7 +120,7 @@ def save_coco(
         images.append({"id": number, "file_name": name, "height": result.labels.shape[0], "width": result.labels.shape[1]})
         annotations += result.to_coco(number)
     _write_json(path, {"info": {"description": "label maps of ovss_nb"}, "licenses": [], "images": images,
-                       "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)], "categories": categories})
+                       "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)], "categories": categories}, [o.source for o in results.values()])
 
 def _no_mask(segmentation) -> bool: return segmentation is None or isinstance(segmentation, list) and not any(segmentation)
 
@@ -179,6 +180,7 @@ def save_panoptic(
     if len(set(stems)) < len(stems):
         raise SegmentationError("Two pictures have one name without the suffix: rename one, since both would be written to one PNG")
     pictures = path.with_suffix("")
+    refuse_overwrite([path, *(pictures/f"{o}.png" for o in stems)], *results, *(o.source for o in results.values()))
     pictures.mkdir(parents=True, exist_ok=True)
     for number, (name, result) in enumerate(results.items(), 1):
         file, ids = f"{Path(name).stem}.png", result.labels + 1
@@ -272,7 +274,7 @@ def save_geojson(
                  "geometry": {"type": "MultiPolygon", "coordinates": parts[k]}} for k in sorted(parts)]
     own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "size": segmentation.labels.shape, "transform": matrix.ravel().tolist()}
     reference = {"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:" + crs.replace(":", "::")}}} if crs else {}
-    _write_json(path, {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own})
+    _write_json(path, {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own}, [segmentation.source])
 
 def _own_member(stored:dict, path) -> tuple[list[str], np.ndarray|None]:
     "Names and colours in the member `ovss_nb` of a file. Raises `SegmentationError` for names that cannot be."
@@ -391,7 +393,7 @@ def save_labelme(
         raise SegmentationError(f"{path}: the segmentation has no picture to put inside. Make it with image=...")
     seen = _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
     own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "drawn": _drawn(shapes)}
-    _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": seen, "imageData": inside, "imageHeight": height, "imageWidth": width, "ovss_nb": own})
+    _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": seen, "imageData": inside, "imageHeight": height, "imageWidth": width, "ovss_nb": own}, [segmentation.source, place])
 
 # %% ../nbs/06_formats.ipynb #9a68f182
 def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
@@ -477,6 +479,7 @@ def save_scores(
     arrays = {"labels": labels, "palette": segmentation.palette} | ({} if segmentation.scores is None else {"scores": np.ascontiguousarray(segmentation.scores)})
     names = json.dumps(segmentation.names, ensure_ascii=False)
     if Path(path).suffix not in (".safetensors", ".npz"): raise SegmentationError(f"{path}: scores are written as .safetensors or .npz")
+    refuse_overwrite(path, segmentation.source)
     with atomic_path(path) as temporary:
         if temporary.suffix == ".npz": np.savez_compressed(temporary, names=np.array(names), **arrays)
         else: save_file(arrays, temporary, {"names": names})

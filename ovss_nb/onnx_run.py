@@ -123,6 +123,6 @@ class OnnxSystem:
         if isinstance(bank, (str, Path)):
             inside = self.folder/f"{bank}.safetensors"
             bank = load_bank(inside if inside.is_file() else bank)
-        (embeddings, names, *seen), pixels = bank, load_image(image)
+        (embeddings, names, *seen), pixels, source = bank, load_image(image), None if hasattr(image, "shape") else image
         scores = self.scores(pixels, np.asarray(embeddings), *seen)
-        return Segmentation(enlarge_argmax(scores, pixels.shape[:2]), names, scores=scores, image=pixels)
+        return Segmentation(enlarge_argmax(scores, pixels.shape[:2]), names, scores=scores, image=pixels, source=source)

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
-from .cache import atomic_path
+from .cache import atomic_path, refuse_overwrite
 from .fonts import draw_text, text_length
 from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
 from .vocabulary import composed, find_background, is_background
@@ -72,6 +72,7 @@ class Segmentation:
     palette: np.ndarray|None = None # `K x 3` `uint8` RGB; default: `default_palette(names)`
     scores: np.ndarray|None = None # `K x h x w`, at any resolution, as the system gave them
     image: np.ndarray|None = None # the photo, anything `load_image` takes; kept as `H x W x 3` `uint8`
+    source: object = None # the photo's file, or the opened image, which is never written over; default: `image`, if it is one
 
     def __post_init__(self):
         if isinstance(self.names, str): raise SegmentationError(f"names must be a list of names, not the text {self.names!r}")
@@ -98,7 +99,9 @@ class Segmentation:
             self.scores = _array(self.scores)
             if self.scores.ndim != 3 or len(self.scores) != len(self.names):
                 raise SegmentationError(f"scores must be K x h x w with K = {len(self.names)} names, not of shape {self.scores.shape}")
-        if self.image is not None: self.image = self._photo(self.image)
+        if self.image is not None:
+            if self.source is None and not hasattr(self.image, "shape"): self.source = self.image
+            self.image = self._photo(self.image)
 
     def _photo(self, image) -> np.ndarray:
         image = load_image(image)
@@ -206,7 +209,8 @@ def _repr_jpeg_(self:Segmentation) -> bytes:
 def save_png(self:Segmentation,
     path, # the file to write; replaced as a whole
 ):
-    "Write labels, names and palette as PNG: mode P up to 256 classes, 16-bit grey above. Photo and scores are not stored."
+    "Write labels, names and palette as PNG: mode P up to 256 classes, 16-bit grey above. Photo and scores are not stored. Raises `OverwriteError` for the photo's own file."
+    refuse_overwrite(path, self.source)
     count = len(self.names)
     if count > 65536: raise SegmentationError(f"A PNG holds at most 65536 classes, not {count}: store the labels with numpy.savez_compressed")
     if count <= 256:

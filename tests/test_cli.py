@@ -256,3 +256,39 @@ def test_run_and_results(tmp_path):
     table = ovss_nb("results", tmp_path/"runs", "--metric", "pixel_accuracy", "--plot", tmp_path/"plot.png")
     assert table.returncode == 0 and "pixel_accuracy" in table.stdout and "finished" in table.stdout
     assert Image.open(tmp_path/"plot.png").size[0] > 100
+
+
+def test_segment_never_writes_onto_an_input(tmp_path):
+    "What an earlier run left is no input for the next into the same folder, nor is a link to a picture an output; nothing is touched."
+    Image.open(PHOTOS/"chelsea.png").resize((90, 60)).save(tmp_path/"a.png")
+    first = ovss_nb("segment", tmp_path/"a.png", "--classes", "cat,background", "--set", "size=64", "--set", "crf=false", "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = {o.name: o.read_bytes() for o in tmp_path.glob("*.png")}
+    again = ovss_nb("segment", *sorted(tmp_path.glob("*.png")), "--classes", "cat,background", "--set", "size=64", "--set", "crf=false", "--out", tmp_path)
+    assert again.returncode == 2 and "a.overlay.png is read" in again.stderr and "written over" in again.stderr and "Traceback" not in again.stderr
+    (tmp_path/"out").mkdir()
+    (tmp_path/"out/a.overlay.png").symlink_to(tmp_path/"a.png")
+    linked = ovss_nb("segment", tmp_path/"a.png", "--classes", "cat,background", "--set", "size=64", "--set", "crf=false", "--out", tmp_path/"out")
+    assert linked.returncode == 2 and "written over" in linked.stderr
+    assert {o.name: o.read_bytes() for o in tmp_path.glob("*.png")} == before
+
+
+def run_in(folder, arguments):
+    os.chdir(folder)
+    return run(arguments)
+
+
+def test_prompts_keep_what_is_there(tmp_path):
+    "A bank is never written onto the list of words, lists of one's own have files of their own, and texts of other classes are not dropped."
+    (tmp_path/"words.txt").write_text("cat\ndog\n")
+    (tmp_path/"link.txt").symlink_to("words.txt")
+    for bank in ("words.txt", "link.txt"):
+        result = forked(run_in, tmp_path, ["prompts", "make", "--vocabulary", "words.txt", "--kind", "subclasses", "--bank", bank, "--model", "none"], folder=tmp_path)
+        assert result.returncode == 2 and "written over" in result.stderr and (tmp_path/"words.txt").read_text() == "cat\ndog\n"
+    for words in ("cat,dog", "cat,horse", "words.txt"):
+        result = forked(run_in, tmp_path, ["prompts", "fill", "--vocabulary", words, "--kind", "subclasses"], folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert {o.name for o in (tmp_path/"out/prompts").glob("*.json")} == {"cat-dog.subclasses.json", "cat-horse.subclasses.json", "words.subclasses.json"}
+    before = (tmp_path/"out/prompts/words.subclasses.json").read_bytes()
+    result = forked(run_in, tmp_path, ["prompts", "fill", "--vocabulary", "bus,train", "--kind", "subclasses", "--bank", "out/prompts/words.subclasses.json"], folder=tmp_path)
+    assert result.returncode == 2 and "would be lost" in result.stderr and (tmp_path/"out/prompts/words.subclasses.json").read_bytes() == before

@@ -1,5 +1,5 @@
 "Runs and sweeps of small real notebooks, in real kernels: refused, repeated, failed, killed, resumed, on workers and on Ray."
-import argparse, hashlib, json, os, shutil, signal, subprocess, sys, time
+import argparse, hashlib, json, os, shutil, signal, subprocess, sys, time, warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 papermill = pytest.importorskip("papermill", reason="needs the extra `jupyter`")
 
 from ovss_nb.app.experiments import (ExperimentError, RunFailed, add_commands, check_parameters, command, cuda_devices, environment, parse_parameter, plot_results,
-                                     read_parameters, read_run, read_sweep, results, results_table, run_hash, run_notebook, sweep)
+                                     read_parameters, read_run, read_sweep, results, results_table, run_hash, run_inputs, run_notebook, sweep)
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = '''
@@ -370,3 +370,70 @@ def test_commands(notebook, tmp_path, capsys, monkeypatch):
     code, out, _ = said(capsys, "results", "out", "--metric", "square", "--plot", "square.svg")
     assert code == 0 and len(out.splitlines()) == 6 and (tmp_path/"square.svg").read_text().count("</svg>") == 1
     with pytest.raises(ExperimentError, match="name it with --metric"): said(capsys, "results", "out", "--plot", "a.png")
+
+
+# What a run reads
+
+def input_of_a_run(tmp_path):
+    from PIL import Image
+    data = tmp_path/"set"
+    for part in ("images", "masks"): (data/part).mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (4, 4), (60 + i, 90, 90)).save(data/f"images/{i}.bmp")
+        Image.new("L", (4, 4), i).save(data/f"masks/{i}.png", compress_level=0)
+    for path in (data/"classes.txt", tmp_path/"words.txt"): path.write_text("cat\ndog\n")
+    return dict(data=str(data), vocabulary=str(tmp_path/"words.txt"))
+
+
+def flip(path):
+    "Another byte, with the old size and time."
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("changed", ["words.txt", "set/masks/1.png", "set/images/1.bmp", "set/classes.txt", "set/images/2.bmp"])
+@pytest.mark.parametrize("protocol", [None, ""])
+def test_what_a_run_reads(tmp_path, changed, protocol):
+    "Word lists and data sets, plain ones and those of a protocol; in a list or a dict too."
+    parameters = input_of_a_run(tmp_path) | ({} if protocol is None else dict(protocol=protocol)) | dict(word="cat", long="a b"*3000, empty="", folder=str(tmp_path))
+    if protocol == "": (tmp_path/"set/masks").rename(tmp_path/"set/labels"); changed = changed.replace("masks", "labels")
+    before = run_inputs(parameters)
+    assert set(before) == {parameters["data"], parameters["vocabulary"]} and run_inputs(dict(nested=dict(a=[parameters["vocabulary"]]))).keys() == {parameters["vocabulary"]}
+    flip(tmp_path/changed) if (tmp_path/changed).exists() else (tmp_path/changed).touch()
+    after = run_inputs(parameters)
+    assert sum(after[o] != before[o] for o in before) == 1
+
+
+def test_a_run_of_changed_input_is_refused(tmp_path):
+    "Forced, it is run again, and then stands."
+    parameters = input_of_a_run(tmp_path)
+    write(tmp_path/"n.ipynb", "".join(f"{name} = {value!r}\n" for name, value in parameters.items()) + PARAMETERS, *BODY)
+    (tmp_path/"s.toml").write_text('notebook = "n.ipynb"\n')
+    sweep(tmp_path/"s.toml", tmp_path/"out", workers=1)
+    flip(tmp_path/"set/masks/1.png")
+    with pytest.raises(ExperimentError, match="earlier state of .*force"): sweep(tmp_path/"s.toml", tmp_path/"out", workers=1)
+    assert len(started(tmp_path/"out")) == 1
+    for force in (True, False): sweep(tmp_path/"s.toml", tmp_path/"out", workers=1, force=force)
+    assert len(started(tmp_path/"out")) == 2
+
+
+def test_another_library_is_said(notebook, tmp_path):
+    "A night's runs are not thrown away for a comment in the package, but it is said."
+    run_notebook(notebook, {}, tmp_path/"run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_notebook(notebook, {}, tmp_path/"run")
+    record = json.loads((tmp_path/"run/run.json").read_text())
+    (tmp_path/"run/run.json").write_text(json.dumps(record | dict(library="of last week")))
+    with pytest.warns(UserWarning, match="1 of 1 finished runs .* another state of ovss_nb"): run_notebook(notebook, {}, tmp_path/"run")
+
+
+def test_a_plot_never_replaces_a_run(notebook, tmp_path):
+    run_notebook(notebook, {}, tmp_path/"out/run")
+    (tmp_path/"plot.png").symlink_to(tmp_path/"out/run/metrics.json")
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(dest="verb"))
+    with pytest.raises(ValueError, match="written over"): command(parser.parse_args(["results", str(tmp_path/"out"), "--metric", "square", "--plot", str(tmp_path/"plot.png")]))
+    for _ in range(2): command(parser.parse_args(["results", str(tmp_path/"out"), "--metric", "square", "--plot", str(tmp_path/"out/square.png")]))

@@ -3,6 +3,7 @@ import json, os, subprocess, sys, warnings
 from io import BytesIO
 from pathlib import Path
 
+import os
 import numpy as np
 import pytest
 import skimage
@@ -181,3 +182,27 @@ def test_repr_is_small_and_complete():
 def test_ground_floor_has_no_torch():
     code = "import sys, ovss_nb.images, ovss_nb.cache, ovss_nb.segmentation; assert not {'torch', 'nbdev', 'matplotlib', 'skimage'} & set(sys.modules), 'a heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("how", ["path", "opened", "by a system"])
+def test_a_photo_is_never_written_over(tmp_path, how):
+    "By the file, a link to it, or an image that was opened; labels may replace labels."
+    from doubles import Colours
+    from ovss_nb.cache import OverwriteError
+    from ovss_nb.systems.maskclip import MaskCLIP
+    path = tmp_path/"photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(60, 250, (48, 48, 3), np.uint8)).save(path)
+    (tmp_path/"link.png").symlink_to(path)
+    before = path.read_bytes()
+    if how == "by a system": result = MaskCLIP(Colours(), size=48).segment(path, ["red", "green"])
+    else: result = Segmentation(np.zeros((48, 48), int), ["red", "green"], image=path if how == "path" else Image.open(path))
+    for out in (path, tmp_path/"link.png", str(tmp_path/"."/"photo.png")):
+        with pytest.raises(OverwriteError): result.save_png(out)
+    from ovss_nb.formats import save_coco, save_geojson, save_panoptic, save_scores
+    with pytest.raises(OverwriteError): save_coco({"photo.png": result}, path)
+    with pytest.raises(OverwriteError): save_panoptic({"photo.png": result}, tmp_path.with_suffix(".json"))   # whose folder is that of the photo
+    os.link(path, tmp_path/"photo.npz")
+    with pytest.raises(OverwriteError): save_scores(result, tmp_path/"photo.npz")
+    assert path.read_bytes() == before and not tmp_path.with_suffix(".json").exists()
+    result.save_png(tmp_path/"labels.png")
+    Segmentation.from_png(tmp_path/"labels.png").save_png(tmp_path/"labels.png")

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 from .experiments import add_commands, command
-from ..cache import atomic_path, check_writable, refuse_overwrite
+from ..cache import atomic_path, check_writable, file_stem, refuse_overwrite
 from ..extras import MissingExtra, require
 from ..formats import FORMATS, save_as
 from ..images import check_bands, check_limits, load_image, open_picture
@@ -69,6 +69,15 @@ DEMO = {
     "horse.png": "horse,paper",
 }
 
+def _outputs(paths:list[Path], out:Path, formats) -> list[Path]:
+    "All files that pictures become in `out`."
+    endings, taken = ["overlay.png", "labels.png", *(FORMATS[o][0] for o in formats)], {}
+    stems = []
+    for path in paths:
+        taken[path.stem] = taken.get(path.stem, 0) + 1
+        stems += [path.stem, f"{path.stem}-{taken[path.stem]}"]
+    return [out/"report.html", *(out/f"{stem}.{ending}" for stem in stems for ending in endings)]
+
 def run(
     pictures:list[tuple[Path, Vocabulary]], # each file with the words to look for
     system, # from `create`
@@ -79,7 +88,9 @@ def run(
     **reading, # `limits` and `bands`, as `load_image` takes them
 ) -> list[tuple[Path, Exception]]: # the files that could not be segmented
     "Segment pictures into `out`, write the report, and return the failures."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    refuse_overwrite(_outputs([path for path, _ in pictures], out, formats), *(path for path, _ in pictures))
+    out.mkdir(parents=True, exist_ok=True)
     rows, failed, stems = [], [], set()
     groups = {}
     for path, vocabulary in pictures: groups.setdefault(vocabulary, []).append(path)
@@ -316,7 +327,7 @@ def _prompts(a) -> int:
     kind = a.kind or (PromptBank.open(path).kind if there and a.task != "make" else KINDS[0])
     if path is None and vocabulary is not None:
         ships = a.task in ("show", "check") and vocabulary.title in list_banks(kind)
-        path = None if ships else Path("out/prompts")/f"{vocabulary.title or (Path(a.vocabulary).stem if Path(a.vocabulary).is_file() else 'own')}.{kind}.json"
+        path = None if ships else Path("out/prompts")/f"{file_stem(vocabulary.title or (Path(a.vocabulary).stem if os.path.isfile(a.vocabulary) else '-'.join(vocabulary.names)))}.{kind}.json"
     if a.task == "show":
         if path is None and vocabulary is None: raise ValueError(f"name a bank with --vocabulary ({', '.join(list_banks(kind))}) or --bank FILE")
         bank = PromptBank.open(path, a.kind) if path else PromptBank.open(vocabulary.title, kind)
@@ -336,6 +347,7 @@ def _prompts(a) -> int:
             print(f"{bank.path}: {len(bank)} classes, {len(found)} with problems")
             for name, wrong in found.items(): print(f"{name}: {'; '.join(wrong)}", file=sys.stderr)
         return 1 if faults else 0
+    refuse_overwrite([path, path.with_suffix(".journal.jsonl")], a.vocabulary)
     if a.task == "make":
         if path.is_dir(): raise ValueError(f"{path} is a folder: name a file with --bank")
         if path.exists(): raise ValueError(f"{path} exists: complete it with `ovss-nb prompts fill`, or name another file with --bank")
@@ -343,6 +355,8 @@ def _prompts(a) -> int:
     else:
         shipped = vocabulary.title in list_banks(kind)
         bank = PromptBank.open(path, kind) if path.exists() else PromptBank.open(vocabulary.title, kind) if shipped else PromptBank.new(vocabulary, kind)
+        if bank.classes and not set(bank.classes) & set(vocabulary.names):
+            raise ValueError(f"{path} holds texts of other classes ({', '.join([*bank.classes][:3])}), which would be lost: name another file with --bank")
         print(f"{len(bank.borrow(vocabulary))} classes from the shipped texts")
         bank.fill(vocabulary, {})   # brings order and hash up to date
     failed, journal = {}, path.with_suffix(".journal.jsonl")

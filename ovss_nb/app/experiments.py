@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ExperimentError', 'Parameter', 'read_parameters', 'check_parameters', 'parse_parameter', 'cuda_devices',
-           'environment', 'RunFailed', 'run_hash', 'read_run', 'run_notebook', 'Run', 'read_sweep', 'results',
-           'results_table', 'plot_results', 'sweep', 'add_commands', 'command']
+           'environment', 'run_inputs', 'RunFailed', 'run_hash', 'read_run', 'run_notebook', 'Run', 'read_sweep',
+           'results', 'results_table', 'plot_results', 'sweep', 'add_commands', 'command']
 
 # %% ../../nbs/app/51_experiments.ipynb #214999fa
-import ast, hashlib, itertools, json, math, os, platform, re, shutil, site, subprocess, sys, time, tomllib, typing
+import ast, hashlib, itertools, json, math, os, platform, re, shutil, site, subprocess, sys, time, tomllib, typing, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from loky import cpu_count
 from tqdm.auto import tqdm
 import ovss_nb
-from ..cache import atomic_path
+from ..cache import Cache, atomic_path, file_digest, refuse_overwrite
 from ..extras import require
 from ..fonts import plot_families
 from ..options import Count, OptionError, argument, check_names, fitted, guess, read_option
@@ -176,6 +176,38 @@ def environment(path) -> dict:
                     cuda=cuda, cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES")),
         packages={o.name: o.version for o in sorted(distributions(), key=lambda o: str(o.name).lower())})
 
+# %% ../../nbs/app/51_experiments.ipynb #51a1c0e2
+_known = {}   # digests by file and its state: a sweep reads a file once, and again if it was written meanwhile
+
+def _digest(path:Path) -> str:
+    "Of a file's bytes, or of all files below a folder."
+    if path.is_dir(): return Cache.key({file.relative_to(path).as_posix(): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()})
+    state = path.stat()
+    key = str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    if key not in _known: _known[key] = file_digest(path)
+    return _known[key]
+
+def _strings(value) -> list[str]:
+    if isinstance(value, str): return [value]
+    return [text for o in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for text in _strings(o)]
+
+def run_inputs(parameters:dict) -> dict[str, str]: # path as the parameter gives it -> digest
+    "What a run reads, as far as its parameters say: files, and folders that are a data set (with `images/`, `masks/` and `classes.txt`, or `data` beside a `protocol`)."
+    found = {}
+    for text in _strings(parameters):
+        if text in found or not text: continue
+        is_set = "protocol" in parameters and text == parameters.get("data") or all(os.path.exists(f"{text}/{part}") for part in ("images", "masks", "classes.txt"))
+        if os.path.isfile(text) or os.path.isdir(text) and is_set: found[text] = _digest(Path(text))
+    return found
+
+def _library() -> str:
+    "The state of the package that runs here."
+    return Cache.key([_digest(file) for file in sorted(Path(ovss_nb.__file__).parent.rglob("*.py"))])
+
+def _warn_of_library(records:list[dict]):
+    old = [record for record in records if record.get("library") != _library()]
+    if old: warnings.warn(f"{len(old)} of {len(records)} finished runs were made with another state of ovss_nb, e.g. {old[0]['folder']}; they are not repeated unless forced (--force)", stacklevel=3)
+
 # %% ../../nbs/app/51_experiments.ipynb #7a4515b9
 class RunFailed(RuntimeError):
     "A notebook was run and failed; its folder holds the executed notebook with the traceback."
@@ -217,7 +249,11 @@ def _is_done(folder:Path, path:Path, digest:str, parameters:dict) -> bool:
         stored = record["parameters"]
         other = ", ".join(f"{name}={stored.get(name)!r}" for name in parameters if stored.get(name) != parameters[name])
         raise ExperimentError(f"{folder} holds another run ({other or f'of an earlier state of {path.name}'}): choose another folder, or force it to be replaced")
-    return record["state"] == "finished"
+    if record["state"] != "finished": return False
+    now = run_inputs(parameters)
+    if changed := [name for name, before in record.get("inputs", {}).items() if now.get(name, before) != before]:
+        raise ExperimentError(f"{folder} holds a run of an earlier state of {', '.join(changed[:3])}, which has changed since: choose another folder, or force it to be replaced")
+    return True
 
 def _clear(folder:Path, record:dict):
     "Empty the folder of a run. If this is stopped, run.json tells the next one to go on with it."
@@ -263,13 +299,16 @@ def run_notebook(
 ) -> dict: # see `read_run`
     """Run a notebook in a kernel of its own, in the current working directory, and record the run in `out`.
 
-    A finished run of the same code and parameters is returned as it is. Raises ExperimentError, before anything runs, for what
+    A finished run of the same code, parameters and input is returned as it is; of changed input it is refused. Raises ExperimentError, before anything runs, for what
     cannot be right, RunFailed after a run that failed, and MissingExtra without papermill.
     """
     path, folder = Path(path).resolve(), Path(out).resolve()
     values = check_parameters(path, params or {})
     digest = run_hash(path, values)
-    if not force and _is_done(folder, path, digest, values): return read_run(folder)
+    if not force and _is_done(folder, path, digest, values):
+        record = read_run(folder)
+        _warn_of_library([record])
+        return record
     require("papermill", "jupyter")
     folder.mkdir(parents=True, exist_ok=True)
     try: lock = FileLock(folder/".lock", timeout=0).acquire()
@@ -280,7 +319,7 @@ def run_notebook(
         if record and (force or record["state"] == "clearing"): _clear(folder, record)
         (folder/"metrics.json").unlink(missing_ok=True)   # of a run that was stopped: not a result
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = dict(notebook=str(path), parameters=values, hash=digest, state="running", started=now, seconds=None, error=None)
+        record = dict(notebook=str(path), parameters=values, hash=digest, state="running", started=now, seconds=None, error=None, inputs=run_inputs(values), library=_library())
         _write_json(folder/"run.json", record)
         _write_json(folder/"environment.json", environment(path))
         start = time.perf_counter()
@@ -427,6 +466,7 @@ def sweep(
     runs, out, here = read_sweep(file), Path(out).resolve(), os.getcwd()
     def is_done(run): return _is_done(out/run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
     unfinished = [run for run in runs if force or not is_done(run)]
+    _warn_of_library([read_run(out/run.name) for run in runs if run not in unfinished])
     devices = cuda_devices() if ray is None else []
     if workers is None: workers = len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(unfinished))
     require("papermill", "jupyter")
@@ -483,6 +523,7 @@ def command(a) -> int: # exit code: 0, or 1 if a run failed
         print(results_table(rows))
         return int(any(row["state"] != "finished" for row in rows))
     if a.plot and not a.metric: raise ExperimentError("--plot draws one metric: name it with --metric")
+    if a.plot: refuse_overwrite(a.plot, *(file for name in ("run.json", "metrics.json", "environment.json", "notebook.ipynb") for file in a.folder.rglob(name)))
     rows = results(a.folder)
     print(results_table(rows, a.metric and [a.metric]))
     if a.plot: plot_results(rows, a.metric, a.plot)

@@ -12,6 +12,7 @@ from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from fastcore.basics import patch
+from ..cache import file_stem
 from ..extras import require
 from ..prompts import ATTRIBUTES, PromptBank, PromptError
 from ..vocabulary import Vocabulary, list_vocabularies
@@ -59,7 +60,7 @@ class PromptTable:
         self.names = [o for o in self.vocabulary.names if o in bank.classes or o in bank.missing(self.vocabulary)]
         self._before = dict(bank.classes)
         ships = bank.path and Path(str(bank.path)).parent == Path(str(files("ovss_nb.data")))/"prompts"
-        self.path = Path(bank.path) if bank.path and not ships else Path("out/prompts")/f"{self.vocabulary.title or 'own'}.{bank.kind}.json"
+        self.path = Path(bank.path) if bank.path and not ships else Path("out/prompts")/f"{file_stem(self.vocabulary.title or '-'.join(self.vocabulary.names))}.{bank.kind}.json"
 
     def __repr__(self): return f"PromptTable({self.bank.kind} of {self.vocabulary}, {len(self.problems)} with problems)"
 

@@ -144,7 +144,7 @@ class System:
         words, # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
     ) -> Segmentation:
         "Label every pixel of `image` with one of `words`."
-        vocabulary = Vocabulary.of(words)
+        vocabulary, source = Vocabulary.of(words), None if isinstance(image, EncodedImage) or hasattr(image, "shape") else image
         image, text = self.encode_image(image), self.encode_text(vocabulary)
         scores = self.scores(image, text)
-        return Segmentation(self.labels(image, text, scores, vocabulary), list(vocabulary.names), scores=scores.float().cpu().numpy(), image=image.image)
+        return Segmentation(self.labels(image, text, scores, vocabulary), list(vocabulary.names), scores=scores.float().cpu().numpy(), image=image.image, source=source)
