@@ -192,7 +192,7 @@ def load_weights(
     average:bool=True, # the average of the weights over the steps, if the run kept one
 ) -> Path: # the checkpoint
     "Fill a model with the weights of a checkpoint; raises `TrainingError` if there is none, it is damaged, or belongs to another model."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not (path/"model.safetensors").is_file():
         if not (found := checkpoints(path)): raise TrainingError(f"{path} has no checkpoint. Pass the folder of a run, or a checkpoint in it")
         path = found[-1]

@@ -47,7 +47,7 @@ def test_component_notebooks_have_no_outputs():
         assert not any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"]), f"{path} is committed with outputs"
 
 
-FLOORS = {"extras": 0, "options": 0, "fonts": 0, "vocabulary": 0, "language_model": 0, "prompts": 0, "images": 0, "cache": 0, "segmentation": 0, "formats": 0, "onnx_run": 0, "workers": 0, "encoders": 1, "text": 1,
+FLOORS = {"extras": 0, "options": 0, "fonts": 0, "vocabulary": 0, "language_model": 0, "prompts": 0, "images": 0, "cache": 0, "segmentation": 0, "formats": 0, "onnx_run": 0, "workers": 0, "checkpoints": 1, "encoders": 1, "text": 1,
           "subclasses": 2, "class_selection": 2, "refine": 2, "losses": 2, "salience": 2, "fusion": 2, "cost": 2, "masks": 2, "mask_decoder": 2, "multires": 2, "systems": 3, "metrics": 4, "label_files": 4, "datasets": 4, "mess": 4, "protocols": 4, "prepare": 4,
           "captions": 4, "evaluate": 4, "predict": 4, "train": 4, "augment": 4, "tune": 4, "tiles": 4, "video": 4, "onnx_export": 4, "app": 5}
 

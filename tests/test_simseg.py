@@ -163,7 +163,7 @@ class Payload:
 def test_a_checkpoint_cannot_run_code(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("OVSS_TEST_PAYLOAD", str(tmp_path/"ran"))
     torch.save({"state_dict": weights, "meta": Payload()}, tmp_path/"evil.pth")
-    with pytest.raises(ValueError, match="more than weights"): SimSegEncoder.from_checkpoint(tmp_path/"evil.pth", **HEADS)
+    with pytest.raises(ValueError, match="code beside tensors"): SimSegEncoder.from_checkpoint(tmp_path/"evil.pth", **HEADS)
     assert not (tmp_path/"ran").exists()
 
 

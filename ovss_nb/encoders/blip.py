@@ -8,14 +8,14 @@ __all__ = ['MODELS', 'RELEASE', 'SIZES', 'IMAGE_NAMES', 'BLOCK_NAMES', 'TRAINING
            'SplitPrompts', 'split_names', 'split_prompts']
 
 # %% ../../nbs/18_blip.ipynb #fbfceca4
-import math, re, struct
+import math, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
+from ..checkpoints import read_weights
 from .base import choose_device
 from .itm import ImageTextMatcher, ImageTokens, Prompts
 from ..extras import require
@@ -56,14 +56,7 @@ def library_name(key:str) -> str:
 # %% ../../nbs/18_blip.ipynb #5ec52c2e
 def read_blip_weights(path:str|Path) -> dict[str, torch.Tensor]:
     "The tensors of a BLIP retrieval model, fp32, under `transformers`' names, from `.safetensors`, or `.pth` of the original release or the library. Raises `ValueError` for a file that is none."
-    path = Path(path)
-    try: weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    # What the readers let through: cut short, damaged, not a checkpoint at all, or a pickle that wants to run code.
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AssertionError, struct.error, UnpicklingError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read as weights. Download it again, or save its table of tensors alone as .safetensors. ({type(e).__name__}: {str(e)[:200]})") from e
-    if isinstance(weights, dict) and isinstance(weights.get("model"), dict): weights = weights["model"]
-    if not isinstance(weights, dict) or not all(isinstance(o, torch.Tensor) for o in weights.values()):
-        raise ValueError(f"{path} is no table of tensors. Pass a published BLIP retrieval model, or the state dict of BlipForImageTextRetrieval.")
+    weights = read_weights(path, "a published BLIP retrieval model, or the state dict of BlipForImageTextRetrieval")
     return {library_name(key): o.float() for key, o in weights.items() if not TRAINING_ONLY.fullmatch(key)}
 
 def config_of(weights:dict[str, torch.Tensor]): # transformers' `BlipConfig`
@@ -95,7 +88,7 @@ def load_blip(
     transformers = require("transformers", "itm")
     network = transformers.BlipForImageTextRetrieval
     if isinstance(source, transformers.BlipConfig): return network(source)
-    name, path = str(source), Path(source)
+    name, path = str(source), Path(source).expanduser()
     if name.startswith("random:"):
         if name[7:] not in SIZES: raise ValueError(f"There is no size {name[7:]!r}. Choose from: {', '.join('random:' + o for o in SIZES)}")
         return network(blip_config(**SIZES[name[7:]]))

@@ -7,7 +7,7 @@ __all__ = ['MARKS', 'MEANS', 'values', 'value_block', 'vv_attention', 'tag_setti
            'CLIPEncoder', 'count_tokens']
 
 # %% ../../nbs/11_clip.ipynb #4d5ddb9f
-import difflib, hashlib, json, warnings, zipfile
+import difflib, hashlib, json, tempfile, warnings, zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
@@ -18,10 +18,11 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from ..cache import file_digest
+from ..checkpoints import is_safetensors, read_weights, unwrapped
 from .base import choose_device, Encoder, ImageFeatures, loda_pool, resize_positions
 from ..options import Index, checked_arguments
 
@@ -71,12 +72,10 @@ def tag_settings(
             found[tag] = bool(cfg.get("quick_gelu")), _normalisation(cfg)
     return found
 
-def peek(
-    path:Path, # a checkpoint
-) -> dict[str, torch.Tensor]: # by name; of safetensors the shapes alone; empty for what is no table of tensors
-    "What a file holds, read as far as needed."
+def _content(path:Path):
+    "What a checkpoint holds, read as far as needed: of safetensors the shapes alone. None for a file that cannot be read."
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 return {o: torch.empty(file.get_slice(o).get_shape(), device="meta") for o in file.keys()}
         if script := zipfile.is_zipfile(path):
@@ -84,11 +83,22 @@ def peek(
             if any(o.endswith("/constants.pkl") for o in parts):   # TorchScript
                 with warnings.catch_warnings(action="ignore"):
                     return torch.jit.load(path, map_location="cpu").state_dict()
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=script)
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError): return {}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=script)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError): return None
+
+def peek(
+    path:Path, # a checkpoint
+) -> dict[str, torch.Tensor]: # by plain name; of safetensors the shapes alone; empty for what is no table of tensors
+    "What a file holds, read as far as needed, without what a training put around it."
+    found = unwrapped(_content(path))
+    return {o: value for o, value in found.items() if isinstance(value, torch.Tensor)} if isinstance(found, dict) else {}
+
+def _wrapped(path:Path, tensors:dict) -> bool:
+    "Whether a training put more around the tensors of a file than open_clip takes off by itself."
+    if is_safetensors(path) != (path.suffix == ".safetensors"): return True   # it goes by the suffix
+    found = _content(path)
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    if not isinstance(found, dict): return {}
-    return {o.removeprefix("module."): value for o, value in found.items() if isinstance(value, torch.Tensor)}
+    return {o.removeprefix("module.") for o in found} != set(tensors)
 
 # %% ../../nbs/11_clip.ipynb #ea8119d1
 def _kind(quick:bool, normalisation:tuple) -> str:
@@ -225,7 +235,13 @@ def load_clip(
     if not path.is_file(): raise ValueError(f"{pretrained!r} is neither a file nor a tag of {model}. Tags: {', '.join(tags) or 'none known'}")
     if not (tensors := peek(path)) and path.suffix not in (".npz", ".npy"):   # which open_clip reads in its own way
         raise ValueError(f"{path} does not fit {model}: it cannot be read as a checkpoint. Download it again, or save it as .safetensors")
-    return _build(model, str(path), *file_settings(model, path, tensors, like), tensors)
+    settings = file_settings(model, path, tensors, like)
+    if not tensors or not _wrapped(path, tensors): return _build(model, str(path), *settings, tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder)/f"{path.stem}.safetensors"
+        save_file({name: o.clone().contiguous() for name, o in read_weights(path).items()}, plain)
+        try: return _build(model, str(plain), *settings, tensors)
+        except ValueError as e: raise ValueError(str(e).replace(str(plain), str(path))) from None
 
 # %% ../../nbs/11_clip.ipynb #e025d9d6
 class CLIPEncoder(Encoder):

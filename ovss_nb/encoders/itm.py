@@ -242,7 +242,7 @@ class LiteITM(ImageTextMatcher):
         self.name, self.tokenizer, self.limit = f"lite-itm({self.encoder.name})", self.encoder.words.tokenizer, self.encoder.words.limit
         if weights == "random": self.transformer = MatchingTransformer(dim=self.dim, **options)
         elif options: raise ValueError(f"{', '.join(options)}: a file brings its own shape; such options go with weights='random'")
-        else: self.transformer = self.load(Path(weights) if weights else Path(str(files("ovss_nb.data")/"weights"/"lite_itm.safetensors")))
+        else: self.transformer = self.load(Path(weights).expanduser() if weights else Path(str(files("ovss_nb.data")/"weights"/"lite_itm.safetensors")))
         self.depth, self.heads = len(self.transformer.blocks), self.transformer.options["heads"]
         self.to(self.encoder.device).eval().requires_grad_(False)
 

@@ -203,7 +203,8 @@ class LiteTower(nn.Module):
     @classmethod
     def load(cls, path) -> "LiteTower":
         "Read what `save` wrote; raises ValueError for a file that is missing, damaged or of another kind."
-        if not Path(path).is_file(): raise ValueError(f"There is no file {path}. Make it with nbs/experiments/train_lite.ipynb, or reinstall ovss_nb")
+        path = Path(str(path)).expanduser()
+        if not path.is_file(): raise ValueError(f"There is no file {path}. Make it with nbs/experiments/train_lite.ipynb, or reinstall ovss_nb")
         try:
             with safe_open(path, "pt") as file:
                 tower = cls(**json.loads((file.metadata() or {})["config"]))

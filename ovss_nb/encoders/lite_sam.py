@@ -141,7 +141,7 @@ def load_neck(
     "Build the neck and fill it; raises `ValueError` for a file that is missing, damaged or holds something else."
     neck = LiteNeck().eval().requires_grad_(False)
     if str(weights) == "random": return neck, {}
-    source = files("ovss_nb.data").joinpath("weights", "lite_sam.safetensors") if weights is None else Path(weights)
+    source = files("ovss_nb.data").joinpath("weights", "lite_sam.safetensors") if weights is None else Path(weights).expanduser()
     if not source.is_file(): raise ValueError(f"There is no file {source}. Train one with nbs/experiments/train_lite_sam.ipynb, leave `weights` away for the package's own, or pass 'random'.")
     try:
         with as_file(source) as path, safe_open(path, "pt") as file: tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}

@@ -7,16 +7,14 @@ __all__ = ['CHECKPOINTS', 'fit_longest', 'read_encoder_weights', 'load_sam', 'SA
 
 # %% ../../nbs/15_sam.ipynb #b34c9e58
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from ..checkpoints import read_weights
 from .base import choose_device, Encoder, ImageFeatures, resize_positions
 from ..extras import require
 from ..options import Count, checked_arguments, fit_option
@@ -35,14 +33,7 @@ CHECKPOINTS = {"vit_b": ("sam_vit_b_01ec64.pth", "375 MB"), "vit_l": ("sam_vit_l
 
 def read_encoder_weights(path:str|Path) -> dict[str, torch.Tensor]:
     "The image encoder's tensors of a SAM checkpoint, `.safetensors` or `.pth`, by name; raises `ValueError` for a file that is none."
-    path = Path(path)
-    try: weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    # What the readers let through: cut short, not a checkpoint at all, or a pickle that wants to run code.
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, UnpicklingError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint. Download it again, or save it as .safetensors. ({e})") from e
-    if not isinstance(weights, dict) or not all(isinstance(o, torch.Tensor) for o in weights.values()):
-        raise ValueError(f"{path} is no plain table of tensors. Pass a published SAM checkpoint, or the state dict of a model.")
-    prefix = "image_encoder."
+    weights, prefix = read_weights(path, "a published SAM checkpoint"), "image_encoder."
     return {k.removeprefix(prefix): o for k, o in weights.items() if k.startswith(prefix)} or weights
 
 # %% ../../nbs/15_sam.ipynb #5d24fa90
@@ -57,7 +48,8 @@ def load_sam(
     wanted = f"{file} ({size}, https://dl.fbaipublicfiles.com/segment_anything/{file})"
     if checkpoint is None: raise ValueError(f"Which weights for {model}? Pass the path of {wanted} as checkpoint=, or 'random' for an untrained network.")
     if str(checkpoint) == "random": return registry[model]().image_encoder
-    if not Path(checkpoint).is_file(): raise ValueError(f"There is no file {checkpoint}. Download {wanted} where there is a network and pass its path.")
+    checkpoint = Path(checkpoint).expanduser()
+    if not checkpoint.is_file(): raise ValueError(f"There is no file {checkpoint}. Download {wanted} where there is a network and pass its path.")
     def empty(name):
         with torch.device("meta"): return registry[name]().image_encoder
     def shapes(tensors): return {k: tuple(o.shape) for k, o in tensors.items()}

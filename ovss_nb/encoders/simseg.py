@@ -6,16 +6,15 @@
 __all__ = ['PREFIXES', 'load_bert_tokenizer', 'SimSegEncoder', 'read_simseg_weights']
 
 # %% ../../nbs/13_simseg_encoder.ipynb #078d14c8
-import hashlib, math, pickle
+import hashlib, math
 from pathlib import Path
 import timm
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from ..checkpoints import read_weights
 from .base import Encoder, loda_pool, resize_positions, known_pieces
 from ..extras import require
 
@@ -151,15 +150,10 @@ def read_simseg_weights(
     path:str|Path, # `.pth` with an entry `state_dict` (or the bare weights), or `.safetensors`
 ) -> dict[str, torch.Tensor]: # under the names of the file, without index buffers
     "Weights of a SimSeg checkpoint file, on the CPU. ValueError if there is no such file or it holds no weights."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"No SimSeg checkpoint at {path}; the repository muyangyi/SimSeg links simseg.vit-s.pth and simseg.vit-b.pth")
-    try: weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged, or holds more than weights. If it is sound, save its `state_dict` alone") from e
-    if isinstance(weights, dict): weights = weights.get("state_dict", weights)
-    if not isinstance(weights, dict) or not weights or not all(isinstance(o, torch.Tensor) for o in weights.values()):
-        raise ValueError(f"{path} has no `state_dict` of tensors")
+    weights = read_weights(path)
     # Older transformers saved this counter 0, 1, 2, ... as if it were a weight.
     return {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
 

@@ -543,5 +543,5 @@ class EBSeg(TrainedSystem):
                 for name, value in self._arrived.items(): self.second.state_dict()[name].copy_(value)
             self.second._fingerprint, self.own, self._arrived = None, [*self.own, *(f"second.{o}" for o in self._arrived)], {}
         if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as file: known = (file.metadata() or {}).get("seen")
+            with safe_open(Path(path).expanduser(), "pt") as file: known = (file.metadata() or {}).get("seen")
             if known: self._trained = frozenset(json.loads(known))
