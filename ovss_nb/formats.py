@@ -33,7 +33,7 @@ def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
 def _write_json(path, content, sources=()): # `sources`: files of the pictures, which are not written over
     refuse_overwrite(path, *sources)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")   # a name that is not UTF-8
 
 _KINDS = {"a name": lambda o: composed(o) if isinstance(o, str) and o.strip() else None, "text": lambda o: o if isinstance(o, str) and o.strip() else None, "a list": lambda o: o if isinstance(o, list) else None,
           "an object": lambda o: o if isinstance(o, dict) else None, "a whole number": _whole,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'SYSTEMS', 'DEFAULT_SYSTEM', 'list_encoders', 'list_systems', 'create_encoder', 'resize_rule', 'has_knob',
-           'read_knobs', 'shipped_weights', 'create', 'segment', 'segment_files']
+           'read_knobs', 'shipped_weights', 'create', 'segment', 'out_of_memory', 'segment_files']
 
 # %% ../nbs/42_predict.ipynb #53e34ef7
-import inspect, json
+import inspect, json, re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
@@ -189,6 +189,10 @@ def segment(
     return _system(system, encoder).segment(image, words)
 
 # %% ../nbs/42_predict.ipynb #d76a5744
+def out_of_memory(error:Exception) -> bool:
+    "Whether an error says that memory ran out: Python's, NumPy's, or torch's on any device."
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory|bad_alloc|bad alloc", str(error)))
+
 def segment_files(
     paths:Iterable[str|Path],
     words,
@@ -197,9 +201,14 @@ def segment_files(
     limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
     bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
 ) -> Iterator[tuple[Path, Segmentation|ImageError]]:
-    "Segment files one by one; a file that is no image yields its ImageError and the rest go on."
+    "Segment files one by one; a file that is no image, or too large for the memory, yields its ImageError and the rest go on."
     vocabulary = Vocabulary.of(words)
     system.encode_text(vocabulary)   # a bad word is everyone's problem: fail before the first image
     for path in tqdm([Path(o) for o in paths], disable=not progress, unit="image"):
-        try: yield path, system.segment(load_image(path, limits=limits, bands=bands), vocabulary)
-        except ImageError as e: yield path, e
+        try: result = system.segment(load_image(path, limits=limits, bands=bands), vocabulary)
+        except ImageError as e: result = e
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e): raise
+            result = ImageError(f"{path}: there is not enough memory for an image seen at this size. See it smaller (resize, size), or use segment_tiles")
+        yield path, result
+

@@ -2,9 +2,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +57,22 @@ def test_one_bad_file_does_not_stop_the_rest(tmp_path):
     assert "100%" in result.stderr   # the progress bar
 
 
-def test_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
+    "Files of one name in several folders, or of one stem in one folder, keep apart, whatever the order and whatever failed."
     for folder, photo in (("a", "chelsea.png"), ("b", "coffee.png")):
         (tmp_path/folder).mkdir(); (tmp_path/folder/"photo.png").write_bytes((PHOTOS/photo).read_bytes())
-    result = ovss_nb("segment", tmp_path/"a/photo.png", tmp_path/"b/photo.png", "--classes", "cat,cup", "--out", tmp_path/"out")
-    assert result.returncode == 0
-    assert Image.open(tmp_path/"out/photo.labels.png").size != Image.open(tmp_path/"out/photo-2.labels.png").size
+    Image.open(PHOTOS/"rocket.jpg").save(tmp_path/"a/photo.jpg")
+    (tmp_path/"b/broken.png").write_bytes(b"no picture")
+    files = [tmp_path/o for o in ("a/photo.png", "b/photo.png", "a/photo.jpg", "b/broken.png")]
+    found = []
+    for number, order in enumerate((files, files[::-1], [*files, files[0], tmp_path/"a/../a/photo.png"])):
+        out = tmp_path/f"out{number}"
+        result = ovss_nb("segment", *order, "--classes", "cat,cup", "--set", "size=64", "--set", "crf=false", "--format", "coco", "--out", out)
+        assert result.returncode == 1 and "3 of 4 images" in result.stdout, result.stderr
+        found.append({o.relative_to(out).as_posix(): o.read_bytes() for o in out.rglob("*.*") if o.name != "report.html"})
+    assert found[0] == found[1] == found[2]
+    assert {o for o in found[0] if o.endswith(".labels.png")} == {"a/photo.png.labels.png", "a/photo.jpg.labels.png", "b/photo.labels.png"}
+    assert all(str(o) in (tmp_path/"out0/report.html").read_text() for o in files[:3])
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -292,3 +304,127 @@ def test_prompts_keep_what_is_there(tmp_path):
     before = (tmp_path/"out/prompts/words.subclasses.json").read_bytes()
     result = forked(run_in, tmp_path, ["prompts", "fill", "--vocabulary", "bus,train", "--kind", "subclasses", "--bank", "out/prompts/words.subclasses.json"], folder=tmp_path)
     assert result.returncode == 2 and "would be lost" in result.stderr and (tmp_path/"out/prompts/words.subclasses.json").read_bytes() == before
+HOSTILE = ["50 %25 off", "a#1", "b?x=1", "c:d", "quote'\"s", "<script>alert(1)<b>", "h&amp;i", "back\\slash", "new\nline", "犬 é", "%", "[1]{2}", "x"*245, b"caf\xe9".decode(errors="surrogateescape")]
+
+
+def hostile_report(tmp_path):
+    "A report of photos with names that mean something to browsers, shells and disks."
+    photo = Image.open(PHOTOS/"chelsea.png").resize((60, 40))
+    (tmp_path/"two #2").mkdir(); photo.save(tmp_path/"two #2/a#1.png")
+    for name in HOSTILE:
+        with open(tmp_path/f"{name}.png", "wb") as file: photo.save(file, "PNG")
+    return ovss_nb("segment", *(tmp_path/f"{o}.png" for o in HOSTILE), tmp_path/"two #2/a#1.png", tmp_path/"none.png", "--classes", "cat,sky", "--set", "size=64", "--set", "crf=false",
+                   "--format", "coco", "--format", "npz", "--out", tmp_path/"out")
+
+
+def test_names_of_all_kinds_are_written_listed_and_linked(tmp_path):
+    from urllib.parse import unquote_to_bytes
+    result = hostile_report(tmp_path)
+    assert result.returncode == 1 and f"{len(HOSTILE) + 1} of {len(HOSTILE) + 2} images" in result.stdout and "none.png" in result.stderr and "Traceback" not in result.stderr
+    page = (tmp_path/"out/report.html").read_text()
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(links) == 3*(len(HOSTILE) + 1) and "<script" not in page and not any(c in o for o in links for c in "#?: <>'\\")
+    for link in links:
+        with Image.open(os.fsencode(tmp_path/"out") + b"/" + unquote_to_bytes(link)) as image: image.load()
+
+
+def test_a_browser_shows_every_picture_of_a_report(tmp_path):
+    import shutil
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright, of the extra `dev`")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium: pytest.skip("needs a Chromium")
+    hostile_report(tmp_path)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto((tmp_path/"out/report.html").as_uri())
+        broken = page.evaluate("[...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.getAttribute('src'))")
+        assert not broken and page.evaluate("document.images.length") == len(HOSTILE) + 1
+        browser.close()
+
+
+SMALL = "--classes", "cat,sky", "--set", "size=64", "--set", "crf=false"
+
+
+@pytest.mark.parametrize("out, why", [("file", "file is a file"), ("file/below", "Not a directory"), ("/proc/ovss", "/proc/ovss"), ("n"*300, "too long")])
+@pytest.mark.parametrize("verb", [["segment", PHOTOS/"chelsea.png", *SMALL], ["onnx", "maskclip"], ["video", PHOTOS/"chelsea.png", "--classes", "cat,sky"]])
+def test_an_output_that_cannot_be_written_is_one_line_at_once(verb, out, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    result = ovss_nb(*verb, "--out", out)
+    assert result.returncode == 2 and why in result.stderr and result.stderr.count("\n") == 1 and "dense CRF" not in result.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True).returncode: pytest.skip("a small disk cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk):
+    result = ovss_nb("segment", *(PHOTOS/o for o in ("chelsea.png", "coffee.png", "rocket.jpg")), *SMALL, "--out", small_disk/"out")
+    assert result.returncode == 1 and "1 of 3 images" in result.stdout and "Traceback" not in result.stderr
+    assert "coffee.png: No space left on device (make room" in result.stderr and "rocket.jpg: not tried" in result.stderr
+    assert "chelsea.overlay.png" in (small_disk/"out/report.html").read_text()
+    subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
+    again = ovss_nb("segment", *(PHOTOS/o for o in ("chelsea.png", "coffee.png", "rocket.jpg")), *SMALL, "--out", small_disk/"out")
+    assert again.returncode == 0 and "1 of 3 images were finished before" in again.stdout and not (small_disk/"out/.unfinished.jsonl").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
+    photos = []
+    for n in range(12):
+        photos.append(tmp_path/f"{n:02}.png")
+        Image.open(PHOTOS/"chelsea.png").rotate(n).save(photos[-1])
+    command = [sys.executable, "-c", "import sys; from ovss_nb.app.cli import main; sys.exit(main())", "segment", *photos, *SMALL, "--out", tmp_path/"out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while len(list((tmp_path/"out").glob("*.labels.png"))) < 2 and time.monotonic() < end: time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "ovss-nb: stopped" in said and "Traceback" not in said
+    report = (tmp_path/"out/report.html").read_text()
+    finished = report.count("<figure>")
+    assert 1 <= finished < 12
+    before = {o: o.stat().st_mtime_ns for o in (tmp_path/"out").glob("*.labels.png")}
+    photos[0].write_bytes(photos[1].read_bytes())   # another picture by now: it is made again
+    again = ovss_nb("segment", *photos, *SMALL, "--out", tmp_path/"out")
+    assert again.returncode == 0 and f"{finished - 1} of 12 images were finished before" in again.stdout
+    assert (tmp_path/"out/report.html").read_text().count("<figure>") == 12
+    kept = sum((tmp_path/"out"/f"{n:02}.labels.png").stat().st_mtime_ns == before.get(tmp_path/"out"/f"{n:02}.labels.png") for n in range(12))
+    assert kept == finished - 1
+    assert "finished before" not in ovss_nb("segment", *photos, *SMALL, "--out", tmp_path/"out").stdout   # that run came to its end
+
+
+def test_a_result_is_never_written_over_a_photo(tmp_path):
+    photo = tmp_path/"a.labels.png"
+    for o in (photo, tmp_path/"a.png"): Image.open(PHOTOS/"chelsea.png").save(o)
+    before = photo.read_bytes()
+    result = ovss_nb("segment", photo, tmp_path/"a.png", *SMALL, "--out", tmp_path)
+    assert result.returncode == 2 and "a.labels.png" in result.stderr and photo.read_bytes() == before
+
+
+def test_a_pipe_that_is_closed_and_a_full_disk_behind_stdout():
+    command = f"{sys.executable} -c 'import sys; from ovss_nb.app.cli import main; sys.exit(main())' prompts show --vocabulary ADE-847"
+    head = subprocess.run(["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert head.returncode == 141 and head.stdout.count("\n") == 1 and head.stderr == ""
+    full = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
+    assert full.returncode == 2 and full.stderr.startswith("ovss-nb: No space left") and full.stderr.count("\n") == 1
+
+
+def test_an_image_too_large_for_the_memory_is_its_own_failure(tmp_path):
+    "A limit on the address space stands in for a small machine."
+    Image.fromarray(np.zeros((9000, 9000), np.uint8)).save(tmp_path/"large.png")
+    program = ("import resource, sys; from ovss_nb.app.cli import main; from ovss_nb import create; import psutil\n"
+               "create('maskclip').segment(sys.argv[2], ['cat', 'sky'])   # what a segmentation needs is loaded\n"
+               "used = psutil.Process().memory_info().vms; resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,)*2); sys.exit(main(sys.argv[1:]))")
+    result = subprocess.run([sys.executable, "-c", program, "segment", PHOTOS/"chelsea.png", tmp_path/"large.png", *SMALL, "--out", tmp_path/"out"], capture_output=True, text=True)
+    assert result.returncode == 1 and "1 of 2 images" in result.stdout and "Traceback" not in result.stderr and "memory" in result.stderr, result.stderr
+
+
+def test_home_is_found_where_the_shell_did_not_look(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ovss_nb("segment", PHOTOS/"chelsea.png", *SMALL, "--out=~/results").returncode == 0 and (tmp_path/"results/report.html").is_file()
