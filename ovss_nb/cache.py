@@ -37,14 +37,15 @@ def atomic_path(
 _PROBE = 4096   # bytes: one block of the disk, for an empty file can be made on a full one too
 
 def check_writable(
-    path:str|Path, # a file that shall be written later; it need not exist
+    path:str|Path, # a file that shall be written later; neither it nor its folder need exist
 ):
     "Raise `OSError` that names the path if a file cannot be written there: no folder, no permission, no room, a folder or device in its place."
     path = Path(path)
     try:
-        try: path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError: raise OSError(errno.ENOTDIR, f"{path.parent} is a file, no folder") from None
-        probe = path.with_name(f".{uuid.uuid4().hex}")
+        folder = path.parent
+        while not folder.exists(): folder = folder.parent   # which would be made
+        if not folder.is_dir(): raise OSError(errno.ENOTDIR, f"{folder} is a file, no folder")
+        probe = folder/f".{uuid.uuid4().hex}"
         try:
             with open(probe, "wb") as file:
                 file.write(bytes(_PROBE))

@@ -190,8 +190,8 @@ def test_without_a_place_for_the_cache_work_goes_on_and_says_so_once(place, tmp_
         cache, encoder = Cache(tmp_path/place), Colours()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            banks = [encode_text(encoder, ["cat", "dog", "tree"], cache=cache) for _ in range(2)]
-        assert (banks[0].embeddings == encode_text(encoder, ["cat", "dog", "tree"]).embeddings).all()
+            banks = [encode_text(encoder, ["red", "green", "blue"], cache=cache) for _ in range(2)]
+        assert (banks[0].embeddings == encode_text(encoder, ["red", "green", "blue"]).embeddings).all()
         assert len(caught) == 1 and str(tmp_path/place) in str(caught[0].message) and "without" in str(caught[0].message)
         with pytest.raises(CacheError, match="OVSS_NB_CACHE"): cache.put(cache.key("x"), {"a": np.ones(2)})
     finally:
@@ -205,4 +205,4 @@ def test_check_writable_leaves_nothing(place, tmp_path):
     assert e.value.filename == str(tmp_path/place) and e.value.strerror
     check_writable(tmp_path/"new"/"x")
     check_writable(tmp_path/"file")
-    assert sorted(o.name for o in tmp_path.iterdir()) == ["file", "new"] and not list((tmp_path/"new").iterdir()) and (tmp_path/"file").read_text() == "in the way"
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["file"] and (tmp_path/"file").read_text() == "in the way"

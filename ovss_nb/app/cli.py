@@ -180,8 +180,8 @@ def run(
         if row := unfinished.find(keys[k]): rows[k] = row
         else: groups.setdefault(vocabulary, []).append(k)
     if rows: print(f"{len(rows)} of {len(pictures)} images were finished before: this run goes on")
-    results = ((k, result) for vocabulary, numbers in groups.items() for k, (_, result) in
-               zip(numbers, segment_files([pictures[k][0] for k in numbers], vocabulary, system, progress=len(pictures) > len(groups), **reading)))
+    results = ((k, result) for vocabulary, numbers in groups.items() for (_, result), k in
+               zip(segment_files([pictures[k][0] for k in numbers], vocabulary, system, progress=len(pictures) > len(groups), **reading), numbers))
     try:
         for k, result in results:
             if isinstance(result, Exception): failed[k] = result; continue
