@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 from .cache import Cache, Journal, atomic_path, difference, file_digest, refuse_overwrite
 from .metrics import Confusion, boundary_counts, boundary_iou, mean_iou
+from .options import Count, Index, Share, checked_arguments
 from .segmentation import Segmentation
 from .vocabulary import Vocabulary
 from .workers import WorkerDied, spread
@@ -243,20 +245,21 @@ def _check_threshold(data:dict, system:dict):
     if wanted is not None and wanted != used:
         raise EvaluationError(f"the protocol decides the background by a threshold of {wanted}, the system by {used}: create it with background_threshold={wanted}")
 
+@partial(checked_arguments, error=EvaluationError)
 def evaluate(
     system, # from `create`; with `workers` a callable that builds one, e.g. `partial(create, "maskclip")`
     dataset, # `names`, `stems`, `image(i)`, `labels(i)`: see the chapter Datasets
     vocabulary=None, # default: the data set's own
     run_dir:str|Path|None=None, # journal, metrics.json and predictions go here; a run that stopped goes on
-    limit:int|None=None, # at most so many images, spread over the set
-    readers:int=0, # processes that read images ahead of the model and count behind it
-    workers:int=0, # processes with a system of their own
+    limit:Index|None=None, # at most so many images, spread over the set
+    readers:Index=0, # processes that read images ahead of the model and count behind it
+    workers:Index=0, # processes with a system of their own
     ray:str|None=None, # "local" or the address of a Ray cluster: the workers are its actors
     devices:list|None=None, # CUDA devices that the workers share out
-    threads:int=1, # threads per worker; the same for any number of workers, since it can change the last bit of a float
+    threads:Count=1, # threads per worker; the same for any number of workers, since it can change the last bit of a float
     boundary:bool=False, # also count boundary IoU: some tens of milliseconds per image
     save_predictions:bool=False, # label maps as PNG in run_dir/predictions
-    max_bad:float=0.01, # share of unreadable items above which the run fails
+    max_bad:Share=0.01, # share of unreadable items above which the run fails
     progress:bool=True,
 ) -> Evaluation:
     """Segment every image of a labelled set and count. A run that goes on, or was finished, judges again what has changed: images, labels, stored predictions.

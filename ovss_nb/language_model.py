@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from tqdm.auto import tqdm
 from .cache import Cache, check_writable
 from .extras import require
+from .options import Count, Index, NotNegative, Positive, checked_arguments
 
 # %% ../nbs/01_language_model.ipynb #e2885879
 _TAGS = "(?:seed:|ant)?think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad|inner_?monologue"
@@ -238,22 +240,21 @@ class LanguageModel:
     sets of questions; `calls` and `tokens` count what it spent. What a server refuses (structured output, a system turn, a temperature) is
     left out from then on. Raises `LanguageModelError` for limits below 1.
     """
+    @partial(checked_arguments, error=LanguageModelError)
     def __init__(self,
         model:str, # name of the model, as the server knows it
         base_url:str|None=None, # e.g. "http://localhost:8000/v1"; default: the environment's, else OpenAI's
         api_key:str|None=None, # default: the environment's; local servers need none
-        temperature:float|None=0, # None: not sent, for models that refuse it
-        concurrency:int=8, # calls at once
-        timeout:float=60, # seconds per call
-        attempts:int=8, # calls per answer, faults included
-        revisions:int=2, # further turns after an answer that `check` refuses
-        backoff:float=1.0, # seconds: see `waiting_time`
-        max_calls:int|None=None, # requests that this object may send
-        max_tokens:int|None=None, # tokens that it may use; exceeded by the calls under way at most
+        temperature:NotNegative|None=0, # None: not sent, for models that refuse it
+        concurrency:Count=8, # calls at once
+        timeout:Positive=60, # seconds per call
+        attempts:Count=8, # calls per answer, faults included
+        revisions:Index=2, # further turns after an answer that `check` refuses
+        backoff:NotNegative=1.0, # seconds: see `waiting_time`
+        max_calls:Index|None=None, # requests that this object may send
+        max_tokens:Index|None=None, # tokens that it may use; exceeded by the calls under way at most
         journal=None, # file of the answers; default: language_model.jsonl in the folder of `Cache`
     ):
-        for name, value in dict(concurrency=concurrency, attempts=attempts).items():
-            if value < 1: raise LanguageModelError(f"{name} must be at least 1, got {value}")
         if base_url and not re.match("https?://", base_url): raise LanguageModelError(f"base_url (--base-url) must begin with http:// or https://, got {base_url!r}")
         self.model, self.base_url, self.api_key, self.temperature = model, base_url, api_key, None if temperature is None else float(temperature)
         self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = concurrency, timeout, attempts, revisions, backoff

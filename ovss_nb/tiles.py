@@ -9,6 +9,7 @@ __all__ = ['tile_offsets', 'tile_weights', 'label_rows', 'segment_tiles', 'load_
 import json, warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from .cache import Cache, atomic_path, file_digest, refuse_overwrite
 from .extras import require
 from .images import Picture, check_bands, check_limits, open_picture
+from .options import Count, Index, Range, fit_option
 from .segmentation import Segmentation, SegmentationError, default_palette
 from .systems.pnp_ovss import PnPOVSS
 from .systems.simseg import SimSeg
@@ -96,7 +98,8 @@ def label_rows(
     vocabulary, real_height, real_width = Vocabulary.of(words), *picture.size
     text, classes, votes = system.encode_text(vocabulary), len(vocabulary), _votes(system)
     seen = getattr(system, "resolution", None) or system.config.size
-    if tile is not None and tile < 1: raise ValueError(f"a tile has at least one pixel, not {tile}")
+    tile, margin = fit_option("tile", tile, Count|None), fit_option("margin", margin, Index|None)
+    overlap = fit_option("overlap", overlap, Annotated[float, Range(0, 1, "high")])
     seen = seen if isinstance(seen, int) else max(seen)
     tile = min(tile or seen, max(picture.size))
     picture = _mirrored(picture, tile)

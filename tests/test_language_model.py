@@ -191,7 +191,7 @@ def test_the_journal_tells_models_and_settings_apart(tmp_path):
 
 
 def test_limits_are_checked():
-    with pytest.raises(LanguageModelError, match="concurrency must be at least 1"): LanguageModel("test", concurrency=0)
+    with pytest.raises(LanguageModelError, match="concurrency must be a whole number from 1 up"): LanguageModel("test", concurrency=0)
 
 
 def test_questions_have_the_published_form():

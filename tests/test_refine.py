@@ -3,6 +3,7 @@ import sys
 import weakref
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from scipy.ndimage import gaussian_filter
 from skimage import data
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ovss_nb import refine
 from ovss_nb.extras import MissingExtra
-from ovss_nb.refine import CRFConfig, add_background, binary_crf, crf_available, dense_crf, dilate, erode, surviving_classes, upsample_argmax
+from ovss_nb.refine import CRFConfig, add_background, binary_crf, crf_available, dense_crf, dilate, erode, gaussian_blur, surviving_classes, upsample_argmax
 
 needs_crf = pytest.mark.skipif(not crf_available(), reason="the extra `crf` (pydensecrf2) is not installed")
 
@@ -228,3 +229,36 @@ def test_missing_extra_names_the_command(monkeypatch):
     assert not crf_available()
     with pytest.raises(MissingExtra, match=r"ovss_nb\[crf\]"): dense_crf(image, probabilities)
     with pytest.raises(MissingExtra, match=r"ovss_nb\[crf\]"): binary_crf(image, probabilities[0])
+
+
+# ---- blur without a matrix of pixels x pixels
+
+def blurred_by_whole_matrices(maps, sigma):
+    "As it was: the blurred identity matrix of each axis."
+    down, across = (torch.as_tensor(scipy.ndimage.gaussian_filter1d(np.eye(n), sigma, axis=0)).to(maps) for n in maps.shape[-2:])
+    return down @ maps @ across.mT
+
+
+@pytest.mark.parametrize("shape, sigma", [((5, 375, 500), 25.0), ((3, 480, 640), 32.0), ((2, 21, 21), 1.05), ((2, 300, 300), 300.0), ((2, 1, 700), 35.0), ((2, 700, 1), 35.0), ((2, 2, 600), 30.0),
+                                          ((1, 257, 256), 0.1), ((2, 513, 40), 20.0)])
+def test_blur_equals_whole_matrices(shape, sigma):
+    maps = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    maps[..., :shape[1]//2, :] = 0   # where nothing reaches, nothing may appear: ties there go to the first class
+    found, expected = gaussian_blur(maps, sigma), blurred_by_whole_matrices(maps, sigma)
+    assert torch.allclose(found, expected, atol=1e-6) and torch.equal(found == 0, expected == 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (2, 3000), (3000, 2)])
+def test_blur_of_a_strip_holds_no_square(shape, monkeypatch):
+    "No band of weights has more than its 256 rows, and none is as large as the square of the long side."
+    sizes, band = [], refine._band
+    def counted(*arguments):
+        low, weights = band(*arguments)
+        sizes.append(weights.shape)
+        return low, weights
+    monkeypatch.setattr(refine, "_band", counted)
+    maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    sigma = 0.05*max(shape)
+    found = gaussian_blur(maps, sigma)
+    assert max(rows for rows, _ in sizes) <= 256 and max(rows*seen for rows, seen in sizes) <= 256*(256 + 8*sigma + 1)
+    assert np.allclose(found, scipy.ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma)), atol=1e-6)

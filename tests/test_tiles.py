@@ -175,7 +175,7 @@ for call in (lambda: open_picture("geo.tif").__enter__(), lambda: segment_tiles(
 def test_bad_input_gets_one_message(tmp_path):
     system, pixels = MaskCLIP(Colours(), size=48), mosaic(60, 60)
     for arguments, kw, message in (((pixels, WORDS, system, tmp_path/"a.jpg"), {}, "as .tif or .png"), ((pixels, WORDS, system, tmp_path/"none/a.png"), {}, "create it first"),
-            ((pixels, WORDS, system, tmp_path/"a.png"), dict(tile=0), "at least one pixel"), ((pixels, WORDS, system, tmp_path/"a.png"), dict(overlap=1.0), "share from 0"),
+            ((pixels, WORDS, system, tmp_path/"a.png"), dict(tile=0), "tile must be a whole number from 1 up"), ((pixels, WORDS, system, tmp_path/"a.png"), dict(overlap=1.0), "overlap must be a number from 0 to below 1"),
             ((pixels, WORDS, system, tmp_path/"a.png"), dict(margin=30), "would leave gaps"), ((tmp_path/"none.png", WORDS, system, tmp_path/"a.png"), {}, "does not exist"),
             ((PHOTOS/"README.txt", WORDS, system, tmp_path/"a.png"), {}, "cannot be read")):
         with pytest.raises(ValueError, match=message): segment_tiles(*arguments, progress=False, **kw)
