@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 # %% ../nbs/10_checkpoints.ipynb #a1484bfa
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "params") # where trainings put the table
+# Where trainings put the table.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "params")
 PREFIXES = ("module.", "model.") # what trainings put before every name
 
 def unwrapped(
@@ -31,7 +32,9 @@ def unwrapped(
     return dict(zip(names, content.values()))
 
 # %% ../nbs/10_checkpoints.ipynb #fafe0fcb
-_DAMAGED = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AssertionError, SafetensorError)
+_DAMAGED = (
+    RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AssertionError, SafetensorError,
+)
 
 def is_safetensors(path:Path) -> bool:
     "Whether a file begins as safetensors do: with the length of a JSON table, and the table."
@@ -42,23 +45,31 @@ def read_weights(
     path, # a file of safetensors or of torch; `~` is the home folder
     instead:str="", # what else could be passed, for the error message
 ) -> dict[str, torch.Tensor]: # on the CPU
-    "All tensors of a file, without what a training put around them. Raises `ValueError` for a file that is missing, damaged, no plain table of tensors, or holds code."
+    """All tensors of a file, without what a training put around them.
+
+    Raises `ValueError` for a file that is missing, damaged, no plain table of tensors, or holds code."""
     path = Path(path).expanduser()
-    if not path.is_file(): raise ValueError(f"There is no file {path}. Pass the weights of a training{instead and ', or ' + instead}")
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Pass the weights of a training{instead and ', or ' + instead}")
     try:
         if is_safetensors(path):
-            with safe_open(path, "pt") as file: content = {name: file.get_tensor(name) for name in file.keys()}
+            with safe_open(path, "pt") as file:
+                content = {name: file.get_tensor(name) for name in file.keys()}
         else: content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside tensors, which is not run. "
-                         "Download it again, or save its state_dict alone, e.g. as .safetensors") from e
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside tensors, which "
+                         "is not run. Download it again, or save its state_dict alone, e.g. as .safetensors") from e
     except _DAMAGED as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise ValueError(f"{path} cannot be read as a checkpoint. Download it again, or save it as .safetensors. ({reason})") from e
+        raise ValueError(f"{path} cannot be read as a checkpoint. Download it again, or save it as .safetensors. "
+                         f"({reason})") from e
     weights = unwrapped(content)
-    if not isinstance(weights, dict) or not weights: raise ValueError(f"{path} is no plain table of tensors. Pass a published checkpoint, or the state dict of a model")
-    if other := [name for name, o in weights.items() if not isinstance(o, torch.Tensor)]:
-        raise ValueError(f"{path} is no plain table of tensors: {other[0]!r} is a {type(weights[other[0]]).__name__}. Pass a published checkpoint, or the state dict of a model")
+    table, other = isinstance(weights, dict) and bool(weights), None
+    if table: other = next((name for name, o in weights.items() if not isinstance(o, torch.Tensor)), None)
+    if not table or other is not None:
+        reason = "" if other is None else f": {other!r} is a {type(weights[other]).__name__}"
+        raise ValueError(f"{path} is no plain table of tensors{reason}. "
+                         "Pass a published checkpoint, or the state dict of a model")
     return weights
 
 def difference(

@@ -25,17 +25,20 @@ def _system_folders() -> list[Path]:
     "Where this system keeps its fonts."
     home, windows = Path.home(), Path(os.environ.get("WINDIR", "C:/Windows"))
     if sys.platform == "win32": return [windows/"Fonts", home/"AppData/Local/Microsoft/Windows/Fonts"]
-    if sys.platform == "darwin": return [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home/"Library/Fonts"]
-    return [home/".local/share/fonts", home/".fonts", Path("/usr/local/share/fonts"), Path("/usr/share/fonts")]
+    if sys.platform == "darwin": return [Path(o, "Library/Fonts") for o in ("/System", "/", home)]
+    own = [home/".local/share/fonts", home/".fonts"]
+    return [*own, Path("/usr/local/share/fonts"), Path("/usr/share/fonts")]
 
 @lru_cache
 def font_files() -> tuple[Path|None, ...]:
     "All fonts there are, in the order in which they are asked; None is Pillow's own."
-    shipped = [o for o in _installed("weblate_fonts", "static/weblate_fonts/kurinto/ttf") if o.stem.endswith("-Rg")]
+    shipped = _installed("weblate_fonts", "static/weblate_fonts/kurinto/ttf")
+    shipped = [o for o in shipped if o.stem.endswith("-Rg")]   # regular
     # The one with most scripts has the shortest name; simplified Chinese goes before Japanese.
     shipped.sort(key=lambda o: (len(o.stem), "SC" not in o.stem, o.stem))
     plotted = [o for o in _installed("matplotlib", "mpl-data/fonts/ttf") if o.stem == "DejaVuSans"]
-    system = [o for folder in _system_folders() for o in folder.rglob("*") if o.suffix.lower() in (".ttf", ".otf", ".ttc")]
+    system = [o for folder in _system_folders() for o in folder.rglob("*")]
+    system = [o for o in system if o.suffix.lower() in (".ttf", ".otf", ".ttc")]
     system.sort(key=lambda o: ("regular" not in o.stem.lower(), o.name))
     return None, *shipped, *plotted, *system
 
@@ -44,9 +47,11 @@ def characters(
     path:Path|None, # of a font; None is Pillow's own
 ) -> frozenset[int]: # Unicode numbers
     "What a font can draw; nothing for a file that is no font with outlines."
+    file = BytesIO(ImageFont.load_default(10).path.getvalue()) if path is None else path
     try:
-        with TTFont(BytesIO(ImageFont.load_default(10).path.getvalue()) if path is None else path, lazy=True, fontNumber=0) as font:
-            outlines = any(o in font for o in ("glyf", "CFF ", "CFF2"))   # bitmaps of one size cannot be scaled
+        with TTFont(file, lazy=True, fontNumber=0) as font:
+            # Bitmaps of one size cannot be scaled.
+            outlines = any(o in font for o in ("glyf", "CFF ", "CFF2"))
             return frozenset(font.getBestCmap() or ()) if outlines else frozenset()
     except (TTLibError, OSError, ValueError, KeyError, AssertionError): return frozenset()
 
@@ -79,9 +84,11 @@ def text_parts(
         else: parts.append((o, path))
     if new := [o for o in dict.fromkeys(missing) if o not in _named]:
         _named.update(new)
-        listed = ", ".join(f"{o} (U+{ord(o):04X})" for o in new[:8]) + (f" and {len(new) - 8} more" if new[8:] else "")
-        advice = "install one on this system" if find_spec("weblate_fonts") else "pip install weblate-fonts, or install one on this system"
-        warnings.warn(f"no font here has {listed}: they are drawn as boxes. To see them, {advice}", stacklevel=2)
+        listed = ", ".join(f"{o} (U+{ord(o):04X})" for o in new[:8])
+        if new[8:]: listed += f" and {len(new) - 8} more"
+        advice = "install one on this system"
+        if not find_spec("weblate_fonts"): advice = f"pip install weblate-fonts, or {advice}"
+        warnings.warn(f"no font here has {listed}: drawn as boxes. To see them, {advice}", stacklevel=2)
     return parts
 
 # %% ../nbs/03_fonts.ipynb #7fce9db4

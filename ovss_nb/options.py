@@ -20,7 +20,7 @@ import numpy as np
 
 # %% ../nbs/00_options.ipynb #6b10de5a
 class OptionError(ValueError):
-    "An option has a value that it cannot have; the message names the option, what it takes, and what it was given."
+    "An option has a value that it cannot have; the message says which, what it takes, and what it was given."
 
 @dataclass(frozen=True)
 class Range:
@@ -45,13 +45,16 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)] # of a whole, or a probability
 
 # %% ../nbs/00_options.ipynb #8c9097be
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none", list: "a list", dict: "a table"}
+_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text",
+    NoneType: "none", list: "a list", dict: "a table",
+}
 
 def _either(parts:list[str], last:str) -> str:
     return last.join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 def expected(
-    kind, # a type, or a combination of types: `Annotated`, `Literal`, a union, `tuple[...]`, `list[...]`, `dict[...]`
+    kind, # a type, or several: `Annotated`, `Literal`, a union, `tuple[...]`, `list[...]`, `dict[...]`
 ) -> str:
     "What a type takes, in words."
     origin, inside = get_origin(kind) or kind, get_args(kind)
@@ -65,7 +68,7 @@ def expected(
 
 # %% ../nbs/00_options.ipynb #eff8b213
 def fitted(value, kind):
-    "`value` as `kind` has it. Raises `TypeError` for one that does not fit, and `OverflowError` for one that no float can hold."
+    "`value` as `kind` has it. Raises `TypeError` if it does not fit, `OverflowError` if no float can hold it."
     origin, inside = get_origin(kind) or kind, get_args(kind)
     if kind in (object, Any): return value
     if origin is Annotated:
@@ -92,7 +95,8 @@ def fitted(value, kind):
 
 def _fitted_items(value, origin, inside):
     "The items of a list or a tuple, each fitted."
-    if not isinstance(value, (list, tuple) if origin is tuple else list): raise TypeError(f"{value!r} is no list")
+    allowed = (list, tuple) if origin is tuple else list
+    if not isinstance(value, allowed): raise TypeError(f"{value!r} is no list")
     if not inside: return origin(value)
     endless = origin is list or inside[-1] is Ellipsis
     if not endless and len(value) != len(inside): raise TypeError(f"{value!r} has not {len(inside)} items")
@@ -104,7 +108,8 @@ def fit_option(
 ):
     "The value of an option, checked. Raises `OptionError`."
     try: return fitted(value, kind)
-    except (TypeError, OverflowError): raise OptionError(f"{name} must be {expected(kind)}, not {value!r}") from None
+    except (TypeError, OverflowError):
+        raise OptionError(f"{name} must be {expected(kind)}, not {value!r}") from None
 
 # %% ../nbs/00_options.ipynb #218267ff
 @lru_cache
@@ -116,8 +121,9 @@ def option_kinds(
     return {o.name: kinds[o.name] for o in fields(cls)}
 
 def check_options(config):
-    "Check every field of a dataclass, in place, by its annotation. Raises `OptionError`, which names the field."
-    for name, kind in option_kinds(type(config)).items(): object.__setattr__(config, name, fit_option(name, getattr(config, name), kind))
+    "Check every field of a dataclass by its annotation, in place. Raises `OptionError`, which names the field."
+    for name, kind in option_kinds(type(config)).items():
+        object.__setattr__(config, name, fit_option(name, getattr(config, name), kind))
 
 def check_names(
     names:Iterable[str], # that somebody used
@@ -145,7 +151,7 @@ def checked_arguments(
     function:Callable, # with annotations
     error:type[ValueError]=OptionError, # what is raised
 ) -> Callable:
-    "Decorator: arguments of plain types are checked by their annotations before the call, which raises `error`."
+    "Decorator: arguments of plain types are checked by their annotations before the call. Raises `error`."
     signature = inspect.signature(function)
     @wraps(function)
     def call(*args, **kwargs):
@@ -158,8 +164,9 @@ def checked_arguments(
     return call
 
 # %% ../nbs/00_options.ipynb #867c8635
-_SWITCHES = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
-_ORDER = (NoneType, bool, int, float, Literal, tuple, list, dict, str) # a union is tried in this order: what takes everything comes last
+_SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+# A union is tried in this order: what takes everything comes last.
+_ORDER = (NoneType, bool, int, float, Literal, tuple, list, dict, str)
 
 def _rank(kind) -> int:
     while get_origin(kind) is Annotated: kind = get_args(kind)[0]
@@ -174,7 +181,7 @@ def guess(text:str):
     return text
 
 def _read(text:str, kind):
-    "The value that a text stands for, of the wanted type but not yet checked. Raises `TypeError` or `ValueError`."
+    "The value that a text stands for, not yet checked. Raises `TypeError`, `ValueError` or `KeyError`."
     origin, inside = get_origin(kind) or kind, get_args(kind)
     if origin is Annotated: return _read(text, inside[0])
     if origin in (Union, UnionType): return _read_union(text, inside)
@@ -216,7 +223,8 @@ def read_option(
     "The value that a text from the shell stands for. Raises `OptionError`."
     text = text.strip()
     try: return fitted(_read(text, kind), kind)
-    except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError): raise OptionError(f"{name} must be {expected(kind)}, not {text!r}") from None
+    except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError):
+        raise OptionError(f"{name} must be {expected(kind)}, not {text!r}") from None
 
 def argument(
     kind, # see `expected`
@@ -224,7 +232,8 @@ def argument(
     "What reads an argument of the command line."
     def read(text):
         try: return read_option("it", text, kind)
-        except OptionError: raise argparse.ArgumentTypeError(f"must be {expected(kind)}, not {text!r}") from None
+        except OptionError:
+            raise argparse.ArgumentTypeError(f"must be {expected(kind)}, not {text!r}") from None
     return read
 
 def read_options(
@@ -233,12 +242,13 @@ def read_options(
     owner:str, # what has the options, for messages
     door:str="", # what stands before each text where it was typed, e.g. "--set "
 ) -> dict[str, object]:
-    "Options from texts of the form NAME=VALUE. Raises `OptionError` for one without `=`, an unknown name, a name given twice, and as `read_option`."
+    "Options from texts. Raises `OptionError` for one without `=`, a name unknown or given twice, and as `read_option`."
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
-        if not equals or not name: raise OptionError(f"{door}takes NAME=VALUE, e.g. {door}size=640, not {text!r}")
+        if not equals or not name:
+            raise OptionError(f"{door}takes NAME=VALUE, e.g. {door}size=640, not {text!r}")
         check_names([name], kinds, owner)
         if name in found: raise OptionError(f"{door}{name} is given twice: leave one out")
         found[name] = read_option(door + name, value, kinds[name])
