@@ -8,11 +8,12 @@ __all__ = ['LABEL_MAPS', 'VocabularyError', 'VocabularyWarning', 'composed', 'ti
            'load_vocabulary', 'LabelMap', 'label_map']
 
 # %% ../nbs/00_vocabulary.ipynb #c668bcb1
-import json, os, re, unicodedata
+import json, os, re, shlex, unicodedata, warnings
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -60,6 +61,8 @@ def _check(rows, where) -> list[tuple[str, tuple[str, ...]]]:
     "The `rows` (name, word or words) tidied and checked; `where` labels each row in the error."
     seen, checked = {}, []
     for place, (name, words) in zip(where, rows):
+        if isinstance(name, (list, tuple)):
+            raise VocabularyError(f"{place}: expected a name, got {name!r}; words go in a dict, {{name: [words]}}")
         name = _tidy(name, place)
         if name.casefold() in seen: raise VocabularyError(f"{place}: {name!r} is named already ({seen[name.casefold()]})")
         seen[name.casefold()] = place
@@ -92,13 +95,17 @@ _QUOTES = "\"'`‘’‚“”„«»‹›"
 _SUFFIX = re.compile(r"\.(txt|csv|tsv|jsonl?|ya?ml|toml|xml|names|labels|lst|list|pbtxt|xlsx?|ods|md|rtf|docx?|pdf|pkl|npy|parquet|html?|png|jpe?g|tiff?|webp|bmp)$", re.I)
 _LISTS = re.compile(r"((ms)?coco(stuff|objects?|panoptic)?|pascal(voc|context)?|voc|ade(20k)?|cityscapes|imagenet|lvis|openimages|objects365|mapillary(vistas)?|pc(?=59|60|459)|pas(?=20)|a(?=150|847))\d*[bk]?")
 
+_SHORT = "subsp|ssp|spp|sp|var|cf|aff|juv|misc|approx|dept|gen|corp|inc|ltd|co|vol|ver|fig|etc|sq|ft|oz|lb|no|st|mt|jr|sr"
+_DOTS = re.compile(rf"\s\.(\s|$)|(^|[\s,])(?!({_SHORT})\.)[^\W\d_A-Z]{{3,}}\.\s+[^\W\d_]{{2}}")
+_SENTENCE = re.compile(rf"(?!({_SHORT})$)([^\W\d_]+ )*(?!({_SHORT})$)[^\W\d_]{{2,}}")
+
 def _rewritten(text:str) -> str|None:
     "`text` with commas where it seems to have the separators of another tool, else None."
     text = text.strip()
     found = re.sub(r"\\[nrt]", ",", text.translate(_FOREIGN))
-    sentences = [o.strip() for o in found.split(".")]
-    if re.search(r"\s\.(\s|$)|(^|[\s,])[^\W\d_A-Z]{3,}\.\s", found) or len(sentences) > 2 and not sentences[-1] and all(re.fullmatch(r"[^\W\d_]{2,}( [^\W\d_]+)*", o) for o in sentences[:-1]):
-        found = ",".join(sentences)   # as detectors have it: cat . dog .
+    sentences = [o.strip() for o in found.split(".")]   # as detectors have it: cat . dog .
+    if _DOTS.search(found) or len(sentences) > 2 and not sentences[-1] and all(map(_SENTENCE.fullmatch, sentences[:-1])):
+        found = ",".join(sentences)
     return None if found == text else re.sub(r"(\s*,)+\s*", ", ", found).strip(" ,")
 
 def _shipped(): return files("ovss_nb.data").joinpath("vocabularies")
@@ -116,8 +123,15 @@ def _names_a_list(name:str) -> bool:
     near = any(o.isdigit() for o in plain) and get_close_matches(name.casefold(), [o.casefold() for o in _shipped_names()], n=1, cutoff=0.8)
     return bool(_LISTS.fullmatch(plain) or near)
 
+def _unpaired(text:str) -> bool:
+    "Whether a text is a piece of code, or of a name that was cut at a comma."
+    bare = re.sub(r"^\w{1,3}\)\s", "", text)   # not of a numbered list
+    return bool(re.match(r"[\[{]", bare) or re.search(r"=\s*[\[{(]", bare)) or any(bare.count(o) != bare.count(c) for o, c in ("()", "[]", "{}"))
+
 def _doubt_text(text:str) -> str|None:
     "What a name or a word was probably meant as, by its signs, and what to write then; None if it is just a text."
+    if text == "__ignore__": return "__ignore__ is labelme's mark for what does not count, and no class; leave it out"
+    if _unpaired(text): return f"{text!r} looks like code, or was cut within brackets; write names alone"
     if (found := _rewritten(text)) is not None: return f"{text!r} has the separators of another tool; write {found!r}"
     if len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES: return f"the quotes are part of {text}; write {text.strip(_QUOTES)!r} without them"
     return None
@@ -214,8 +228,8 @@ def _items(line:str) -> list[_Item]:
         quoted, plain, sign, remark = found.groups()
         items.append(_Item(plain.strip() if quoted is None else quoted.replace('""', '"'), quoted is not None, sign or (remark or "")[:1]))
         at = found.end()
-    # A sign at the end of a line means nothing.
-    if len(items) > 1 and not items[-1].text and not items[-1].quoted:
+    # Signs at the end of a line mean nothing; tables have many of them.
+    while len(items) > 1 and not items[-1].text and not items[-1].quoted:
         remark = items.pop().sign
         items[-1].sign = remark or items[-1].sign
     return items
@@ -241,19 +255,34 @@ def _entries(items:list[_Item], place:str, synonyms:bool) -> list[tuple[_Item, l
 # %% ../nbs/00_vocabulary.ipynb #374acb66
 _HEADS = {"name", "names", "class", "classes", "label", "labels", "category", "categories", "id", "ids", "index", "idx", "color", "colour", "supercategory",
           *(f"{o}{sign}{what}" for o in ("class", "label", "category") for sign in ("_", " ", "") for what in ("name", "id"))}
+_NUMBER = re.compile(r"([0-9]+|n[0-9]{8}|/[a-z]/\w+)(?=\s|$)")   # of a class: 7, WordNet's n02123045, Open Images' /m/01yrx
+_BULLET = re.compile(r"[-*+•–]\s+")
+_COUNT = re.compile(r"([0-9]+[.)]\s*|\w\)\s+)(?=[^\W\d])")   # 1. 1) a)
 
-def _doubt_lines(lines:list[list[_Item]], entries:list[tuple[_Item, list[str]]]) -> str|None:
-    "What lines were probably meant as, if not as classes, by all that is not quoted in them."
-    heads = [o.text for o, _ in entries if not o.quoted]
-    if len(heads) < len(entries): return None
-    if len(lines) > 1 and all(o.text.casefold() in _HEADS for o in lines[0]):
-        return f"{heads[0]!r} in the first line looks like the head of a table; leave the line out, or put the name in quotes if it is a class"
-    numbers = [int(o[0]) for o in map(re.compile(r"[0-9]+(?=\s|$)").match, heads) if o]
-    counted = len(numbers) == len(heads) > 1 and numbers[0] < 2 and numbers == sorted(set(numbers)) and any(words != [item.text] or " " in item.text for item, words in entries)
-    if counted or all(re.match(r"([-*+•–]|[0-9]+[.)])\s", o) for o in heads):
-        name = re.sub(r"^[\W\d]*", "", heads[0]) or entries[0][1][-1]
-        return f"this looks like a list with numbers or bullets; write the names alone, e.g. {name!r}, or names in quotes if the numbers belong to them"
-    return None
+def _doubt_table(lines:list[list[_Item]]) -> str|None:
+    "What lines were probably meant as, if they are those of a table."
+    if len(lines) > 1 and all(o.text.casefold() in _HEADS and not o.quoted for o in lines[0]):
+        return (f"{lines[0][0].text!r} in the first line looks like the head of a table; leave the line out, "
+                "or put the name in quotes if it is a class")
+    numbered = [any(_NUMBER.fullmatch(o.text) and not o.quoted for o in line) for line in lines if len(line) > 1]
+    if sum(numbered) < 2: return None
+    return ("this looks like a table, with numbers beside the names; write the names alone, one per line, "
+            "or put numbers in quotes if they are words")
+
+def _doubt_list(entries:list[tuple[_Item, list[str]]]) -> str|None:
+    "What entries were probably meant as, if they are those of a list with numbers or bullets."
+    heads = [o.text for o, _ in entries]
+    if any(o.quoted for o, _ in entries): return None
+    counts = [o for o in map(_NUMBER.match, heads) if o]
+    numbers = [int(o[0]) if o[0].isdecimal() else i for i, o in enumerate(counts)]
+    # Names that nothing but their number tells apart need it: 1 euro coin, 2 euro coin.
+    named = {(o.string[o.end():], *(words if words != [o.string] else ())) for o, (_, words) in zip(counts, entries)}
+    counted = len(named) == len(counts) == len(heads) > 1 and numbers[0] < 2 and numbers == sorted(set(numbers))
+    if not (counted or any(map(_BULLET.match, heads)) or all(map(_COUNT.match, heads))): return None
+    bare = [re.sub(rf"^({_BULLET.pattern}|{_COUNT.pattern}|{_NUMBER.pattern}\s*)", "", o) for o in heads]
+    name = next((o for o, head in zip(bare, heads) if o not in ("", head)), entries[0][1][-1])
+    return ("this looks like a list with numbers or bullets; write the names alone, "
+            f"e.g. {name!r}, or names in quotes if the numbers belong to them")
 
 def _from_json(text:str, source:str) -> Vocabulary:
     "The vocabulary of a JSON list of names, or of an object of names and words."
@@ -264,7 +293,7 @@ def _from_json(text:str, source:str) -> Vocabulary:
     except VocabularyError: raise
     except (ValueError, RecursionError) as e:
         raise VocabularyError(f'{source} begins with a bracket, but is not JSON ({e}). Write names such as cat, dog, or a JSON list, ["cat", "dog"]') from None
-    words = isinstance(found, dict) and all(isinstance(o, (str, list)) for o in found.values()) and not all(o.isdigit() for o in found)
+    words = isinstance(found, dict) and all(isinstance(o, (str, list)) for o in found.values()) and not all(o.isdigit() and isinstance(found[o], str) for o in found)
     if not words and not (isinstance(found, list) and all(isinstance(o, str) for o in found)):
         raise VocabularyError(f'{source}: expected a JSON list of names, ["cat", "dog"], or an object of names and words, {{"animal": ["cat", "dog"]}}')
     try: return Vocabulary(list(found), list(found.values()) if words else None)
@@ -280,29 +309,41 @@ def _ask_back_alone(items:list[_Item], words:list[str], place:str, prompt:bool):
     if not prompt and items[0].sign == "," and len(words) > 1:
         raise VocabularyError(f"{place}: is {what!r} one class or {len(words)}? Write '{name}: {what}' for one, or one name per line")
 
+def _in_quotes(text:str, door:str="file") -> str:
+    "`text` in the quotes of the grammar; at the prompt also in those of the shell, which takes a pair away."
+    written = '"' + text.replace('"', '""') + '"'
+    return f"{shlex.quote(written)}, with the outer quotes for the shell" if door == "prompt" else f"{written}, in quotes"
+
 def _parse(text:str, source:str, title:str="", door:str="file") -> Vocabulary:
     "The vocabulary written in `text`; errors name the line of `source`. `door`: file, viewer or prompt, where remarks have no place."
     if text.lstrip()[:1] in ("[", "{"): return _from_json(text, source)
-    lines = {number: items for number, line in enumerate(text.splitlines(), 1) if (items := _items(line))[0].text or items[0].quoted or len(items) > 1 or items[0].sign in (",", ":", "|")}
-    if not lines: raise VocabularyError(f"{source} names no class; write at least one class, one per line")
+    lines = dict(enumerate(map(_items, text.splitlines()), 1))
+    lines = {number: o for number, o in lines.items() if o[0].text or o[0].quoted or len(o) > 1 or o[0].sign in (",", ":", "|")}
+    left_out = [number for number, o in lines.items() if len(o) == 1 and o[0].text == "__ignore__" and not o[0].quoted]
+    for number in left_out: del lines[number]
+    if left_out: warnings.warn(f"{source}: __ignore__ is labelme's mark for what does not count, no class, and is left out", VocabularyWarning, stacklevel=3)
+    if not lines:
+        remark = f"; what stands behind a # is a remark, unless it is in quotes, {_in_quotes('#1', door)}" if "#" in text else ""
+        raise VocabularyError(f"{source} names no class{remark}; write at least one class, one per line")
     whole = text.strip()
-    if whole[0] != '"' and whole[0] in _QUOTES and whole[-1] in _QUOTES: raise VocabularyError(f"{source}: {_doubt_text(whole)}")
+    if whole[0] != '"' and whole[0] in _QUOTES and whole[-1] in _QUOTES:
+        raise VocabularyError(f"{source}: {_doubt_text(whole)}. For a class of this name write {_in_quotes(whole, door)}")
     rows, where, found = [], [], []
     for number, items in lines.items():
         place = f"line {number} of {source}"
         for o in items:
             doubt = None if o.quoted else _doubt_text(o.text)
             if o.text[:1] == '"' and not o.quoted: doubt = f"a quote is opened and not closed in {o.text}; close it, or double it within quotes"
-            if not o.quoted and (o.text[:1] in ("[", "{") or o.text[-1:] in ("]", "}")): doubt = f"{o.text!r} looks like code; write names alone"
-            if door == "prompt" and o.sign == "#" and len(lines) == 1: doubt = "a # after a blank begins a remark"
-            if doubt: raise VocabularyError(f"{place}: {doubt}. What belongs to a name goes in quotes")
+            if doubt: raise VocabularyError(f"{place}: {doubt}. If it is meant as it stands, write {_in_quotes(o.text, door)}")
+            if door == "prompt" and o.sign == "#" and len(lines) == 1:
+                raise VocabularyError(f"{place}: a # after a blank begins a remark; put a name that holds one in quotes, {_in_quotes('dog #2', door)}")
         entries = _entries(items, place, door == "file")
         if len(lines) == len(entries) == 1 and door != "viewer": _ask_back_alone(items, entries[0][1], place, door == "prompt")
         found += entries
         for item, words in entries:
-            if not item.quoted and (doubt := _doubt(item.name)): raise VocabularyError(f'{place}: {doubt}. For a class of this name write "{item.name}", in quotes')
+            if not item.quoted and (doubt := _doubt(item.name)): raise VocabularyError(f"{place}: {doubt}. For a class of this name write {_in_quotes(item.name, door)}")
             rows.append((item.name, words)); where.append(place)
-    if doubt := _doubt_lines(list(lines.values()), found): raise VocabularyError(f"{source}: {doubt}")
+    if doubt := _doubt_list(found) or _doubt_table(list(lines.values())): raise VocabularyError(f"{source}: {doubt}")
     checked = _check(rows, where)
     return Vocabulary([name for name, _ in checked], [words for _, words in checked], title=title)
 
@@ -324,7 +365,7 @@ _SIGNS = set(",:|#./\\[]{}" + _QUOTES) | set(map(chr, _FOREIGN))
 
 def quoted(text:str) -> str:
     "`text` as it is written in a list: in quotes where it could be taken for something else."
-    plain = not _SIGNS & set(text) and re.match(r"[^\W\d]", text) and text.casefold() not in {"else", *_HEADS} and not _doubt(text) and not os.path.exists(text)
+    plain = not _SIGNS & set(text) and re.match(r"[^\W\d]", text) and text.casefold() not in {"else", *_HEADS} and not _NUMBER.match(text) and not _doubt(text) and not os.path.exists(text)
     return text if plain else '"' + text.replace('"', '""') + '"'
 
 def write_lines(
@@ -350,7 +391,9 @@ def read_lines(
     if text in _shipped_names(): return load_vocabulary(text)
     if not (path := _path_in(text)): return _parse(text, "the list", door="prompt" if prompt else "viewer")
     try: return read_vocabulary(path)
-    except VocabularyError as e: raise e if os.path.isfile(path) else VocabularyError(f'{e}. For a class of this name write it in quotes, "{text[:100]}"') from None
+    except VocabularyError as e:
+        if os.path.isfile(path): raise
+        raise VocabularyError(f"{e}. For a class of this name write {_in_quotes(text[:100], 'prompt' if prompt else 'viewer')}") from None
 
 # %% ../nbs/00_vocabulary.ipynb #07f12a39
 def load_vocabulary(
@@ -368,13 +411,20 @@ def of(
 ) -> Vocabulary:
     "A vocabulary from whatever the caller has. Raises `VocabularyError`, naming the entry or line at fault."
     if isinstance(source, Vocabulary): return source
-    if isinstance(source, dict): return cls(list(source), list(source.values()))
+    if isinstance(source, dict):
+        numbers = [isinstance(o, Integral) for row in source.items() for o in row]
+        if source and (all(numbers[::2]) or all(numbers[1::2])):
+            names = source if all(numbers[1::2]) else source.values()
+            raise VocabularyError(f"a dict has names and their words, not numbers; pass the names in order, as a list: {str([*names])[:200]}")
+        return cls(list(source), list(source.values()))
     if isinstance(source, (list, tuple)): return cls(source)
     if isinstance(source, os.PathLike): return read_vocabulary(source)
     if not isinstance(source, str):
-        raise VocabularyError(f"a vocabulary is a list or dict of words, a shipped name or a file, not a {type(source).__name__}")
+        raise VocabularyError(f"a vocabulary is a list or dict of words, a shipped name or a file, not a {type(source).__name__}; make a list of names of it")
     if source in _shipped_names(): return load_vocabulary(source)
-    if path := _path_in(source): return read_vocabulary(path)
+    if path := _path_in(source):
+        if os.path.exists(path): return read_vocabulary(path)
+        raise VocabularyError(f"cannot read the vocabulary file {source[:100]}: No such file. For words of your own, pass a list or a dict: {{{source[:100]!r}: [{source[:100]!r}]}}")
     if _names_a_list(source): raise _unknown("vocabulary", source, _shipped_names())
     raise VocabularyError(f"{_unknown('vocabulary', source, _shipped_names())}. For words of your own, pass a list: {list(read_lines(source).names)}")
 

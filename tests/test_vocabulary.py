@@ -1,6 +1,7 @@
 "Words: one grammar at three doors, what is asked back, backgrounds however they are spelt, and names that are equal to Unicode."
 import json
 import os
+import shlex
 import unicodedata
 from importlib.resources import files
 
@@ -10,7 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 from ovss_nb.app.cli import parse_classes
 from ovss_nb.prompts import PromptBank
 from ovss_nb.segmentation import Segmentation, default_palette
-from ovss_nb.vocabulary import (Vocabulary, VocabularyError, find_background, is_background, list_vocabularies, load_vocabulary, read_lines, read_vocabulary, tidy_name,
+from ovss_nb.vocabulary import (Vocabulary, VocabularyError, VocabularyWarning, find_background, is_background, list_vocabularies, load_vocabulary, read_lines, read_vocabulary, tidy_name,
                                 write_lines)
 
 ACCENT = "cafe\u0301"   # é of two characters
@@ -93,6 +94,9 @@ def test_where_the_doors_differ(tmp_path):
     ("['cat', 'dog']", "not JSON"), ('["cat", 1]', "JSON list"), ('{"0": "cat"}', "JSON list"), ('{"cat": 0}', "JSON list"), ('{"a": "b", "a": "c"}', "occurs twice"), ("[[", "not JSON"),
     ("names: [cat, dog]", "looks like code"), ("name\ncat\ndog", "head of a table"), ("id,name\n0,cat", "head of a table"), ("Class\ncat", "head of a table"),
     ("0: cat\n1: dog", "e.g. 'cat'"), ("1 cat\n2 dog", "e.g. 'cat'"), ("1. cat\n2. dog", "e.g. 'cat'"), ("- cat\n- dog", "e.g. 'cat'"),
+    ("('cat', 'dog')", "code"), ("names = ['cat']", "code"), ("cat [small, dog", "code"), ("cat,0\ndog,1", "a table"), ("7,road\n8,sidewalk", "a table"), ("/m/01yrx,Cat\n/m/0bt9lr,Dog", "a table"),
+    ("n02123045 tabby\nn02099601 retriever", "e.g. 'tabby'"), ("1.cat\n2.dog", "e.g. 'cat'"), ("a) cat\nb) dog", "e.g. 'cat'"), ("nc: 2\nnames:\n- cat\n- dog", "e.g. 'cat'"), ("train: a\nnames:\n  0: cat\n  1: dog", "a table"),
+    ("#1", "is a remark"),
     ("'cat', 'dog'", "without them"), ('cat, "dog', "not closed"), ("cat:a:b", "one colon"), ("cat,,dog", "empty"), ("cat, dog, Cat", "named already"), (f"café,{ACCENT}", "named already"),
     ("bg,cat,Background", "keep one"), ("", "names no class"), (",", "empty"), ("# cat", "names no class"), ("cat\0", "no character"), ("cat\udcff,dog", "no character"), ("\0.txt", "no file"),
     ("x"*5000 + ".txt", "too long"),
@@ -118,6 +122,53 @@ def test_lists_in_python_are_asked_back_too():
     for wrong, advice in (("cat, dog", r"pass a list: \['cat', 'dog'\]"), ("cat; dog", "'cat, dog'"), ("my.csv", "No such file"), ("voc21", "Did you mean 'VOC-21'")):
         with pytest.raises(VocabularyError, match=advice): Vocabulary.of(wrong)
     assert Vocabulary.of(["St. Bernard", "U.S. flag", "AC/DC", "12:30", "C#", "K-17", "A4", "cat (small)", "set {x}", "3 dogs"]).names[0] == "St. Bernard"
+
+
+ORDINARY = ["St. Bernard", "TV/monitor", "Dr. Pepper", "traffic light (red)", "COCO beans", "ice-cream", "e-bike", "dog's bowl", "boys'", "rock 'n' roll", "'65 Mustang", "U.S. flag", "U.S.A.",
+            "p.m.", "3D printer", "n/a", "bread & butter", "T-shirt", "misc. items", "approx. 5", "sq. ft.", "dept. store", "Brassica oleracea var. italica", "Larus sp. juv.", "Quercus spp. L.",
+            "No. 5", "ver. 2", "1.5", "v1.0", "C++", "C#", ".NET", "Node.js", "cat [small]", "set {x}", "bow_(weapon)", "dog (e.g. poodle)", "cat.", "a cat.", "50 % off", "$1 bill", "Ford F-150",
+            "PC", "coconut", "Elvis", "cityscape", "vocal cords", "name tag", "label maker", "12:30", "16:9", "7-Eleven", "4 door car", "10", "猫", "แมว", "🐱", "naïve", "cat – dog", "dog?", "@", "—", "null"]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_names_are_taken_at_every_door(name, tmp_path):
+    for vocabulary in (Vocabulary.of([name, "zebra"]), read_lines(f"{name}\nzebra"), parse_classes(f"{name},zebra"), from_file(f"{name}\nzebra", tmp_path)):
+        assert vocabulary.names == (name, "zebra") and vocabulary.words == ((name,), ("zebra",))
+
+
+@pytest.mark.parametrize("text, names", [
+    ("\ufeffcat\r\ndog\r\n", ["cat", "dog"]), ("cat,\ndog,\n", ["cat", "dog"]), ("cat,,\ndog,puppy,pup\n", ["cat", "dog"]), ('"cat",\n"dog",', ["cat", "dog"]),
+    ("0\n1\n2", ["0", "1", "2"]), ("1 euro coin\n2 euro coin", ["1 euro coin", "2 euro coin"]), ("30 km/h sign\n50 km/h sign", ["30 km/h sign", "50 km/h sign"]), ("unlabeled\nroad\nsky", ["unlabeled", "road", "sky"]),
+])
+def test_files_as_people_have_them(text, names, tmp_path):
+    assert from_file(text, tmp_path).names == tuple(names)
+
+
+def test_lists_of_labelme(tmp_path):
+    "They begin with a mark for what does not count; its masks count without it."
+    for read in (lambda text: from_file(text, tmp_path), read_lines, parse_classes):
+        with pytest.warns(VocabularyWarning, match="left out"): vocabulary = read("__ignore__\n_background_\nperson\n")
+        assert vocabulary.names == ("_background_", "person") and vocabulary.background_index == 0
+        assert read('"__ignore__"\nperson').names[0] == "__ignore__"
+    with pytest.raises(VocabularyError, match="leave it out"): Vocabulary.of(["__ignore__", "_background_", "person"])
+    with pytest.raises(VocabularyError, match="leave it out"): parse_classes("__ignore__,person")
+
+
+def test_a_way_to_say_it_is_given():
+    "What a message tells to write is taken."
+    for text in ("coco,cat", "a.txt,cat", "cat;dog,sky", "cat (a, b),sky", "'cat',sky", '"big" cat,dog', "my list.csv", "road/street", "VOC-12", "'cat, dog'", "c=[cat],dog"):
+        with pytest.raises(VocabularyError) as found: parse_classes(text)
+        written, = shlex.split(str(found.value).rpartition("write ")[2].rpartition(", with the outer")[0])
+        assert written[0] == written[-1] == '"' and parse_classes(written + ",zebra").names[1] == "zebra", text
+    for given, name in ((["coco"], "coco"), (["cat;dog"], "cat;dog"), (["[cat"], "[cat")):
+        with pytest.raises(VocabularyError, match="give its words too"): Vocabulary.of(given)
+        assert Vocabulary.of({name: [name]}).names == (name,)
+
+
+def test_dicts_of_numbers_and_other_containers_are_told_what_to_pass():
+    for wrong, advice in (({0: "cat", 1: "dog"}, r"as a list: \['cat', 'dog'\]"), ({"cat": 0, "dog": 1}, r"as a list: \['cat', 'dog'\]"), ([["cat", "kitten"]], "words go in a dict"), (np.array(["cat"]), "list of names"),
+                          (dict(cat=1).keys(), "list of names"), ("TV/monitor", r"\{'TV/monitor': \['TV/monitor'\]\}")):
+        with pytest.raises(VocabularyError, match=advice): Vocabulary.of(wrong)
 
 
 def test_files_and_folders(tmp_path, monkeypatch):
