@@ -133,42 +133,65 @@ def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
     ask = "limits=({0:.6g}, {1:.6g}), or limits='stretch', in load_image", "--limits {0:.6g} {1:.6g}, or --limits stretch"
     ask = [o.format(low, high) for o in ask]
     if dtype.kind == "f":
-        if low >= -1e-3 and high <= 1 + 1e-3: return 1   # written so that NaN fails too
+        if not np.isfinite((low, high)).all():
+            what = f"{name}: float pixels must lie in 0..1, some are NaN or infinite. "
+            raise ImageError(f"{what}Say what is black and white, limits=(BLACK, WHITE), and NaN is shown white; or replace them, e.g. by np.nan_to_num",
+                             f"{what}Say what is black and white: --limits BLACK WHITE, and NaN is shown white")
+        if low >= -1e-3 and high <= 1 + 1e-3: return 1
         what = f"{name}: float pixels must lie in 0..1, these span {low:.4g}..{high:.4g}. "
         raise ImageError(f"{what}Divide by the largest value, or say what is black and white: {ask[0]}", f"{what}Say what is black and white: {ask[1]}")
     what = f"{name}: {8*dtype.itemsize}-bit pixels of type {dtype} have no fixed range, these span {low:.6g}..{high:.6g}. "
     raise ImageError(f"{what}Say what is black and white: {ask[0]}. Or convert to uint8 (0..255), uint16, bool, or float in 0..1",
                      f"{what}Say what is black and white: {ask[1]}")
 
-def _check_use(low:float, high:float, white:float, name:str):
-    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black."
+def _check_use(low:float, high:float, most:float, white:float, name:str):
+    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black; 99 % of its values lie below `most`."
     deep = white > 255
     span = f"{name}: values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
     likely = 2**int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
-    ask = f"limits=(0, {likely}), or limits='stretch' to take them from the image", f"--limits 0 {likely}, or --limits stretch to take them from the image"
+    first, last = (f"{low:.6g}", f"{high:.6g}") if low > high/2 > 0 else (0, likely)   # far from black: a narrow band, of a thermal camera perhaps
+    stretch = "stretch{} to take them from the image"
+    ask = f"limits=({first}, {last}), or limits='{stretch.format(chr(39))}", f"--limits {first} {last}, or --{'limits ' + stretch.format('')}"
     if deep and 0 < high < white/4:
         say = f"{span}, and the image would be nearly black. Say what is black and what is white, e.g. "
         raise ImageError(f"{say}{ask[0]} (load_image, open_picture); or convert the file to 8 bits", say + ask[1])
     if 0 < high < white/(2 if deep else 8) or (deep and 0 < high - low < white/8):
         mask = "" if deep or white == 1 else " Is it a mask or a label map?"
         warnings.warn(f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
+    elif deep and most < white/4 < high:   # a few hot pixels, or lamps at night
+        warnings.warn(f"{name}: 99 % of the values lie below {most:.6g}, of 0..{white:.6g}, and the image looks dark. If a few pixels are too "
+                      "bright, say limits='stretch', or limits=(BLACK, WHITE) (in the shell --limits stretch, or --limits BLACK WHITE)", stacklevel=2)
 
-def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable, white:float|None=None) -> tuple[float, float]:
+def _check_limits_fit(black:float, white:float, values:np.ndarray, name:str):
+    "Warn of limits that make nearly all of an image black or white: they may belong to another one."
+    low, high = np.percentile(values, (1, 99)) if values.size else (0, 0)
+    shown = "black" if high <= black + (white - black)/16 else "white" if low >= white else None
+    if low < high and shown:
+        given = f"{black:g}, {white:g}"
+        warnings.warn(f"{name}: with limits=({given}) (in the shell --limits {given.replace(',', '')}) the image is nearly all {shown}, since 98 % of its "
+                      f"values lie in {low:.6g}..{high:.6g}. Are these the limits of another image?", stacklevel=2)
+
+def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable, white:float|None=None, trusted:bool=False) -> tuple[float, float]:
     """The values that become black and white.
 
-    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it."""
+    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it; `trusted`: given limits are not looked at."""
     if dtype.kind not in "buif":
         raise ImageError(f"{name}: pixels of type {dtype} are no brightness. Convert them to real numbers first, e.g. by np.abs")
-    if limits == "stretch":
+    def finite():
         values = sample()
-        values = values[np.isfinite(values)]
+        return values[np.isfinite(values)]
+    if limits == "stretch":
+        values = finite()
         low, high = np.percentile(values, (2, 98)) if values.size else (0, 1)
         if low == high: low, high = float(values.min()), float(values.max())
         return (low, high) if low < high else (low, low + 1)
-    if limits is not None: return limits
+    if limits is not None:
+        if not trusted: _check_limits_fit(*limits, finite(), name)
+        return limits
     low, high = map(float, span())
     white = white or _fixed_white(dtype, low, high, name)
-    _check_use(low, high, white, name)
+    values = finite() if white > 255 else ()
+    _check_use(low, high, np.percentile(values, 99) if len(values) else high, white, name)
     return 0, white
 
 # %% ../nbs/02_images.ipynb #2c56688b
@@ -198,10 +221,11 @@ def _on_white(rgb:np.ndarray, alpha:np.ndarray|None) -> np.ndarray:
     image = Image.fromarray(np.dstack([rgb, alpha]))
     return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
-def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str, white:float|None=None) -> np.ndarray:
+def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str, white:float|None=None, trusted:bool=False) -> np.ndarray:
     "`H x W x 3` `uint8` RGB of samples `H x W x C`, C = 1 or 3, of any type, and an opacity `H x W` `uint8`."
     step = max(1, round((samples.shape[0]*samples.shape[1]/2**20)**.5))
-    black, white = _black_white(limits, samples.dtype, name, lambda: (samples.min(), samples.max()), lambda: samples[::step, ::step], white)
+    def span(): return samples.min(), samples.max()
+    black, white = _black_white(limits, samples.dtype, name, span, lambda: samples[::step, ::step], white, trusted)
     rgb = _levels(samples, black, white)
     return _on_white(np.repeat(rgb, 3, axis=2) if rgb.shape[2] == 1 else rgb, alpha)
 
@@ -296,7 +320,7 @@ def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture
         seen = image.convert("RGB") if image.mode in ("P", "PA") else image
         if seen.mode in ("L", "LA", "RGB", "RGBA", "RGBX"):
             low, high = np.array(seen.getextrema()).reshape(-1, 2)[:3 if seen.mode.startswith("RGB") else 1].T
-            _check_use(low.min(), high.max(), 255, name)
+            _check_use(low.min(), high.max(), high.max(), 255, name)
         def read(top, left, height, width):
             whole = (height, width) == image.size[::-1]
             return _on_white(*_samples(image if whole else image.crop((left, top, left + width, top + height)), None, name))
@@ -348,19 +372,21 @@ def _is_picture(alpha:np.ndarray, name:str) -> bool:
     return bool(found)
 
 def _tiff_tags(file) -> dict:
-    "Tags of the first page of a TIFF, which begins a binary file; empty for other files. Tag 0 says whether a later page is its mask."
+    "Tags of the first page of a TIFF, which begins a binary file; empty for other files. Tag 0 says whether a later page is its mask, tag 1 how many are as large as it."
     head = file.read(8)
     try:
         if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return {}
         pages = ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[:4] else b""))
         file.seek(pages.next)
         pages.load(file)
-        tags = {o: pages.get(o) for o in (256, 257, 258, 262, 274, 277, 284, 338, 339, 42113, *_PLACED) if o in pages}
+        tags = {o: pages.get(o) for o in (256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113, *_PLACED) if o in pages}
         for _ in range(16):
             if not pages.next: break
             file.seek(pages.next)
             pages.load(file)
-            tags[0] = tags.get(0, False) or bool(pages.get(254, 0) & 4)
+            kind = pages.get(254, 0)
+            tags[0] = tags.get(0, False) or bool(kind & 4)
+            tags[1] = tags.get(1, 0) + (not kind & 5 and (pages.get(256), pages.get(257)) == (tags.get(256), tags.get(257)))
         return tags
     except PILLOW_ERRORS:
         return {}
@@ -390,7 +416,8 @@ def _for_rasterio(file, limits, bands) -> str:
         return "only"
     finally:
         file.seek(0)
-    return "better" if set(kinds) != {1} or 42113 in tags or tags.get(0) or bands else ""
+    named = 'role="description"' in str(tags.get(42112))   # GDAL's name of a band
+    return "better" if set(kinds) != {1} or 42113 in tags or named or tags.get(0) or bands else ""
 
 # %% ../nbs/02_images.ipynb #ddce1402
 def _choose_bands(source, bands, name:str) -> list[int]:
@@ -402,13 +429,23 @@ def _choose_bands(source, bands, name:str) -> list[int]:
     kinds, colours = source.colorinterp, ("red", "green", "blue")
     if kinds[0] == Kind.palette: return [1]
     names = [(o or "").strip().lower() for o in source.descriptions]
-    if set(colours) <= set(names): return [names.index(o) + 1 for o in colours]
+    for wanted in colours, ("r", "g", "b"):
+        if set(wanted) <= set(names): return [names.index(o) + 1 for o in wanted]
     kinds = [o.name for o in kinds]
-    if set(colours) <= set(kinds): return [kinds.index(o) + 1 for o in colours]
     others = [i for i, kind in enumerate(kinds, 1) if kind != "alpha"]
-    if len(others) in (1, 3): return others
-    what = f"{name} has {len(others)} bands, and does not say which are red, green and blue. Say it, counted from 1, e.g. "
+    if set(colours) <= set(kinds): others = [kinds.index(o) + 1 for o in colours]
+    if len(others) in (1, 3):
+        _doubt_order([source.descriptions[o - 1] for o in others], name)
+        return others
+    said = f" ({', '.join(o or '?' for o in source.descriptions)})" if any(source.descriptions) and len(others) < 20 else ""
+    what = f"{name} has {len(others)} bands{said}, and does not say which are red, green and blue. Say it, counted from 1, e.g. "
     raise ImageError(f"{what}bands=(3, 2, 1) of load_image or segment_tiles; or one band for grey", f"{what}--bands 3,2,1; or one band for grey")
+
+def _doubt_order(descriptions:list[str|None], name:str):
+    "Warn of bands 2, 3, 4 of a satellite, which are blue, green, red with Sentinel-2 and Landsat 8 and 9, taken as red, green, blue."
+    if [re.sub(r"(?i)^(b|band)[ _]?0?(?=\d$)", "", (o or "").strip()) for o in descriptions] == ["2", "3", "4"]:
+        warnings.warn(f"{name}: its bands are called {', '.join(descriptions)}, and are taken as red, green and blue in this order. Satellites "
+                      "call blue, green, red so: if these are, say bands=(3, 2, 1) (in the shell --bands 3,2,1)", stacklevel=2)
 
 def _span_of_rows(read:Callable, size:tuple[int, int], enough:float) -> tuple[float, float]:
     "Smallest and largest of the values that `read(top, left, height, width)` gives, 256 rows at a time, until one reaches `enough`."
@@ -446,7 +483,7 @@ def _raster_picture(
         _check_size(data.width, data.height, max_pixels, name)
         picture = _Raster(data, limits, bands, name).picture()
         if picture.place and keep_place and orientation != 1:
-            warnings.warn(f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place counts, and it is labelled as it is stored", stacklevel=2)
+            warnings.warn(f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place counts, and it is labelled as it is stored")
         yield picture if picture.place and keep_place else _turned(picture, orientation)
 
 class _Raster:
@@ -533,11 +570,11 @@ def _from_array(a:np.ndarray, limits, bands, max_pixels:int, name:str) -> np.nda
     if bands:
         _check_count(bands, a.shape[2], name)
         a = a[..., [o - 1 for o in bands]]
-    if limits is None and a.dtype == np.uint8: limits = 0, 255   # taken at its word: it may be a dark part of an image
+    if limits is None and a.dtype == np.uint8: limits = 0, 255
     colour, alpha = a[..., :3], None
     if a.shape[2] == 4:
         alpha = _levels(a[..., 3], 0, _fixed_white(a.dtype, a[..., 3].min(), a[..., 3].max(), name))
-    return np.array(_colour(colour, alpha, limits, name))
+    return np.array(_colour(colour, alpha, limits, name, trusted=True))   # it may be a dark part of an image
 
 def _tensor_array(t, bands=None) -> np.ndarray:
     "A tensor `C x H x W` or `H x W x C` as an array `H x W x C`."
@@ -615,6 +652,10 @@ def _opened(source, limits, bands, max_pixels:int, large:bool=False):
                 if by_window and (wanted == "only" or _PLACED & tags.keys()): raise
                 if wanted == "only": raise ImageError(f"{name}: this kind of TIFF is read by rasterio only: {e}. Or convert it to 8 bits of RGB") from None
                 wanted = by_window = None
+        if tags.get(1):
+            pages = tags[1] + 1 if tags[1] < 16 else "more than 16"
+            warnings.warn(f"{name}: {pages} pages of one size, of which the first is read. If they are bands, save them as bands of one page; "
+                          "if pictures, each as a file of its own")
         if not (wanted or by_window):
             yield _decode(file, limits, bands, max_pixels, name)
             return

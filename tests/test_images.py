@@ -456,3 +456,44 @@ def test_too_large_in_the_words_of_the_door(tmp_path):
     for path, words, most in ((tmp_path/"a b.png", ["rio convert '", "ovss-nb tiles large.tif"], MAX_PIXELS), (large, [f"ovss-nb tiles {large}"], 15)):
         with pytest.raises(ImageError, match="segment_tiles.*max_pixels") as error: load_image(path, max_pixels=most)
         assert "max_pixels" not in error.value.shell and all(o in error.value.shell for o in words)
+
+
+def test_hot_pixels_and_limits_of_another_image(photo, tmp_path):
+    "One bright pixel hides nothing, and limits that do not fit are said; arrays may be dark parts of an image."
+    hot = photo.astype(np.uint16)*16
+    hot[3, 4] = 65535
+    path = write_raster(tmp_path/"hot.png", hot, driver="PNG")
+    with pytest.warns(UserWarning, match="99 % of the values lie below .*--limits stretch"): load_image(path)
+    with pytest.warns(UserWarning, match="99 % of the values"): load_image(write_raster(tmp_path/"hot.tif", hot, photometric="RGB"))
+    Image.fromarray(photo).save(tmp_path/"plain.png")
+    for limits, shown in (((0, 4095), "black"), ((-9, -1), "white"), ((40000, 65535), "black")):
+        with pytest.warns(UserWarning, match=f"nearly all {shown}.*another image"): load_image(tmp_path/"plain.png", limits=limits)
+    with warnings.catch_warnings(action="error"):
+        load_image(photo, limits=(0, 4095)), load_image(path, limits=(0, 4095)), load_image(tmp_path/"plain.png", limits=(0, 255))
+        load_image((photo.astype(np.uint16)*257))
+    with pytest.warns(UserWarning, match=r"limits=\(28\d+, 29\d+\)"): load_image(28000 + photo.astype(np.uint16)*9//1)
+    with pytest.raises(ImageError, match="NaN or infinite.*limits="): load_image(np.where(photo > 9, photo/255, np.nan))
+
+
+def test_names_of_bands_at_both_doors(photo, tmp_path):
+    "Bands called blue, green and red are those also where GDAL thinks otherwise; a satellite's numbers are said."
+    rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
+    path = write_raster(tmp_path/"bgr.tif", photo[..., ::-1])
+    for names in ("blue", "green", "red"), ("B", "G", "R"):
+        with rasterio.open(path, "r+") as file: file.descriptions = names
+        assert (at_both_doors(path) == photo).all()
+        assert (load_image(path.read_bytes()) == photo).all() and (load_image(path, bands=(1, 2, 3)) == photo[..., ::-1]).all()
+    for names in ("B02", "B03", "B04"), ("Band 2", "Band 3", "Band 4"):
+        with rasterio.open(path, "r+") as file: file.descriptions = names
+        with pytest.warns(UserWarning, match="--bands 3,2,1"): load_image(path)
+        with warnings.catch_warnings(action="error"): assert (load_image(path, bands=(3, 2, 1)) == photo).all()
+    with rasterio.open(path, "r+") as file: file.descriptions = ("Band 1", "Band 2", "Band 3")
+    with warnings.catch_warnings(action="error"): load_image(path)
+
+
+def test_pages_of_a_tiff_are_said(photo, tmp_path):
+    pages = [Image.fromarray(photo[..., k]) for k in range(3)]
+    pages[0].save(tmp_path/"stack.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path/"thumb.tif", save_all=True, append_images=[pages[0].resize((6, 4))])
+    with pytest.warns(UserWarning, match="3 pages of one size, of which the first"): assert (load_image(tmp_path/"stack.tif")[..., 0] == photo[..., 0]).all()
+    with warnings.catch_warnings(action="error"): load_image(tmp_path/"thumb.tif")

@@ -284,7 +284,7 @@ def _large(a) -> int:
     if a.verb != "tiles" or file.parent.is_dir(): check_writable(file)
     if a.verb == "tiles":
         from ovss_nb.tiles import segment_tiles
-        with open_picture(a.file, **reading): pass   # before a system is loaded
+        with warnings.catch_warnings(action="ignore"), open_picture(a.file, **reading): pass   # before a system is loaded; said again below
         areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, **reading)
         for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
         print(a.out)
