@@ -11,6 +11,7 @@ import copy, json, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np
 import torch
