@@ -399,6 +399,31 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     assert "finished before" not in ovss_nb("segment", *photos, *SMALL, "--out", tmp_path/"out").stdout   # that run came to its end
 
 
+def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path, monkeypatch):
+    "Two runs of photos with equal names, both stopped with Ctrl-C: the first one, given again, makes again what the second has written over."
+    from ovss_nb import create
+    from ovss_nb.app.cli import run
+    from ovss_nb.vocabulary import Vocabulary
+    system, segment = create("maskclip", size=64), type(create("maskclip")).segment
+    photos = {}
+    for name, size in dict(first=(60, 40), second=(50, 30)).items():
+        (tmp_path/name).mkdir()
+        for o in "ab": Image.open(PHOTOS/"chelsea.png").resize(size).save(tmp_path/name/f"{o}.png")
+        photos[name] = [(tmp_path/name/f"{o}.png", Vocabulary.of(["cat", "sky"])) for o in "ab"]
+    def start(name, stop):
+        left = [stop]
+        def stopping(*arguments):
+            if not left[0]: signal.raise_signal(signal.SIGINT)
+            left[0] -= 1
+            return segment(system, *arguments)
+        monkeypatch.setattr(system, "segment", stopping)
+        return run(photos[name], system, tmp_path/"out", "", "")
+    for name in ("first", "second"):
+        with pytest.raises(KeyboardInterrupt): start(name, 1)
+    assert start("first", 2) == []
+    with Image.open(tmp_path/"out/a.labels.png") as labels: assert labels.size == (60, 40)
+
+
 def test_a_result_is_never_written_over_a_photo(tmp_path):
     photo = tmp_path/"a.labels.png"
     for o in (photo, tmp_path/"a.png"): Image.open(PHOTOS/"chelsea.png").save(o)

@@ -142,12 +142,14 @@ class _Unfinished:
         except OSError: return None
 
     def find(self, key:str|None) -> dict|None:
-        "The row of a result that is still there."
+        "The row of a result that is still there, and was not replaced by another's."
         row = self.rows.get(key)
-        return row if row and all((self.folder/o).is_file() for o in (row["overlay"], row["labels"], *row["others"])) else None
+        try: return row if row and all(file_digest(self.folder/o) == digest for o, digest in row["files"].items()) else None
+        except OSError: return None
 
-    def add(self, key:str|None, row:dict):
-        try: self.journal.append(dict(key=key, row=row))
+    def add(self, key:str|None, row:dict, files:list[str]):
+        "Note the row of a result, and what its files hold."
+        try: self.journal.append(dict(key=key, row=row | dict(files={o: file_digest(self.folder/o) for o in files})))
         except OSError: pass   # the disk is full: the next result says so
 
     def done(self):
@@ -188,7 +190,7 @@ def run(
             path = pictures[k][0]
             try:
                 row = dict(file=path.name, source=str(path), **save_result(result, names[k], out))
-                row["others"] = [str(save_as(result, out/names[k], o, path).relative_to(out)) for o in formats]
+                others = [str(save_as(result, out/names[k], o, path).relative_to(out)) for o in formats]
             except (OSError, SafetensorError, SegmentationError) as e:
                 failed[k] = e
                 if getattr(e, "errno", None) not in _NO_ROOM: continue
@@ -196,7 +198,7 @@ def run(
                     if o not in rows: failed.setdefault(o, OSError(e.errno, f"not tried, since no more can be written: {e.strerror}"))
                 break
             rows[k] = row
-            unfinished.add(keys[k], row)
+            unfinished.add(keys[k], row, [row["overlay"], row["labels"], *others])
         else: unfinished.done()
     finally:
         try: write_report(out, [rows[k] for k in sorted(rows)], title, note)
@@ -211,7 +213,7 @@ _FIXES = {errno.ENOSPC: "make room, or choose another place", errno.EDQUOT: "mak
 def _why(error:Exception, path="") -> str:
     "An error of the operating system in one line: which file, what is wrong, what to do. Other errors say it themselves."
     if not isinstance(error, OSError) or not error.strerror: return _said(error)
-    what = f"{path or error.filename or ''}"
+    what = f"{path or error.filename2 or error.filename or ''}"   # the second is where a finished file should have gone
     return (f"{what}: " if what else "") + error.strerror + (f" ({_FIXES[error.errno]})" if error.errno in _FIXES and "not tried" not in error.strerror else "")
 
 
