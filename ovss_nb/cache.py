@@ -31,6 +31,9 @@ def atomic_path(
         with open(temporary, "r+b") as file: os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)   # safetensors lets nobody but the owner read
         os.replace(temporary, path)
+    except OSError as e:
+        if e.filename in (str(temporary), temporary): e.filename, e.filename2 = str(path), None   # the other name says nothing to anybody
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/03_cache.ipynb #ae89697a

@@ -124,9 +124,12 @@ def _video_frames(av, source:Path, container, stream) -> Iterator[tuple[str, Fra
             frame = Frame(lambda frame=found: np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0)/90) % 4)), seconds)
         yield f"{count:06}", frame
         count += 1
-    missing = length - float(last + 1/rate) if length and last is not None else 0
-    if missing > max(4/rate, 0.05*length):
+    if length and last is not None and length - float(last + 1/rate) > max(4/rate, 0.05*length):
         yield f"{count:06}", Frame(ImageError(f"{source}: the file is cut, it ends after {count} frames and {float(last):.2f} of {length:.2f} s"))
+
+def _pictures(folder:Path) -> list[Path]:
+    "The frames of a folder, in the order of their numbers."
+    return sorted((o for o in folder.iterdir() if is_image_name(o.name) and not o.is_dir()), key=_numbered)
 
 @contextmanager
 def open_frames(
@@ -136,7 +139,7 @@ def open_frames(
     "The frames of a video or a folder, one at a time. Raises `ImageError` for what is neither, `MissingExtra` for a video without the extra `video`."
     source = Path(source)
     if source.is_dir():
-        paths = sorted((o for o in source.iterdir() if is_image_name(o.name)), key=_numbered)
+        paths = _pictures(source)
         if not paths: raise ImageError(f"{source} holds no pictures")
         if len({o.stem for o in paths}) < len(paths): raise ImageError(f"{source} holds pictures that differ in their suffix only: rename or remove one of each pair")
         yield len(paths), None, ((o.stem, Frame(lambda o=o: load_image(o, limits=limits, bands=bands), path=o)) for o in paths)
@@ -151,6 +154,7 @@ def open_frames(
     with container:
         # The cover of an album is a stream too.
         streams = [o for o in container.streams.video if not o.disposition & av.stream.Disposition.attached_pic]
+        if not len(container.streams): raise ImageError(f"{source} is not a readable video: nothing can be found in it, perhaps because it was cut")
         if not streams: raise ImageError(f"{source} has no video stream" + (", only sound" if container.streams.audio else ""))
         yield streams[0].frames or None, streams[0].average_rate or None, _video_frames(av, source, container, streams[0])
 
@@ -160,10 +164,15 @@ def _question(source:Path, rate, every:int, vocabulary:Vocabulary, system, limit
     return json.loads(json.dumps(dict(source=str(source.resolve()), digest=None if source.is_dir() else file_digest(source), rate=rate and str(rate), every=every,
         names=vocabulary.names, words=vocabulary.words, background=vocabulary.background, system=system.describe(), limits=limits, bands=bands)))
 
+def _frame_digest(path:Path|None) -> str|None:
+    "Of a folder's frame; None for a frame of a video, and for a file that cannot be read, which is then damaged."
+    try: return path and file_digest(path)
+    except OSError: return None
+
 def _first_digest(records:dict, source:Path) -> bool:
     "Whether a folder holds a frame that was labelled under this name, with the bytes it had."
-    there = {o.stem: o for o in source.iterdir()}
-    return any(record.get("digest") and name in there and file_digest(there[name]) == record["digest"] for name, record in list(records.items())[:3])
+    there = {o.stem: o for o in _pictures(source)}
+    return any(record.get("digest") and _frame_digest(there.get(name)) == record["digest"] for name, record in list(records.items())[:3])
 
 def _records(journal:Journal) -> dict[str, dict]: return {o["frame"]: o for o in journal.records}
 
@@ -245,7 +254,7 @@ def segment_video(
                     cut = frame.seconds is None and frame.path is None and isinstance(frame.pixels, Exception)
                     if i % every and not cut: continue
                     before = records.get(name)
-                    record = dict(frame=name, seconds=frame.seconds is not None and str(frame.seconds) or None, digest=frame.path and file_digest(frame.path))
+                    record = dict(frame=name, seconds=frame.seconds is not None and str(frame.seconds) or None, digest=_frame_digest(frame.path))
                     known = before is not None and "bad" not in before and before["digest"] == record["digest"]
                     if before is not None and "bad" not in before and not known:
                         changed += 1

@@ -141,6 +141,10 @@ def test_atomic_path(tmp_path):
         with atomic_path(tmp_path/"no"/"labels.png"): pass
     with atomic_path(str(tmp_path/("n" * 240 + ".json"))) as temporary: temporary.write_text("{}") # a long name stays within the limit
     assert (tmp_path/("n" * 240 + ".json")).exists()
+    (tmp_path/"folder.png").mkdir()
+    with pytest.raises(IsADirectoryError) as found:
+        with atomic_path(tmp_path/"folder.png") as temporary: temporary.write_bytes(b"one")
+    assert found.value.filename == str(tmp_path/"folder.png") and str(temporary) not in str(found.value) # the name that was meant
 
 
 @pytest.mark.parametrize("way", ["same", "relative", "dots", "symlink", "hard link", "linked folder", "loop of links"])

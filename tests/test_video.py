@@ -297,6 +297,32 @@ def test_one_damaged_frame_of_a_folder(frames, tmp_path, kind):
     with pytest.raises(ImageError, match="none of the 6 frames"): label(tmp_path/"in", tmp_path/"none")
 
 
+def test_frames_that_are_no_files(frames, tmp_path):
+    "A link to nothing is a damaged frame; a folder with the name of a picture is none. A moved folder is known by its pictures, whatever lies beside them."
+    (tmp_path/"in").mkdir()
+    for i, frame in enumerate(frames[:3]): Image.fromarray(frame).save(tmp_path/f"in/{i}.png")
+    (tmp_path/"in/3.png").symlink_to(tmp_path/"nothing.png")
+    (tmp_path/"in/4.png").mkdir()
+    for i in range(3): (tmp_path/f"in/{i}.txt").touch()
+    found = label(tmp_path/"in", tmp_path/"out")
+    assert list(found) == ["0", "1", "2", "3"] and "3.png does not exist" in str(found["3"]) and isinstance(found["2"], Segmentation)
+    before = {o: o.stat().st_mtime_ns for o in (tmp_path/"out").glob("*.png")}
+    (tmp_path/"in").rename(tmp_path/"moved")
+    assert len(label(tmp_path/"moved", tmp_path/"out")) == 4 and before == {o: o.stat().st_mtime_ns for o in (tmp_path/"out").glob("*.png")}
+
+
+def test_files_that_do_not_say_how_long_they_are(frames, tmp_path):
+    Image.fromarray(frames[0]).save(tmp_path/"a.png")
+    with av.open(str(tmp_path/"a.h264"), "w", format="h264") as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for frame in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        container.mux(stream.encode())
+    for name, count in (("a.png", 1), ("a.h264", 6)):
+        found = label(tmp_path/name, tmp_path/name[2:])
+        assert len(found) == count and all(isinstance(o, Segmentation) for o in found.values())
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "avi"])
 def test_a_file_that_was_cut(frames, tmp_path, suffix):
     path = tmp_path/f"a.{suffix}"

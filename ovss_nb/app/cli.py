@@ -213,7 +213,7 @@ _FIXES = {errno.ENOSPC: "make room, or choose another place", errno.EDQUOT: "mak
 def _why(error:Exception, path="") -> str:
     "An error of the operating system in one line: which file, what is wrong, what to do. Other errors say it themselves."
     if not isinstance(error, OSError) or not error.strerror: return _said(error)
-    what = f"{path or error.filename2 or error.filename or ''}"   # the second is where a finished file should have gone
+    what = f"{path or error.filename or ''}"
     return (f"{what}: " if what else "") + error.strerror + (f" ({_FIXES[error.errno]})" if error.errno in _FIXES and "not tried" not in error.strerror else "")
 
 
