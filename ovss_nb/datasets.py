@@ -97,7 +97,12 @@ class Layout:
         "What of this layout is not under `root`; a split file is not counted, its absence gets an error of its own."
         lacks = [] if self.image_pattern(root) else [" or ".join(_folder(o) + "/" for o in self.images)]
         if not (root/_folder(self.labels)).exists(): lacks.append(_folder(self.labels) + ("/" if "{stem}" in self.labels else ""))
-        elif not lacks and not self.label_files(root): lacks.append(f"files {self.labels.replace('{stem}', '*')}")
+        elif not lacks and not self.label_files(root):
+            folder = root/_folder(self.labels)
+            there = sorted(o.name for o in folder.iterdir() if o.is_file() and not is_system_file(o.name)) if folder.is_dir() else []
+            suffixes = f"labels in picture files, such as .png or .tif, in {_folder(self.labels)}/"
+            wanted = suffixes if self.labels.endswith(".*") else f"files {self.labels.replace('{stem}', '*')}"
+            lacks.append(wanted + (f", where {there[0]} lies" if there else ""))
         return lacks
 
     def find(self, root) -> Path|None: # None: it does not lie there
@@ -329,7 +334,7 @@ class FolderDataset(LayoutDataset):
         "What to ask about the value that is ignored though nobody said so, where a class is in no mask."
         there = {self.stored_classes.get(o) for o in found}
         absent = [k for k in range(len(self.all_names)) if k not in there]
-        severe = not there & set(range(1, len(self.all_names)))   # at most the first class occurs
+        severe = len(there & set(range(len(self.all_names)))) < 2   # the score would be that of one class
         if self.guessed not in found or None in there or not (absent or severe):
             return "", False   # None: `labels` refuses such a value
         return _question(self.root, self.guessed, found, self.all_names, self.stored_classes, absent), severe

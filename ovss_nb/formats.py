@@ -400,7 +400,7 @@ def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
     "Height and width of the picture, as the file says, or else as its picture is. Raises `SegmentationError` where the two differ, or neither is there."
     said = [_get(stored, o, "a size in pixels", str(path), needed=False) for o in ("imageHeight", "imageWidth")]
     picture = None
-    if isinstance(stored.get("imageData"), str):
+    if isinstance(stored.get("imageData"), str) and stored["imageData"]:
         try: picture = BytesIO(base64.b64decode(stored["imageData"]))
         except (binascii.Error, ValueError) as e:
             raise SegmentationError(f"{path}: 'imageData' is no picture ({e})") from None
@@ -410,7 +410,8 @@ def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
     if picture:
         try: size = image_size(picture)
         except ImageError as e:
-            if None in said or isinstance(picture, BytesIO): raise SegmentationError(f"{path}: {e}") from None
+            if isinstance(picture, BytesIO): raise SegmentationError(f"{path}: 'imageData' is no picture. Set it to null, and lay the picture beside the file") from None
+            if None in said: raise SegmentationError(f"{path}: {e}") from None
             size = tuple(said)
         if None not in said and tuple(said) != size:
             raise SegmentationError(f"{path} says {said[0]} x {said[1]} pixels, its picture has {size[0]} x {size[1]}: the labels belong to another picture")
@@ -431,7 +432,7 @@ def _labelme_shape(o, where:str, size:tuple[int, int]) -> tuple[str, str, list]:
         raise SegmentationError(f"{where}: the points of {label!r} are not a list of [x, y]") from None
     if not (abs(points) <= 10*max(size)).all():
         raise SegmentationError(f"{where}: {label!r} has points far outside the picture, or none that are numbers")
-    wanted = dict(polygon=len(given) > 2, rectangle=len(given) == 2, oriented_rectangle=len(given) == 4, mask=len(given) == 2).get(kind, False)
+    wanted = dict(polygon=len(given) > 2, rectangle=len(given) in (2, 4), oriented_rectangle=len(given) == 4, mask=len(given) == 2).get(kind, False)
     if not wanted:
         raise SegmentationError(f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a rectangle")
     return label, kind, [tuple(p) for p in points.tolist()]
@@ -463,7 +464,7 @@ def load_labelme(
         if label not in names:
             raise SegmentationError(f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}")
         k = names.index(label)
-        if kind == "rectangle":
+        if kind == "rectangle" and len(points) == 2:   # X-AnyLabeling writes all four corners
             draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
         elif kind == "mask": canvas.paste(k, tuple(map(int, points[0])), _labelme_mask(o, where))
         else: draw.polygon(points, outline=k, fill=k)

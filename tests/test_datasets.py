@@ -170,7 +170,9 @@ def test_folder_refuses(tmp_path):
         (root/"classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(DatasetError, match=match): FolderDataset(root)
     (root/"classes.txt").write_text("cat\ndog\n"); (root/"masks/a.png").unlink()
-    with pytest.raises(DatasetError, match="no files masks"): FolderDataset(root)
+    with pytest.raises(DatasetError, match="no labels in picture files.*, in masks/:"): FolderDataset(root)
+    (root/"masks/a.npy").touch()
+    with pytest.raises(DatasetError, match="such as .png or .tif, in masks/, where a.npy lies"): FolderDataset(root)
 
 def binary(root, values, names=("background", "cat"), facts=None, dtype=np.uint8):
     "A folder whose masks hold these values, the first of them in every mask."
@@ -182,6 +184,7 @@ def binary(root, values, names=("background", "cat"), facts=None, dtype=np.uint8
 @pytest.mark.parametrize("values, names, dtype, match", [
     ((0, 255), ("background", "cat"), np.uint8, r"class 1, 'cat', is in no mask.*\{\"values\": \{\"0\": 0, \"255\": 1\}\} reads 255 as 'cat'; \{\"ignore\": 255\} leaves it out"),
     ((255,), ("background", "cat"), np.uint8, "2 of 2 classes are in no mask"),
+    ((1, 255), ("background", "cat"), np.uint8, "class 0, 'background', is in no mask"),   # the score would be that of one class
     ((0, 255), ("crack",), np.uint8, "names 'crack' only"),
     ((0, 255), ("background", "cat", "dog"), np.uint8, "2 of 3 classes are in no mask, the first is 'cat'"),
     ((0, 65535), [f"c{k}" for k in range(300)], np.uint16, "the value 65535 is in 1 masks")])

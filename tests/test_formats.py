@@ -228,6 +228,7 @@ def change(key, n, **values):
     (change("annotations", 0, image_id=3.0, category_id=17.0), [6, 8]),
     (change("images", 1, height=None, width=None), [6, 8]),                       # the run lengths say it
     (change("annotations", 1, iscrowd=None, area=None, bbox=None), [6, 8]),
+    (change("annotations", 1, segmentation={"size": [4.0, 6.0], "counts": [4.0, 4.0, 16.0]}), [6, 8]),
     (change("categories", 0, color="#ff0000"), [6, 8])])
 def test_coco_with_gaps(content, pixels, tmp_path):
     found = load_coco(stored(tmp_path/"x.json", content))
@@ -385,6 +386,7 @@ SQUARE = dict(label="cat", points=[[1, 1], [3, 1], [3, 3], [1, 3]])
 @pytest.mark.parametrize("shape, pixels", [
     (SQUARE, 9), (SQUARE | dict(shape_type=None, group_id=None, flags=None), 9), (SQUARE | dict(shape_type="polygon"), 9),
     (dict(label="cat", shape_type="rectangle", points=[[3, 3], [1, 1]]), 9), (SQUARE | dict(shape_type="oriented_rectangle"), 9),
+    (SQUARE | dict(shape_type="rectangle"), 9),   # with four corners, as X-AnyLabeling writes it
     (SQUARE | dict(points=[[-9, 1], [3, 1], [3, 3], [-9, 3]]), 12)])
 def test_labelme_shapes(shape, pixels, tmp_path):
     "Without `shape_type` it is a polygon, as labelme has it; what reaches out of the picture is cut."
@@ -401,6 +403,13 @@ def test_labelme_masks(tmp_path):
     assert found[2:5, 5:7].tolist() == [[True, False], [True, True], [False, True]] and found.sum() == 4
     for wrong in (None, "!", "aaaa", 7):
         with pytest.raises(SegmentationError, match="shape 0"): load_labelme(stored(tmp_path/"x.json", labelme_file([shape | dict(mask=wrong)])))
+
+
+def test_labelme_with_an_empty_picture(tmp_path):
+    "labelme takes an empty text for none; what is no picture is named without Python's words."
+    assert load_labelme(stored(tmp_path/"x.json", labelme_file([SQUARE], imageData=""))).mask("cat").sum() == 9
+    with pytest.raises(SegmentationError, match="'imageData' is no picture") as e: load_labelme(stored(tmp_path/"x.json", labelme_file([SQUARE], imageData="aaaa")))
+    assert "BytesIO" not in str(e.value)
 
 
 def test_labelme_without_a_size_looks_at_the_picture(photo, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from doubles import Colours
+from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -208,6 +209,9 @@ def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
     monkeypatch.setattr(type(canvas), "send", lambda self, content, buffers=None: sent.append(buffers[0]), raising=False)
     form.png.click()
     assert Image.open(io.BytesIO(sent[0])).size == (4000, 3000) and viewer.show().width == 4000
+    for shown in viewer.show(), viewer.show_map("blue"), viewer.show_point(9, 9), viewer.result.overlay():   # whole, but small where a notebook shows them
+        data, _ = DisplayFormatter().format(shown)
+        assert "image/png" not in data and len(data["image/jpeg"]) < 1_000_000 and shown.width == 4000
 
 
 def test_the_code_makes_what_is_shown(viewer, tmp_path):

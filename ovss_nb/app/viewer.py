@@ -21,7 +21,7 @@ from ..formats import save_coco
 from ..images import load_image
 from ..predict import DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, has_knob, shipped_weights
 from ..refine import upsample_argmax
-from ..segmentation import Segmentation
+from ..segmentation import NotebookImage, Segmentation
 from ..systems.base import System
 from ..vocabulary import Vocabulary, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines, write_lines
 
@@ -160,7 +160,7 @@ def show_map(self:Viewer,
     scale = 1 if longest is None else min(1, longest/max(height, width))
     levels = (maps - maps.min())/max(float(maps.max() - maps.min()), 1e-9)
     smooth = Image.fromarray(levels).resize((max(1, round(width*scale)), max(1, round(height*scale))), Image.Resampling.BILINEAR)
-    return Image.fromarray(_RAMP[(np.asarray(smooth)*255).round().clip(0, 255).astype(np.uint8)])
+    return NotebookImage.of(Image.fromarray(_RAMP[(np.asarray(smooth)*255).round().clip(0, 255).astype(np.uint8)]))
 
 @patch
 def show_point(self:Viewer,
@@ -171,7 +171,7 @@ def show_point(self:Viewer,
     bars, result = self.bars(x, y), self.result
     heat = self.show_map(name or result.names[result.labels[y, x]])
     size = min(max(heat.width//32, 12), 40)
-    sheet = Image.new("RGB", (heat.width, heat.height + (2*len(bars) + 1)*size), "white")
+    sheet = NotebookImage.of(Image.new("RGB", (heat.width, heat.height + (2*len(bars) + 1)*size), "white"))
     sheet.paste(heat)
     draw, room = ImageDraw.Draw(sheet), heat.width - 6*size
     for shift, colour in ((1, "black"), (0, "white")):
