@@ -17,12 +17,18 @@ from safetensors import SafetensorError, safe_open
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "params")
 PREFIXES = ("module.", "model.") # what trainings put before every name
 
+def _is_table(content) -> bool:
+    "Whether something is a table of tensors alone."
+    return isinstance(content, dict) and bool(content) and all(isinstance(o, torch.Tensor) for o in content.values())
+
 def unwrapped(
     content, # of a checkpoint
 ): # a table of tensors by their plain names, if it is one
     "What a checkpoint holds without what a training put around it; anything but a table comes back as it is."
     while isinstance(content, dict):
         inside = next((content[o] for o in WRAPPERS if isinstance(content.get(o), dict)), None)
+        tables = [o for o in content.values() if _is_table(o)]
+        if inside is None and len(tables) == 1: inside = tables[0]   # "ema", "teacher", ...
         if inside is None: break
         content = inside
     if not isinstance(content, dict) or not all(isinstance(o, str) for o in content): return content
@@ -55,7 +61,8 @@ def read_weights(
         if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}
-        else: content = torch.load(path, map_location="cpu", weights_only=True)
+        else:   # opened here, since torch goes by the suffix
+            with open(path, "rb") as file: content = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside tensors, which "
                          "is not run. Download it again, or save its state_dict alone, e.g. as .safetensors") from e

@@ -206,7 +206,9 @@ def _read_union(text:str, kinds):
 
 def _read_items(text:str, inside):
     "The items of a list, as JSON or TOML, or with commas between them."
+    if text.lower() in ("none", "null"): return []
     if isinstance(items := guess(text), list): return items
+    if isinstance(items, str): text = items   # quotes around them all
     bare = text[1:-1] if re.fullmatch(r"\(.*\)|\[.*\]", text) else text
     items = [o.strip() for o in bare.split(",")] if bare.strip() else []
     if "" in items: raise ValueError(text)

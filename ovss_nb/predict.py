@@ -54,7 +54,7 @@ def _look_up(name:str, table:dict, kind:str) -> tuple:
     "The entry of `table`, or ValueError that lists the names and the nearest one."
     if name in table: return table[name]
     near = get_close_matches(name, table, 1)
-    raise ValueError(f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are: {', '.join(table)}")
+    raise ValueError(f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are: {', '.join(table)}")
 
 def create_encoder(
     spec:str="lite", # "lite", "conse", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
@@ -82,7 +82,7 @@ def create_encoder(
     return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))
 
 _RULES = dict(square=["size"], shortest=["size", "longest"], windows=["size", "window", "overlap"])
-_NUMBERS = dict(size=Count, longest=Count, window=Count, overlap=Annotated[float, Range(0, 1, "high")])
+_NUMBERS = dict(size=Annotated[int, Range(1, 13_377)], longest=Count, window=Count, overlap=Annotated[float, Range(0, 1, "high")])
 
 def resize_rule(
     rule:str, # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the system's own
@@ -102,7 +102,7 @@ def resize_rule(
     return ({}, found) if kind == "windows" else (found | dict(keep_aspect=kind == "shortest"), None)
 
 def _system_class(name:str):
-    module, cls, _ = _look_up(name, SYSTEMS, "system")
+    module, cls, _ = _look_up(fit_option("system", name, str), SYSTEMS, "system")
     return getattr(import_module(module), cls)
 
 def has_knob(

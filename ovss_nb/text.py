@@ -172,7 +172,7 @@ def check_texts(
 ):
     "Raise `VocabularyError` for names that are read alike; warn of texts that the encoder does not know, wholly or in part."
     texts = list(dict.fromkeys(o for own in said.values() for o in own))
-    pieces = encoder.pieces(texts) if hasattr(encoder, "pieces") else None
+    pieces = encoder.pieces(texts) if texts and hasattr(encoder, "pieces") else None
     if pieces is None: return
     # Without a single known piece all texts are alike, however many pieces they have.
     read, heard = {text: own if any(o is not None for o in own) else () for text, own in zip(texts, pieces)}, {}

@@ -26,6 +26,7 @@ WRAPPINGS = {
     "plain": lambda o: o, "state_dict": lambda o: dict(state_dict=o, epoch=3, optimizer=dict(lr=0.1)), "model": lambda o: dict(model=o), "model_state_dict": lambda o: dict(model_state_dict=o, step=7),
     "module.": lambda o: prefixed(o, "module."), "_orig_mod.": lambda o: prefixed(o, "_orig_mod."), "module._orig_mod.": lambda o: prefixed(o, "module._orig_mod."),
     "_orig_mod.module.": lambda o: prefixed(o, "_orig_mod.module."), "state_dict of module.": lambda o: dict(state_dict=prefixed(o, "module.")), "model of a state_dict": lambda o: dict(model=dict(state_dict=prefixed(o, "_orig_mod."))),
+    "ema": lambda o: dict(ema=o, step=3), "teacher": lambda o: dict(teacher=prefixed(o, "module."), optimizer=dict(state={}, lr=0.1)),
     "lightning": lambda o: dict(state_dict=prefixed(o, "model."), hyper_parameters=dict(lr=0.1))}
 
 
@@ -128,3 +129,15 @@ def test_what_is_missing_and_too_much_is_named(loader, tmp_path):
 def test_a_part_that_was_compiled(tmp_path):
     torch.save({"encoder._orig_mod.weight": torch.zeros(2), "head.module.bias": torch.ones(1)}, tmp_path/"a.pth")
     assert list(read_weights(tmp_path/"a.pth")) == ["encoder.weight", "head.module.bias"]
+
+
+def test_what_a_file_is_its_content_says_not_its_suffix(tmp_path):
+    torch.save(dict(a=torch.ones(2)), tmp_path/"pickle.safetensors")
+    torch.save(dict(a=torch.ones(2)), tmp_path/"old.safetensors", _use_new_zipfile_serialization=False)
+    save_file(dict(a=torch.ones(2)), tmp_path/"table.pt")
+    assert all(list(read_weights(o)) == ["a"] for o in tmp_path.iterdir())
+
+
+def test_of_two_tables_none_is_guessed(tmp_path):
+    torch.save(dict(student=dict(a=torch.ones(2)), teacher=dict(a=torch.zeros(2))), tmp_path/"two.pt")
+    with pytest.raises(ValueError, match="'student' is a dict"): read_weights(tmp_path/"two.pt")

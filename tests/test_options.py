@@ -101,7 +101,7 @@ def test_numbers_come_out_plain():
 @pytest.mark.parametrize("text, field, value", [
     *((f"crf={o}", "crf", False) for o in ("False", "false", "no", "NO", "off", "0", " no ")), *((f"crf={o}", "crf", True) for o in ("True", "yes", "On", "1")),
     ("background_words=sky", "background_words", ("sky",)), ("background_words=sky, tree", "background_words", ("sky", "tree")), ("background_words=no", "background_words", ("no",)),
-    ('background_words=["sky", "a, b"]', "background_words", ("sky", "a, b")), ("background_words=", "background_words", ()), (" size = 640", "size", 640),
+    ('background_words=["sky", "a, b"]', "background_words", ("sky", "a, b")), ("background_words=", "background_words", ()), ("background_words=none", "background_words", ()), ("background_words='sky, tree'", "background_words", ("sky", "tree")), (" size = 640", "size", 640),
     *((f"longest={o}", "longest", None) for o in ("none", "None", "null", "")), ("background_threshold=0.3", "background_threshold", 0.3), ("background_threshold=1", "background_threshold", 1.0),
     ("templates=a photo of a {}, big", "templates", "a photo of a {}, big"), ("prompts=names,both", "prompts", ("names", "both")), ("prompts=mine.json", "prompts", "mine.json")])
 def test_texts_are_read_by_the_option(text, field, value):
@@ -199,3 +199,25 @@ def test_our_sweeps_pass(sweep): assert read_sweep(sweep)
 def test_run_refuses_in_one_line(capsys, tmp_path, text, message):
     code, err = said(capsys, "run", NOTEBOOKS/"train.ipynb", "-p", text, "--out", tmp_path/"run")
     assert code == 2 and err.count("\n") == 1 and message in err and not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_picture_of_more_pixels_than_any_is_refused_before_memory_ends(name):
+    with pytest.raises(ValueError, match="at most 13377"): create(name, "lite", size=100_000)
+    with pytest.raises(ValueError, match="resize rule 'windows:100000:640'.*13377"): resize_rule("windows:100000:640")
+
+
+@pytest.mark.parametrize("words", [
+    ["segment", PHOTO, "--classes", "cat", "--classes", "dog"], ["tiles", PHOTO, "--classes", "cat,dog", "--tile", "64", "--tile", "128"], ["run", "a.ipynb", "--out", "a", "--out", "b"],
+    ["video", "a.mp4", "--classes", "cat,dog", "--out", "x", "--every=2", "--every=3"], ["prompts", "show", "--vocabulary", "VOC-20", "--kind", "subclasses", "--kind", "descriptions"],
+])
+def test_an_option_given_twice_is_refused(words, capsys):
+    "The second would replace the first without a word."
+    assert main(words) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_what_no_system_is_called_is_told():
+    for wrong in (None, 5):
+        with pytest.raises(OptionError, match="system must be text"): create(wrong)
+    with pytest.raises(ValueError, match=r"no system 'xyz'\. There are"): create("xyz")

@@ -67,6 +67,7 @@ def test_one_name_alone_is_said_once(system):
     told = [str(o.message) for o in told if issubclass(o.category, VocabularyWarning)]
     assert len(told) == 1 and "'teapot' is the only name" in told[0] and "Add the name 'background'" in told[0]
     assert ("background_threshold" in told[0]) == hasattr(system.config, "background_threshold")
+    with pytest.warns(VocabularyWarning, match="pictures? shows. Add the names"): system.segment(PHOTOS/"chelsea.png", ["Background"])   # it has a background already
 
 
 def test_names_that_the_encoder_reads_alike_are_refused(system):

@@ -224,8 +224,20 @@ def _resize(text:str) -> str:
     except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
     return text
 
+class _Once(argparse._StoreAction):
+    "Stores what an option is given, and refuses a second time, which would silently replace the first."
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = namespace.__dict__.setdefault("given", set())
+        if option_string and self.dest in given: parser.error(f"{option_string} is given twice: leave one out")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, as every other error is said."
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("action", None, _Once)
+
     def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
 
 def _add_reading(verb):

@@ -6,7 +6,7 @@
 __all__ = ['Config', 'EncodedImage', 'System']
 
 # %% ../../nbs/systems/30_base.ipynb #be2b7ad7
-import dataclasses, json, warnings
+import dataclasses, json, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ..cache import Cache, file_digest
 from ..encoders.base import Encoder, ImageFeatures
-from ..images import load_image
+from ..images import MAX_PIXELS, load_image
 from ..options import Count, check_names, check_options, fit_option, option_kinds
 from ..refine import upsample_argmax
 from ..segmentation import Segmentation
@@ -38,6 +38,9 @@ class Config:
             raise ValueError("a configuration names its prompts: save a PromptBank and give the file")
         check_options(self)
         prompt_sources(self.prompts)
+        largest = max((o for o in (self.size if isinstance(self.size, tuple) else [self.size]) if o), default=0)
+        if largest**2 > MAX_PIXELS:   # no picture has more, and memory ends before
+            raise ValueError(f"size must be at most {math.isqrt(MAX_PIXELS)} pixels a side, not {largest}")
         self.check_sizes()
 
     def check_sizes(self):
@@ -100,9 +103,11 @@ class System:
         "Warn, once for a vocabulary, if it has one name only."
         if len(vocabulary) > 1 or vocabulary.names in self._noted: return
         self._noted.add(vocabulary.names)
-        threshold = "; with it, the knob background_threshold says how probable a name must be" if hasattr(self.config, "background_threshold") else ""
-        warnings.warn(f"{vocabulary.names[0]!r} is the only name, so every pixel gets it, whatever the picture shows. Add the name 'background'{threshold}. "
-                      "Or add the names of what else may be there", VocabularyWarning, stacklevel=4)
+        threshold = hasattr(self.config, "background_threshold")
+        advice = "Add the name 'background'" + threshold*"; with it, the knob background_threshold says how probable a name must be"
+        advice = "Add" if vocabulary.background else f"{advice}. Or add"
+        warnings.warn(f"{vocabulary.names[0]!r} is the only name, so every pixel gets it, whatever the picture shows. "
+                      f"{advice} the names of what else may be there", VocabularyWarning, stacklevel=4)
 
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
