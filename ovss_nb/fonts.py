@@ -67,13 +67,18 @@ def _font_of(text:str) -> tuple[bool, Path|None]:
     needed = set(map(ord, _visible(text)))
     return next(((True, o) for o in font_files() if needed <= characters(o)), (False, None))
 
+def _drawable(text:str, path:Path|None) -> str:
+    "A text without the hidden characters that the font would draw as boxes."
+    known = characters(path)
+    return "".join(o for o in text if unicodedata.category(o) not in ("Cf", "Cc") or ord(o) in known)
+
 def text_parts(
     text:str,
 ) -> list[tuple[str, Path|None]]: # parts in order, each with its font; None is Pillow's own
     "Which font draws which part of a line of text. Warns once of characters that no font has."
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text.replace("\t", " "))
     found, path = _font_of(text)
-    if found: return [(text, path)]
+    if found: return [(_drawable(text, path), path)]
     parts, missing = [], []
     for o in text:
         path = parts[-1][1] if parts else None
@@ -89,7 +94,7 @@ def text_parts(
         advice = "install one on this system"
         if not find_spec("weblate_fonts"): advice = f"pip install weblate-fonts, or {advice}"
         warnings.warn(f"no font here has {listed}: drawn as boxes. To see them, {advice}", stacklevel=2)
-    return parts
+    return [(_drawable(part, path), path) for part, path in parts]
 
 # %% ../nbs/03_fonts.ipynb #7fce9db4
 @lru_cache(maxsize=64)

@@ -62,6 +62,11 @@ def test_english_looks_as_before():
 def test_decomposed_accents_are_one_letter(only_pip): assert text_parts("cafe\u0301") == text_parts("café") and len(text_parts("café")) == 1
 
 
+@pytest.mark.parametrize("mark", ["\u200b", "\u202e", "\u2066", "\x07"])
+def test_marks_without_a_shape_are_no_boxes(only_pip, mark):
+    assert text_length(f"{mark}cat", 20) == text_length("cat", 20) and text_length("big\tcat", 20) == text_length("big cat", 20)
+
+
 def test_what_no_font_has_is_named_once(only_pip, monkeypatch):
     with pytest.warns(UserWarning, match=r"U\+10FFFD.*boxes.*install one on this system"): text_parts("cat \U0010fffd")
     with warnings.catch_warnings():

@@ -221,3 +221,7 @@ def test_what_no_system_is_called_is_told():
     for wrong in (None, 5):
         with pytest.raises(OptionError, match="system must be text"): create(wrong)
     with pytest.raises(ValueError, match=r"no system 'xyz'\. There are"): create("xyz")
+
+
+def test_a_misspelt_system_of_a_notebook_is_told():
+    with pytest.raises(ExperimentError, match="no system 'maskclp'. Did you mean `maskclip`"): check_parameters(NOTEBOOKS/"evaluate.ipynb", dict(system="maskclp"))

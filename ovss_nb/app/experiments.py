@@ -22,7 +22,7 @@ import ovss_nb
 from ..cache import Cache, atomic_path, file_digest, refuse_overwrite
 from ..extras import require
 from ..fonts import plot_families
-from ..options import Count, OptionError, argument, check_names, fitted, guess, read_option
+from ..options import Count, OptionError, argument, fitted, guess, read_option
 from ..predict import SYSTEMS, read_knobs, resize_rule
 from ..workers import WorkerDied, spread
 
@@ -123,7 +123,7 @@ def _checked_choices(path, known:dict[str, Parameter], values:dict) -> dict:
     "The knobs of a notebook whose `system` is one of this package's, checked as `create` would, but before a kernel starts."
     if "system" not in known or known["system"].default not in SYSTEMS: return {}
     try:
-        if values["system"] not in SYSTEMS: check_names([values["system"]], SYSTEMS, "the parameter `system`")
+        if (name := values["system"]) not in SYSTEMS: raise ValueError(f"no system {name!r}.{_near(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
         if values.get("resize", "protocol") != "protocol": resize_rule(values["resize"])
         knobs = values.get("knobs") or {}
         plain = json.loads(json.dumps(read_knobs(values["system"], knobs))) if knobs else {}   # brings torch
