@@ -410,7 +410,9 @@ def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
     if picture:
         try: size = image_size(picture)
         except ImageError as e:
-            if isinstance(picture, BytesIO): raise SegmentationError(f"{path}: 'imageData' is no picture. Set it to null, and lay the picture beside the file") from None
+            if isinstance(picture, BytesIO):
+                fix = "Set it to null, and lay the picture beside the file"
+                raise SegmentationError(f"{path}: 'imageData' is no picture. {fix}") from None
             if None in said: raise SegmentationError(f"{path}: {e}") from None
             size = tuple(said)
         if None not in said and tuple(said) != size:

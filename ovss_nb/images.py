@@ -135,7 +135,8 @@ def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
     if dtype.kind == "f":
         if not np.isfinite((low, high)).all():
             what = f"{name}: float pixels must lie in 0..1, some are NaN or infinite. "
-            raise ImageError(f"{what}Say what is black and white, limits=(BLACK, WHITE), and NaN is shown white; or replace them, e.g. by np.nan_to_num",
+            raise ImageError(f"{what}Say what is black and white, limits=(BLACK, WHITE), and NaN is shown white; or replace them, "
+                             "e.g. by np.nan_to_num",
                              f"{what}Say what is black and white: --limits BLACK WHITE, and NaN is shown white")
         if low >= -1e-3 and high <= 1 + 1e-3: return 1
         what = f"{name}: float pixels must lie in 0..1, these span {low:.4g}..{high:.4g}. "
@@ -145,13 +146,13 @@ def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
                      f"{what}Say what is black and white: {ask[1]}")
 
 def _check_use(low:float, high:float, most:float, white:float, name:str):
-    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black; 99 % of its values lie below `most`."
+    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black; 99 % lie below `most`."
     deep = white > 255
     span = f"{name}: values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
     likely = 2**int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
-    first, last = (f"{low:.6g}", f"{high:.6g}") if low > high/2 > 0 else (0, likely)   # far from black: a narrow band, of a thermal camera perhaps
-    stretch = "stretch{} to take them from the image"
-    ask = f"limits=({first}, {last}), or limits='{stretch.format(chr(39))}", f"--limits {first} {last}, or --{'limits ' + stretch.format('')}"
+    first, last, take = 0, likely, "to take them from the image"
+    if deep and low > high/2 >= white/8: first, last = f"{low:.6g}", f"{high:.6g}"   # a narrow band, of a thermal camera perhaps
+    ask = f"limits=({first}, {last}), or limits='stretch' {take}", f"--limits {first} {last}, or --limits stretch {take}"
     if deep and 0 < high < white/4:
         say = f"{span}, and the image would be nearly black. Say what is black and what is white, e.g. "
         raise ImageError(f"{say}{ask[0]} (load_image, open_picture); or convert the file to 8 bits", say + ask[1])
@@ -159,22 +160,25 @@ def _check_use(low:float, high:float, most:float, white:float, name:str):
         mask = "" if deep or white == 1 else " Is it a mask or a label map?"
         warnings.warn(f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
     elif deep and most < white/4 < high:   # a few hot pixels, or lamps at night
-        warnings.warn(f"{name}: 99 % of the values lie below {most:.6g}, of 0..{white:.6g}, and the image looks dark. If a few pixels are too "
-                      "bright, say limits='stretch', or limits=(BLACK, WHITE) (in the shell --limits stretch, or --limits BLACK WHITE)", stacklevel=2)
+        warnings.warn(f"{name}: 99 % of the values lie below {most:.6g}, of 0..{white:.6g}, and the image looks dark. If a few "
+                      "pixels are too bright, say limits='stretch', or limits=(BLACK, WHITE) "
+                      "(in the shell --limits stretch, or --limits BLACK WHITE)", stacklevel=2)
 
 def _check_limits_fit(black:float, white:float, values:np.ndarray, name:str):
     "Warn of limits that make nearly all of an image black or white: they may belong to another one."
     low, high = np.percentile(values, (1, 99)) if values.size else (0, 0)
     shown = "black" if high <= black + (white - black)/16 else "white" if low >= white else None
     if low < high and shown:
-        given = f"{black:g}, {white:g}"
-        warnings.warn(f"{name}: with limits=({given}) (in the shell --limits {given.replace(',', '')}) the image is nearly all {shown}, since 98 % of its "
-                      f"values lie in {low:.6g}..{high:.6g}. Are these the limits of another image?", stacklevel=2)
+        warnings.warn(f"{name}: with limits=({black:g}, {white:g}) (in the shell --limits {black:g} {white:g}) the image is nearly "
+                      f"all {shown}, since 98 % of its values lie in {low:.6g}..{high:.6g}. Are these the limits of another image?",
+                      stacklevel=2)
 
-def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable, white:float|None=None, trusted:bool=False) -> tuple[float, float]:
+def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable,
+                 white:float|None=None, trusted:bool=False) -> tuple[float, float]:
     """The values that become black and white.
 
-    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it; `trusted`: given limits are not looked at."""
+    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it; `trusted`:
+    given limits are not looked at."""
     if dtype.kind not in "buif":
         raise ImageError(f"{name}: pixels of type {dtype} are no brightness. Convert them to real numbers first, e.g. by np.abs")
     def finite():
@@ -221,7 +225,8 @@ def _on_white(rgb:np.ndarray, alpha:np.ndarray|None) -> np.ndarray:
     image = Image.fromarray(np.dstack([rgb, alpha]))
     return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
-def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str, white:float|None=None, trusted:bool=False) -> np.ndarray:
+def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str,
+            white:float|None=None, trusted:bool=False) -> np.ndarray:
     "`H x W x 3` `uint8` RGB of samples `H x W x C`, C = 1 or 3, of any type, and an opacity `H x W` `uint8`."
     step = max(1, round((samples.shape[0]*samples.shape[1]/2**20)**.5))
     def span(): return samples.min(), samples.max()
@@ -372,21 +377,25 @@ def _is_picture(alpha:np.ndarray, name:str) -> bool:
     return bool(found)
 
 def _tiff_tags(file) -> dict:
-    "Tags of the first page of a TIFF, which begins a binary file; empty for other files. Tag 0 says whether a later page is its mask, tag 1 how many are as large as it."
+    """Tags of the first page of a TIFF, which begins a binary file; empty for other files.
+
+    Tag 0 says whether a later page is its mask, tag 1 how many are pictures of its size."""
     head = file.read(8)
     try:
         if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return {}
         pages = ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[:4] else b""))
         file.seek(pages.next)
         pages.load(file)
-        tags = {o: pages.get(o) for o in (256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113, *_PLACED) if o in pages}
+        wanted = 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113, *_PLACED
+        tags = {o: pages.get(o) for o in wanted if o in pages}
         for _ in range(16):
             if not pages.next: break
             file.seek(pages.next)
             pages.load(file)
             kind = pages.get(254, 0)
             tags[0] = tags.get(0, False) or bool(kind & 4)
-            tags[1] = tags.get(1, 0) + (not kind & 5 and (pages.get(256), pages.get(257)) == (tags.get(256), tags.get(257)))
+            alike = not kind & 5 and all(pages.get(o) == tags.get(o) for o in (256, 257))   # no thumbnail, no mask
+            tags[1] = tags.get(1, 0) + alike
         return tags
     except PILLOW_ERRORS:
         return {}

@@ -204,6 +204,7 @@ def segment_tiles(
     Raises `ImageError` for a picture that cannot be read, `MissingExtra` for a TIFF without the extra `geo`, `ValueError` for another suffix or an impossible tile."""
     out, vocabulary = Path(out), Vocabulary.of(words)
     if out.suffix.lower() not in (".tif", ".tiff", ".png"): raise ValueError(f"{out}: a label map of this size is written as .tif or .png")
+    if out.is_dir(): raise ValueError(f"{out} is a folder: name a file for the label map")
     if not out.parent.is_dir(): raise ValueError(f"The folder {out.parent} does not exist: create it first")
     if out.suffix.lower() != ".png": require("rasterio", "geo")
     palette, dtype = default_palette(vocabulary.names), np.dtype(np.uint8 if len(vocabulary) <= 256 else np.uint16)

@@ -143,6 +143,7 @@ def test_each_file_is_asked_about_in_words_of_the_shell(odd_files, tmp_path, mon
     assert "--limits 0 4095, or --limits stretch" in lines["deep.tif"] and "--bands 3,2,1" in lines["five.tif"]
     assert "ovss-nb tiles large.tif --classes" in lines["large.tif"] and "ovss-nb tiles large.tif" in lines["large.png"]
     assert result.stderr.count("mask or a label map") == 1
+    assert lines["deep.tif"].count("deep.tif") == 1   # the name is said once
 
 
 def test_onnx_check_asks_about_its_photo_first(odd_files, monkeypatch):

@@ -180,6 +180,8 @@ def test_bad_input_gets_one_message(tmp_path):
             ((PHOTOS/"README.txt", WORDS, system, tmp_path/"a.png"), {}, "cannot be read")):
         with pytest.raises(ValueError, match=message): segment_tiles(*arguments, progress=False, **kw)
     assert not list(tmp_path.glob("*.png"))
+    (tmp_path/"maps.png").mkdir()
+    with pytest.raises(ValueError, match="maps.png is a folder: name a file"): segment_tiles(pixels, WORDS, system, tmp_path/"maps.png", progress=False)
     write_tiff(tmp_path/"deep.tif", mosaic(60, 60).astype(np.uint16)*9)
     with pytest.raises(ImageError, match="limits"): segment_tiles(tmp_path/"deep.tif", WORDS, system, tmp_path/"a.png", progress=False)
 

@@ -530,6 +530,10 @@ def _prompts(a) -> int:
     for name, why in failed.items(): print(f"failed: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
+def _named(path:Path, text:str) -> str:
+    "What is wrong with a file, its name first, and once."
+    return text if text.startswith(f"{path}: ") else f"{path}: {text}"
+
 def _segment(a) -> int:
     knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
     if a.verb == "demo":
@@ -550,5 +554,5 @@ def _segment(a) -> int:
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
     failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()), **reading)
     print(f"{count - len(failed)} of {count} images in {time.perf_counter() - start:.1f} s: {a.out/'report.html'}")
-    for path, error in failed: print(f"failed: {path}: {_why(error)}", file=sys.stderr)
+    for path, error in failed: print("failed: " + _named(path, _why(error)), file=sys.stderr)
     return 1 if failed else 0
