@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ovss_nb.app.cli._do': ('app/cli.html#_do', 'ovss_nb/app/cli.py'),
                                  'ovss_nb.app.cli._home': ('app/cli.html#_home', 'ovss_nb/app/cli.py'),
                                  'ovss_nb.app.cli._large': ('app/cli.html#_large', 'ovss_nb/app/cli.py'),
+                                 'ovss_nb.app.cli._named': ('app/cli.html#_named', 'ovss_nb/app/cli.py'),
                                  'ovss_nb.app.cli._outputs': ('app/cli.html#_outputs', 'ovss_nb/app/cli.py'),
                                  'ovss_nb.app.cli._prompts': ('app/cli.html#_prompts', 'ovss_nb/app/cli.py'),
                                  'ovss_nb.app.cli._readable': ('app/cli.html#_readable', 'ovss_nb/app/cli.py'),
