@@ -32,7 +32,7 @@ def is_text(o): return bool(tidy_name(o)) and not any(unicodedata.category(c) in
 
 
 signs = st.text(st.sampled_from(list(",:|#\"';. \tabcC1230/\\[]{}-，、é")), min_size=1, max_size=8)
-texts = st.one_of(signs, st.text(min_size=1, max_size=8), st.sampled_from(["C#", "12:30", "else", "VOC-21", "coco", "name", "id", "a.csv", "- cat", "0", "1 cat", '"', ACCENT])).filter(is_text)
+texts = st.one_of(signs, st.text(min_size=1, max_size=8), st.sampled_from(["C#", "12:30", "else", "VOC-21", "coco", "name", "id", "a.csv", "- cat", "0", "1 cat", "7", "1) cat", "1.cat", "n02123045 tabby", "/m/01yrx", "__ignore__", "(cat", "x = [a]", "cat. dog", '"', ACCENT])).filter(is_text)
 rows = st.dictionaries(texts, st.lists(texts, min_size=1, max_size=3, unique_by=lambda o: tidy_name(o).casefold()) | st.none(), min_size=1, max_size=4)
 
 
