@@ -70,7 +70,7 @@ class _Count:
             Segmentation(labels, self.vocabulary.names).save_png(path)
         labels = _folded(labels, self.classes)
         pairs = Confusion(self.classes, self.ignore).add(truth, labels).pairs()
-        record = self.named(i, pairs=pairs)
+        record = self.named(i, pairs=pairs) | (dict(saved=file_digest(path)) if self.predictions else {})
         if self.boundary:
             rows = boundary_counts(truth, labels, self.classes, self.ignore)
             record["boundary"] = [[int(k), *rows[k].tolist()] for k in rows.any(1).nonzero()[0]]
@@ -131,6 +131,11 @@ def _start(journal:Journal, header:dict):
         raise EvaluationError(f"{journal.path.parent} holds another evaluation ({difference(journal.header, header)}): choose another run_dir, or remove that one")
     journal.begin(header)
 
+def _saved_digest(folder:Path, stem:str) -> str:
+    "Of the file of a prediction; empty if there is none."
+    try: return file_digest(folder/f"{stem}.png")
+    except OSError: return ""
+
 def _latest(journal:Journal) -> dict[int, dict]: return {record["i"]: record for record in journal.records}
 
 def _still_true(journal:Journal, count:_Count, judge:"_Judge|None") -> dict[int, dict]:
@@ -138,7 +143,7 @@ def _still_true(journal:Journal, count:_Count, judge:"_Judge|None") -> dict[int,
     latest = _latest(journal)
     def holds(record):
         i, inputs = record["i"], record.get("inputs", {})
-        if count.predictions and "bad" not in record and not (count.predictions/f"{record['stem']}.png").is_file(): return False
+        if count.predictions and "bad" not in record and record.get("saved") != _saved_digest(count.predictions, record["stem"]): return False
         if "prediction" in inputs and (judge is None or judge.prediction(i) != inputs["prediction"]): return False   # a worker will look, which costs no model
         return all(inputs.get(part) == _digest(count.dataset, i, part) for part in ("image", "labels"))
     with ThreadPoolExecutor(8) as pool: kept = list(pool.map(holds, latest.values()))
@@ -370,8 +375,7 @@ class StoredPredictions:
 
     def digest(self, stem:str) -> str:
         "SHA-256 of a prediction's file; empty if there is none."
-        try: return file_digest(self.folder/f"{stem}.png")
-        except OSError: return ""
+        return _saved_digest(self.folder, stem)
 
     def read(self, stem:str, vocabulary:Vocabulary) -> np.ndarray:
         "H x W labels of one image. Raises EvaluationError if there are none, or under other names."

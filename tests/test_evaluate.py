@@ -416,6 +416,20 @@ def test_predictions_that_are_asked_for_later_are_written(tmp_path, dataset):
     assert len(list((tmp_path/"run/predictions").glob("*.png"))) == 12
 
 
+@pytest.mark.parametrize("readers", [0, 1])
+def test_a_saved_prediction_that_was_damaged_is_made_again(tmp_path, dataset, readers):
+    options = dict(run_dir=tmp_path/"run", save_predictions=True, readers=readers, progress=False)
+    evaluate(Stripes(), dataset, **options)
+    path = tmp_path/"run/predictions/003.png"
+    whole, other = path.read_bytes(), (tmp_path/"run/predictions/002.png").stat().st_mtime_ns
+    path.write_bytes(whole[:50])
+    with pytest.warns(UserWarning, match="1 items"): evaluate(Stripes(), dataset, **options)
+    assert path.read_bytes() == whole and (tmp_path/"run/predictions/002.png").stat().st_mtime_ns == other
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(Stripes(), dataset, **options)
+
+
 def test_another_class_list_is_refused(tmp_path, dataset):
     "Also if only the words behind a name, or what is background, differ."
     evaluate(Stripes(), dataset, run_dir=tmp_path/"run", progress=False)

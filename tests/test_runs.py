@@ -198,6 +198,18 @@ def test_killed_run(notebook, tmp_path):
     assert not [file.name for file in out.iterdir() if file.name.startswith("running")]
 
 
+def test_a_run_stopped_by_ctrl_c_says_so_and_goes_on(notebook, tmp_path):
+    "The terminal sends the signal to the kernel too."
+    out, program = tmp_path/"run", "import sys; from ovss_nb.app.cli import main; sys.exit(main(sys.argv[1:]))"
+    running = subprocess.Popen([sys.executable, "-c", program, "run", str(notebook), "-p", "wait=600", "--out", str(out)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: (out/"half.txt").exists() and (out/"half.txt").read_text())
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode in (1, 130) and "Traceback" not in said and read_run(out)["state"] == "failed"
+    assert run_notebook(notebook, dict(wait=600), out)["metrics"]["resumed"]
+
+
 def test_killed_while_clearing(notebook, tmp_path):
     "A forced run that was stopped while it emptied the folder must not resume from what is left."
     run = run_notebook(notebook, {}, tmp_path/"run")
@@ -437,3 +449,4 @@ def test_a_plot_never_replaces_a_run(notebook, tmp_path):
     add_commands(parser.add_subparsers(dest="verb"))
     with pytest.raises(ValueError, match="written over"): command(parser.parse_args(["results", str(tmp_path/"out"), "--metric", "square", "--plot", str(tmp_path/"plot.png")]))
     for _ in range(2): command(parser.parse_args(["results", str(tmp_path/"out"), "--metric", "square", "--plot", str(tmp_path/"out/square.png")]))
+    with pytest.raises(ExperimentError, match="suffix"): command(parser.parse_args(["results", str(tmp_path/"out"), "--metric", "square", "--plot", str(tmp_path/"chart")]))

@@ -279,7 +279,7 @@ def _execute(path:Path, values:dict, folder:Path, progress:bool) -> str|None:
     values, error = values | dict(run_dir=str(folder)), None
     try:
         with _same_package(): papermill.execute_notebook(source, target, values, kernel_name="python3", language="python", progress_bar=progress,
-                                                          extra_arguments=["--IPKernelApp.log_level=40"])   # it would warn that local kernels talk unencrypted
+                                                          extra_arguments=["--IPKernelApp.log_level=50"])   # it would warn that local kernels talk unencrypted, and at Ctrl-C show how it was torn from its work
     except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue} (In [{e.exec_count}])"
     # From nbclient: the kernel died, or did not start.
     except RuntimeError as e: error = f"{type(e).__name__}: {e}. If memory ran out, use smaller parameters or fewer workers"
@@ -323,7 +323,10 @@ def run_notebook(
         _write_json(folder/"run.json", record)
         _write_json(folder/"environment.json", environment(path))
         start = time.perf_counter()
-        error = _execute(path, values, folder, progress)
+        try: error = _execute(path, values, folder, progress)
+        except KeyboardInterrupt:
+            _mark_failed(folder, "stopped by Ctrl-C; the same command goes on")
+            raise
         record |= dict(state="failed" if error else "finished", seconds=round(time.perf_counter() - start, 3), error=error)
         _write_json(folder/"run.json", record)
     if error: raise RunFailed(f"{path.name} failed: {error}. The traceback is in {folder/'notebook.ipynb'}")
@@ -435,7 +438,8 @@ def plot_results(
     metric:str, # a number in metrics.json
     path=None, # picture to write; the suffix says the format
 ): # matplotlib's Figure
-    "A bar per finished run. Raises ExperimentError for a metric that no run has, MissingExtra without matplotlib."
+    "A bar per finished run. Raises ExperimentError for a metric that no run has, or a path without suffix, MissingExtra without matplotlib."
+    if path is not None and not Path(path).suffix: raise ExperimentError(f"{path}: the suffix says what kind of picture is written: .png, .svg or .pdf")
     figure = require("matplotlib.figure", "jupyter").Figure(figsize=(7, 1 + 0.3*len(rows)), layout="constrained")
     numbers = [{key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))} for row in rows]
     _known_metric(metric, list(dict.fromkeys(itertools.chain(*numbers))))
