@@ -726,6 +726,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ovss_nb.evaluate._image_ahead': ('evaluate.html#_image_ahead', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._latest': ('evaluate.html#_latest', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._overlapped': ('evaluate.html#_overlapped', 'ovss_nb/evaluate.py'),
+                                  'ovss_nb.evaluate._saved_digest': ('evaluate.html#_saved_digest', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._start': ('evaluate.html#_start', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate._still_true': ('evaluate.html#_still_true', 'ovss_nb/evaluate.py'),
                                   'ovss_nb.evaluate.evaluate': ('evaluate.html#evaluate', 'ovss_nb/evaluate.py'),
