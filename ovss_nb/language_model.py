@@ -510,7 +510,7 @@ class LanguageModel:
             except OSError as e: why = e.strerror
             self._stop.set()
             self._rescue = Path(tempfile.gettempdir())/f"{self.journal.stem}-{os.getpid()}.jsonl"
-            try: _append(self._rescue, line)
+            try: _append(self._rescue, b"\n" + line)   # the journal may end with half a line, to which these lines will be added
             except OSError:
                 print(line.decode(), file=sys.stderr)   # the last place there is
                 where = "was printed to stderr: add that line to the journal"
