@@ -334,7 +334,9 @@ class FolderDataset(LayoutDataset):
         "What to ask about the value that is ignored though nobody said so, where a class is in no mask."
         there = {self.stored_classes.get(o) for o in found}
         absent = [k for k in range(len(self.all_names)) if k not in there]
-        severe = len(there & set(range(len(self.all_names)))) < 2   # the score would be that of one class
+        classes = there & set(range(len(self.all_names)))
+        # The first class alone, or one of two, would be the score of a system that finds nothing.
+        severe = len(classes) < 2 and (classes <= {0} or len(self.all_names) < 3)
         if self.guessed not in found or None in there or not (absent or severe):
             return "", False   # None: `labels` refuses such a value
         return _question(self.root, self.guessed, found, self.all_names, self.stored_classes, absent), severe

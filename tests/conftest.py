@@ -1,7 +1,11 @@
 "Marks, which tests stay together, and the reason for which GPU tests are skipped."
 import os
+import signal
 
 import pytest
+
+# A process in a shell's background ignores Ctrl-C, and so would every one that a test starts and stops.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers side by side that each take all cores wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")

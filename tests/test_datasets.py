@@ -218,6 +218,11 @@ def test_usual_masks_are_not_asked_about(tmp_path, values, names):
         assert len(FolderDataset.open(binary(tmp_path/"set", values, names))) == max(1, len(values) - 1)
         FolderDataset(binary(tmp_path/"borders", (0, 1, 255)), background=False)
 
+def test_one_object_with_a_border_is_only_warned_about(tmp_path):
+    "A mask of VOC may hold one object and its border: most classes are absent, and 255 is just what it seems."
+    root = binary(tmp_path/"set", (2, 255), ("background", "cat", "dog"))
+    with pytest.warns(UserWarning, match="255"): assert FolderDataset.open(root).ignore == 255
+
 def test_one_class_of_several_is_absent(tmp_path):
     "With others there, it is a warning, once for a set."
     root = binary(tmp_path/"set", (0, 1, 255), ("background", "cat", "dog"))
