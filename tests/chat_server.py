@@ -14,13 +14,14 @@ class ChatServer:
 
     A fault depends on the question and on how often it was asked, not on the order of calls: a test does the same each time.
     `refuse(request)` gives a status and words for a request that the server does not take, or None; `dress(text)` the message around an answer.
-    `answered` counts whole answers per question, `faults` what went wrong. A call that shall time out hangs `delay` seconds. From the `hold`-th answer on no call is answered until `release` is set.
+    `answered` counts whole answers per question, `faults` what went wrong. A call that shall time out hangs `delay` seconds. From the `hold`-th answer on no call is answered until `release` is set; `held` counts these.
     """
     def __init__(self, answer, faults=0.0, spoil=None, hold=None, formats=("json_schema", "json_object"), delay=3, refuse=None, dress=None):
         self.answer, self.share, self.spoil, self.hold, self.formats, self.delay = answer, faults, spoil, hold, formats, delay
         self.refuse, self.dress, self.requests = refuse, dress, []
         self.asked, self.answered, self.faults = Counter(), Counter(), Counter()
         self.lock, self.release, self.key, self.served = threading.Lock(), threading.Event(), None, 0
+        self.held = 0
 
     def __enter__(self):
         chat = self
@@ -69,7 +70,8 @@ class ChatServer:
         if fault in (None, "rules"):
             with self.lock:
                 held = self.hold is not None and self.served >= self.hold
-                if not held: self.served += 1
+                self.held += held
+                self.served += not held
             if held: self.release.wait(30); return
             with self.lock: self.answered[question] += 1
         reply(request, 200, body)

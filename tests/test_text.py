@@ -79,7 +79,7 @@ def test_empty_vocabulary():
 
 def test_braces_in_a_word_are_just_letters():
     encoder = Letters()
-    encode_text(encoder, ["set {x}", "{}"], "single")
+    encode_text(encoder, {"set {x}": "set {x}", "{}": "{}"}, "single")
     assert encoder.asked == ["A photo of a set {x} in the scene", "A photo of a {} in the scene"]
 
 def test_bar_only_for_several_batches(capfd):
