@@ -142,7 +142,7 @@ def _doubt(name:str) -> str|None:
     if _names_a_list(name):
         plain = {o.casefold(): o for o in _shipped_names()}
         near = get_close_matches(name.casefold(), plain, n=1)
-        hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
+        hint = f" Did you mean {plain[near[0]]!r}?" if near and plain[near[0]] != name else ""
         return f"{name!r} looks like a class list, not a class.{hint} The lists that ship, each to be given alone: {', '.join(_shipped_names())}"
     return _doubt_text(name)
 
