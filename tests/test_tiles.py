@@ -220,15 +220,21 @@ def test_a_killed_process_goes_on(tmp_path):
     assert (Segmentation.from_png(tmp_path/"labels.png").labels == tiled(mosaic(600, 240), MaskCLIP(Colours(), size=48))).all()
 
 
+class Stops(Colours):
+    "Is interrupted after so many tiles."
+    def __init__(self, left:int):
+        super().__init__()
+        self.left = left
+
+    def encode(self, images):
+        self.left -= 1
+        if self.left < 0: raise KeyboardInterrupt
+        return super().encode(images)
+
+
 def test_another_question_starts_anew(tmp_path):
-    class Stops(Colours):
-        left = 12
-        def encode(self, images):
-            self.left -= 1
-            if self.left < 0: raise KeyboardInterrupt
-            return super().encode(images)
     pixels, out = mosaic(300, 96), tmp_path/"labels.png"
-    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(12), size=48), out, progress=False)
     assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
     segment_tiles(pixels, WORDS[::-1], MaskCLIP(Colours(), size=48), out, progress=False)
     assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48), WORDS[::-1])).all()
@@ -311,16 +317,10 @@ def test_parts_of_a_mosaic_are_sources_too(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["bmp", "tif"])
 def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix):
-    class Stops(Colours):
-        left = 12
-        def encode(self, images):
-            self.left -= 1
-            if self.left < 0: raise KeyboardInterrupt
-            return super().encode(images)
     path, out, pixels = tmp_path/f"a.{suffix}", tmp_path/"labels.png", mosaic(300, 96)
     Image.fromarray(pixels).save(path)
     times = path.stat()
-    with pytest.raises(KeyboardInterrupt): segment_tiles(path, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    with pytest.raises(KeyboardInterrupt): segment_tiles(path, WORDS, MaskCLIP(Stops(12), size=48), out, progress=False)
     assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 0
     Image.fromarray(pixels[..., ::-1]).save(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -361,14 +361,8 @@ def test_a_strip_has_the_labels_it_has_inside_a_picture():
 
 
 def test_a_stopped_strip_goes_on(tmp_path):
-    class Stops(Colours):
-        left = 30
-        def encode(self, images):
-            self.left -= 1
-            if self.left < 0: raise KeyboardInterrupt
-            return super().encode(images)
     pixels, out = mosaic(2040, 30 + 6)[:, :30], tmp_path/"labels.png"
-    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(), size=48), out, progress=False)
+    with pytest.raises(KeyboardInterrupt): segment_tiles(pixels, WORDS, MaskCLIP(Stops(30), size=48), out, progress=False)
     assert json.loads((tmp_path/"labels.png.partial.json").read_text())["rows"] > 500
     segment_tiles(pixels, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
     assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48))).all()
