@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'TrainingError', 'cached_features', 'step_generator', 'B
            'checkpoints', 'save_checkpoint', 'load_weights', 'processes', 'fit']
 
 # %% ../nbs/43_train.ipynb #d60735dc
-import csv, json, math, os, re, shutil, signal, threading, uuid
+import atexit, csv, json, math, os, re, shutil, signal, threading, uuid
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -228,6 +228,7 @@ def processes() -> tuple[int, int]: # the number of this process, and how many t
         if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Patience is for a long evaluation in the first process; numbers and objects always travel by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
+        atexit.register(dist.destroy_process_group)   # its threads end before Python does, else an exit may abort
     return dist.get_rank(), dist.get_world_size()
 
 def _add_up(parameters:list[nn.Parameter], numbers:list[float]) -> list[float]:
