@@ -4,9 +4,10 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 # Loaded on first use: `import ovss_nb` stays free of torch.
-_home = {"segment": "predict", "create": "predict", "create_encoder": "predict", "list_systems": "predict",
-         "list_encoders": "predict", "Vocabulary": "vocabulary", "load_vocabulary": "vocabulary",
-         "list_vocabularies": "vocabulary", "Segmentation": "segmentation", "load_image": "images"}
+_home = {"segment": "inference.predict", "create": "inference.predict", "create_encoder": "inference.predict",
+         "list_systems": "inference.predict", "list_encoders": "inference.predict", "Vocabulary": "core.vocabulary",
+         "load_vocabulary": "core.vocabulary", "list_vocabularies": "core.vocabulary",
+         "Segmentation": "core.segmentation", "load_image": "core.images"}
 __all__ = sorted(_home)
 
 def __getattr__(name):

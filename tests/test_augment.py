@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torchvision import tv_tensors
-from ovss_nb.augment import Augmentation, SetBatches, TrainingSets, choose_classes, merge_vocabularies
-from ovss_nb.train import TrainingError, fit, step_generator
-from ovss_nb.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
+from ovss_nb.training.augment import (
+    Augmentation, SetBatches, TrainingSets, choose_classes, merge_vocabularies,
+)
+from ovss_nb.training.fit import TrainingError, fit, step_generator
+from ovss_nb.core.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
 
 PLAIN = dict(brightness=0, contrast=0, saturation=0, hue=0)
 

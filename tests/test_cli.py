@@ -210,7 +210,7 @@ def test_a_labelme_file_drawn_by_hand_stays(tmp_path):
 
 def test_data_check_and_prepare(tmp_path):
     "A set of two photographs under VOC-21: checked, made plain, and refused where a label is none of VOC's."
-    from ovss_nb.vocabulary import load_vocabulary
+    from ovss_nb.core.vocabulary import load_vocabulary
     root = tmp_path/"voc"
     for part in ("images", "masks"): (root/part).mkdir(parents=True)
     for name, label in (("chelsea.png", 8), ("coffee.png", 5)):
@@ -404,7 +404,7 @@ def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path
     "Two runs of photos with equal names, both stopped with Ctrl-C: the first one, given again, makes again what the second has written over."
     from ovss_nb import create
     from ovss_nb.app.cli import run
-    from ovss_nb.vocabulary import Vocabulary
+    from ovss_nb.core.vocabulary import Vocabulary
     system, segment = create("maskclip", size=64), type(create("maskclip")).segment
     photos = {}
     for name, size in dict(first=(60, 40), second=(50, 30)).items():

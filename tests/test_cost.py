@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from ovss_nb.cost import ClassStage, CostAggregation, WindowBlock, cost_map, window_mask
+from ovss_nb.components.cost_aggregation import (
+    ClassStage, CostAggregation, WindowBlock, cost_map, window_mask,
+)
 
 GOLDEN = Path(__file__).parent/"golden"
 
@@ -222,7 +224,7 @@ def test_inference_then_training():
 
 MEMORY = """
 import resource, torch
-from ovss_nb.cost import CostAggregation
+from ovss_nb.components.cost_aggregation import CostAggregation
 torch.set_num_threads(1)
 network = CostAggregation(32, (16, 8), width=32, guidance=(16, 16), decoder=(32, 16), decoder_guidance=(8, 8), window=12, chunk=16, limit=False).eval()
 for words in (20, 220):

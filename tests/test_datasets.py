@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovss_nb.datasets import DatasetError, FolderDataset, Layout, LayoutDataset, folder_facts, is_folder
-from ovss_nb.images import ImageError
-from ovss_nb.label_files import coco_instance_labels
-from ovss_nb.vocabulary import LabelMap, Vocabulary
+from ovss_nb.benchmarks.datasets import (
+    DatasetError, FolderDataset, Layout, LayoutDataset, folder_facts, is_folder,
+)
+from ovss_nb.core.images import ImageError
+from ovss_nb.benchmarks.label_files import coco_instance_labels
+from ovss_nb.core.vocabulary import LabelMap, Vocabulary
 
 SHARED = Path(__file__).parents[2]/"shared/data"
 RULES = SimpleNamespace(name="two", vocabulary=Vocabulary(["cat", "dog"]), label_map=LabelMap("two", 2, {0: 255, 1: 0, 2: 1}))

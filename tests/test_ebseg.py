@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import SAMEncoder
-from ovss_nb.losses import ssc_loss
-from ovss_nb.mask_decoder import Prediction
-from ovss_nb.masks import propose, sos_bias
+from ovss_nb.components.mask_losses import ssc_loss
+from ovss_nb.components.mask_decoder import Prediction
+from ovss_nb.components.mask_classification import propose, sos_bias
 from ovss_nb.systems import ebseg
 from ovss_nb.systems.ebseg import Answers, EBSeg, LayerFusion, balance, paint, published_flags, seen_classes, spoken, translate
 from ovss_nb.systems.trained import difference
-from ovss_nb.vocabulary import Vocabulary, load_vocabulary
+from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 GOLDEN = Path(__file__).parent/"golden"
 SMALL = dict(weights="random", size=64, encoder_scale=1.0, templates="single", width=16, encoder_layers=1, encoder_hidden=16, groups=4, queries=5, layers=3, heads=2, hidden=16, loss_points=32)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovss_nb.datasets import FolderDataset
-from ovss_nb.evaluate import EvaluationError, StoredPredictions, evaluate, read_records
-from ovss_nb.segmentation import Segmentation
+from ovss_nb.benchmarks.datasets import FolderDataset
+from ovss_nb.benchmarks.evaluate import EvaluationError, StoredPredictions, evaluate, read_records
+from ovss_nb.core.segmentation import Segmentation
 
 NAMES = ["left", "right", "middle"]
 
@@ -388,8 +388,8 @@ def test_a_label_map_that_waits_is_of_the_image_as_it_was(tmp_path, dataset):
     journal, log = tmp_path/"run/images.jsonl", tmp_path/"log"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:5]))
     (tmp_path/"run/pending").mkdir()
-    from ovss_nb.evaluate import _Count
-    from ovss_nb.vocabulary import Vocabulary
+    from ovss_nb.benchmarks.evaluate import _Count
+    from ovss_nb.core.vocabulary import Vocabulary
     count = _Count(dataset, Vocabulary.of(NAMES), False, tmp_path/"run/pending", None, digests=True)
     for i in (6, 7): count.keep(i, np.zeros((40, 60), int), -1)
     changed(dataset.root/"images/007.png")
@@ -440,9 +440,9 @@ def test_another_class_list_is_refused(tmp_path, dataset):
 
 def test_labels_in_one_file_for_all(tmp_path):
     "COCO's: a changed JSON file changes the labels of every image, in a session that has read it before."
-    from ovss_nb.datasets import Layout, LayoutDataset, _FolderRules
-    from ovss_nb.label_files import coco_instance_labels
-    from ovss_nb.vocabulary import LabelMap, Vocabulary
+    from ovss_nb.benchmarks.datasets import Layout, LayoutDataset, _FolderRules
+    from ovss_nb.benchmarks.label_files import coco_instance_labels
+    from ovss_nb.core.vocabulary import LabelMap, Vocabulary
     (tmp_path/"images").mkdir()
     for n in range(3): Image.fromarray(np.full((40, 60, 3), 20 + n, np.uint8)).save(tmp_path/f"images/{n}.png")
     def write(category):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from ovss_nb import fonts
-from ovss_nb.fonts import characters, draw_text, font_files, plot_families, text_length, text_parts
-from ovss_nb.segmentation import Segmentation
+from ovss_nb.core import fonts
+from ovss_nb.core.fonts import characters, draw_text, font_files, plot_families, text_length, text_parts
+from ovss_nb.core.segmentation import Segmentation
 
 NAMES = dict(latin="žluťoučký kůň ơ ß", cyrillic="кошка їжак", greek="γάτα", arabic="قطة کبیر", hebrew="חתול", devanagari="बिल्ली", thai="แมวน้ำ", simplified="猫与狗", traditional="貓與狗",
              japanese="ねこ カフェ 猫", korean="고양이", amharic="ድመት", tamil="பூனை", bengali="বিড়াল", georgian="კატა", armenian="կատու", vietnamese="con mèo ở", mixed="cat 猫 قطة")

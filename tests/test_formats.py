@@ -12,8 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from ovss_nb.formats import FORMATS, load_coco, load_geojson, load_labelme, load_panoptic, load_scores, polygons, save_as, save_coco, save_geojson, save_labelme, save_panoptic, save_scores
-from ovss_nb.segmentation import Segmentation, SegmentationError
+from ovss_nb.core.formats import (
+    FORMATS, load_coco, load_geojson, load_labelme, load_panoptic, load_scores, polygons, save_as, save_coco,
+    save_geojson, save_labelme, save_panoptic, save_scores,
+)
+from ovss_nb.core.segmentation import Segmentation, SegmentationError
 
 NAMES = ["background", "cat", "dog", "Käse"]
 

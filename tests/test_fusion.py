@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ovss_nb.fusion import FeatureFusion, sample_regions
+from ovss_nb.components.fusion import FeatureFusion, sample_regions
 
 def maps(batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import skimage
 import torch
 from PIL import Image, features
 
-from ovss_nb.images import MAX_PIXELS, ImageError, image_size, load_image, open_picture
+from ovss_nb.core.images import MAX_PIXELS, ImageError, image_size, load_image, open_picture
 
 PHOTOS = Path(skimage.__file__).parent/"data"
 
@@ -442,7 +442,7 @@ def test_without_rasterio(photo, tmp_path):
     write_raster(tmp_path/"deep.tif", photo.astype(np.uint16)*257, photometric="RGB")
     Image.fromarray((photo[..., 1]/255).astype(np.float32)).save(tmp_path/"float.tif")
     code = """import sys; sys.modules["rasterio"] = None
-from ovss_nb.images import ImageError, load_image
+from ovss_nb.core.images import ImageError, load_image
 for name in "deep.tif", "float.tif": print(load_image(name).mean())
 try: load_image("five.tif", bands=(1, 2, 3))
 except ImageError as e: print(e)"""

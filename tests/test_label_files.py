@@ -8,9 +8,11 @@ import scipy.io
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ovss_nb.label_files import (CAMVID_CLASSES, CAMVID_COLOURS, LabelFileError, coco_instance_labels, read_ade20k_full,
-    read_camvid_colours, read_coco_instances, read_index_mask, read_matlab_labels)
-from ovss_nb.vocabulary import load_vocabulary
+from ovss_nb.benchmarks.label_files import (
+    CAMVID_CLASSES, CAMVID_COLOURS, LabelFileError, coco_instance_labels, read_ade20k_full,
+    read_camvid_colours, read_coco_instances, read_index_mask, read_matlab_labels,
+)
+from ovss_nb.core.vocabulary import load_vocabulary
 
 rng = np.random.default_rng(0)
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:PIL"), pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")]
@@ -242,7 +244,7 @@ def test_coco(tmp_path):
     with pytest.raises(LabelFileError, match="is damaged"): coco_instance_labels(path, 1)
 
 def test_run_lengths_equal_pycocotools(tmp_path):
-    from ovss_nb.label_files import _object_mask
+    from ovss_nb.benchmarks.label_files import _object_mask
     for density in (.001, .1, .5, .9):
         for shape in ((1, 1), (7, 300), (480, 640)):
             mask = rng.random(shape) < density

@@ -139,7 +139,7 @@ def test_knows_what_imagenet_never_named(lite):
     "The rocket's picture is mostly sky, for the shipped weights and not for ConSE."
     from pathlib import Path
     from skimage import data
-    from ovss_nb.images import load_image
+    from ovss_nb.core.images import load_image
     photo, conse = load_image(Path(data.__file__).parent/"rocket.jpg"), ConSEEncoder(device="cpu")
     words = lite.text([f"a photo of a {o}." for o in ("sky", "rocket", "cloud", "launch tower")])
     shares = [((o.encode(o.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean() for o in (lite, conse)]

@@ -231,7 +231,7 @@ def test_boundaries_equal_distances():
 @pytest.mark.skipif(not (SHARED/"voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data")
 def test_sharper_than_colours_and_than_the_stem(lite):
     "Places 4 and 16 pixels apart on twelve pictures of VOC, per level, against colours and the stem's last stage."
-    from ovss_nb.datasets import FolderDataset
+    from ovss_nb.benchmarks.datasets import FolderDataset
     dataset = FolderDataset.open(SHARED/"voc2012-val-subset", background=True)
     found = []
     for i in np.linspace(0, len(dataset) - 1, 12).astype(int):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from ovss_nb.mask_decoder import DeformableAttention, MaskDecoder, MaskHead, PixelDecoder, cell_centres, sample_levels
+from ovss_nb.components.mask_decoder import (
+    DeformableAttention, MaskDecoder, MaskHead, PixelDecoder, cell_centres, sample_levels,
+)
 
 GOLDEN = Path(__file__).parent/"golden"
 

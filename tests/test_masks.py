@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
-from ovss_nb.text import TextBank
-from ovss_nb.masks import TextClassifier, block_attention, carry, mask_pool, mask_scores, propose, sine_positions, sos_bias
+from ovss_nb.text.text_bank import TextBank
+from ovss_nb.components.mask_classification import (
+    TextClassifier, block_attention, carry, mask_pool, mask_scores, propose, sine_positions, sos_bias,
+)
 
 GOLDEN = Path(__file__).parent/"golden"
 SPLIT = 4   # of six blocks

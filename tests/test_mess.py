@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from ovss_nb.app.cli import main
-from ovss_nb.datasets import DatasetError
-from ovss_nb.mess import mess_means, mess_records, mess_sets
-from ovss_nb.predict import resize_rule
-from ovss_nb.prepare import prepare
-from ovss_nb.protocols import check, list_protocols, open_dataset, protocol
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.benchmarks.datasets import DatasetError
+from ovss_nb.benchmarks.mess import mess_means, mess_records, mess_sets
+from ovss_nb.inference.predict import resize_rule
+from ovss_nb.benchmarks.prepare import prepare
+from ovss_nb.benchmarks.protocols import check, list_protocols, open_dataset, protocol
+from ovss_nb.core.vocabulary import Vocabulary
 
 # Written by hand: name, photograph, label file ({} numbers the images), classes, images, background, first and last name.
 IMAGES, LABELS = "images_detectron2/", "annotations_detectron2/"
@@ -180,7 +180,7 @@ def test_list_shows_them(capsys):
 @pytest.mark.parametrize("first", ["mess", "protocols"])
 def test_imports(first):
     "Neither room needs the other to have been imported, nor torch."
-    code = f"import sys, ovss_nb.{first}; from ovss_nb.protocols import protocol; print(protocol('MESS-SUIM').classes, 'torch' in sys.modules)"
+    code = f"import sys, ovss_nb.{first}; from ovss_nb.benchmarks.protocols import protocol; print(protocol('MESS-SUIM').classes, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["8", "False"]
 
 def test_sources_are_complete():

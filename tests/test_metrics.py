@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy import ndimage
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
-from ovss_nb.metrics import (STATISTICS, Confusion, bootstrap_interval, boundary_band, boundary_counts, boundary_iou, class_accuracy, class_iou,
-                             frequency_weighted_iou, harmonic_mean, mean_accuracy, mean_iou, pixel_accuracy)
+from ovss_nb.benchmarks.metrics import (
+    STATISTICS, Confusion, bootstrap_interval, boundary_band, boundary_counts, boundary_iou, class_accuracy,
+    class_iou, frequency_weighted_iou, harmonic_mean, mean_accuracy, mean_iou, pixel_accuracy,
+)
 
 def case(seed, classes, absent=0.3, ignored=0.1, shape=(3, 37, 41)):
     "Random maps in which some classes are never true, others never predicted, some neither; every fourth prediction is right."
@@ -294,5 +296,5 @@ def test_bootstrap_refuses():
     with pytest.raises(ValueError, match="record consists"): bootstrap_interval([[[0, 2, 1]]], 2)
 
 def test_metrics_load_without_torch_and_scipy():
-    code = "import sys, ovss_nb.metrics; print(sorted({'torch', 'scipy', 'nbdev', 'matplotlib'} & sys.modules.keys()))"
+    code = "import sys, ovss_nb.benchmarks.metrics; print(sorted({'torch', 'scipy', 'nbdev', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from doubles import Colours
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.systems.mrovseg import MROVSeg, MROVSegConfig
-from ovss_nb.text import TextBank
+from ovss_nb.text.text_bank import TextBank
 
 def small_clip(layers=4, patch=16):
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_high_and_low_both_count(system):
 
 def test_san_style_proposals_see_the_small_view_alone(clip):
     "Proposals without multi-grained attention: the embeddings of `propose` with the global mask, and no word of slices."
-    from ovss_nb.masks import propose
+    from ovss_nb.components.mask_classification import propose
     system = MROVSeg(clip, size=64, **(TINY | dict(multi_grained=False)))
     image = system.encode_image(picture(64, 64))
     (embeddings, _, attention), = system.outputs([image])

@@ -7,9 +7,11 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
-from ovss_nb.masks import mlp
-from ovss_nb.multires import (AttentionMasks, MaskPyramid, MultiResAdapter, MultiResFusion, Views, cut_slices, multi_grained_attention, resize,
-    restore_slices, see_views, separable, slice_offsets, small_grid)
+from ovss_nb.components.mask_classification import mlp
+from ovss_nb.components.multi_resolution import (
+    AttentionMasks, MaskPyramid, MultiResAdapter, MultiResFusion, Views, cut_slices, multi_grained_attention,
+    resize, restore_slices, see_views, separable, slice_offsets, small_grid,
+)
 
 def small_clip(patch=16, quick_gelu=True):
     torch.manual_seed(0)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
-from ovss_nb.images import load_image
-from ovss_nb.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
-from ovss_nb.predict import create
+from ovss_nb.core.images import load_image
+from ovss_nb.inference.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
+from ovss_nb.inference.predict import create
 from ovss_nb.systems.catseg import CATSeg
 from ovss_nb.systems.ebseg import EBSeg
 from ovss_nb.systems.lmseg import LMSeg
@@ -26,10 +26,10 @@ from ovss_nb.systems.mrovseg import MROVSeg
 from ovss_nb.systems.pnp_ovss import PnPOVSS
 from ovss_nb.systems.san import SAN
 from ovss_nb.systems.windows import SlidingWindows
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.core.vocabulary import Vocabulary
 
 for package in ("onnx", "onnxruntime", "onnxscript"): pytest.importorskip(package, reason="needs the extra `onnx`")
-from ovss_nb.onnx_export import GRAPHS, agreement, export_system, stored_bank
+from ovss_nb.inference.onnx_export import GRAPHS, agreement, export_system, stored_bank
 
 PHOTOS = Path(data.__file__).parent
 WORDS = {"cat": ["cat", "kitten"], "dog": ["dog"], "wall": ["wall", "curtain", "paper"]}
@@ -98,7 +98,7 @@ def test_the_graph_of_lite_serves_all_vocabularies(tmp_path):
     embeddings, names, _ = load_bank(tmp_path/"graph/VOC-21.safetensors")
     assert embeddings.shape == (21, embeddings.shape[1], 384) and names[8] == "cat"
     code = f"""import sys; sys.modules["torch"] = None
-from ovss_nb.onnx_run import OnnxSystem
+from ovss_nb.inference.onnx_run import OnnxSystem
 print(OnnxSystem({str(tmp_path/"graph")!r}).segment({str(PHOTOS/"chelsea.png")!r}, "VOC-21").areas()["cat"])"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) > 0.3

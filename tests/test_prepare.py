@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovss_nb.datasets import FolderDataset
-from ovss_nb.images import ImageError, load_image
-from ovss_nb.label_files import read_index_mask
-from ovss_nb.prepare import PrepareError, prepare
-from ovss_nb.protocols import open_dataset
+from ovss_nb.benchmarks.datasets import FolderDataset
+from ovss_nb.core.images import ImageError, load_image
+from ovss_nb.benchmarks.label_files import read_index_mask
+from ovss_nb.benchmarks.prepare import PrepareError, prepare
+from ovss_nb.benchmarks.protocols import open_dataset
 
 class Arrays:
     "A data set without files: the bare interface."
@@ -132,7 +132,7 @@ def test_no_space(tmp_path, monkeypatch):
     data = source(tmp_path/"download")
     def full(*a, **k): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr("ovss_nb.prepare._write_mask", full)
+        m.setattr("ovss_nb.benchmarks.prepare._write_mask", full)
         with pytest.raises(OSError, match="No space"): prepare(data, tmp_path/"out", progress=False)
     assert not (tmp_path/"out/classes.txt").exists() # cannot be opened as a data set yet
     assert prepare(data, tmp_path/"out", progress=False)["written"] == 6
@@ -198,8 +198,8 @@ CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[3])
 import test_prepare as t
-from ovss_nb.datasets import FolderDataset
-from ovss_nb.prepare import prepare
+from ovss_nb.benchmarks.datasets import FolderDataset
+from ovss_nb.benchmarks.prepare import prepare
 data = FolderDataset.open(sys.argv[1]) if sys.argv[1] != "-" else t.Arrays(40)
 class Slow(type(data)):
     def __getitem__(self, i):

@@ -8,9 +8,11 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from chat_server import ChatServer, describe
 from ovss_nb.app.cli import main
-from ovss_nb.prompts import (ATTRIBUTES, KINDS, PROMPTS, PromptBank, PromptError, check_description, check_subclasses, filter_subclasses,
-                             list_banks, list_subclasses, load_subclasses, vocabulary_hash)
-from ovss_nb.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
+from ovss_nb.text.prompt_bank import (
+    ATTRIBUTES, KINDS, PROMPTS, PromptBank, PromptError, check_description, check_subclasses,
+    filter_subclasses, list_banks, list_subclasses, load_subclasses, vocabulary_hash,
+)
+from ovss_nb.core.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
 
 tokenizer = SimpleTokenizer()
 tokenizer.encode = lru_cache(None)(tokenizer.encode)   # most texts belong to several vocabularies

@@ -5,12 +5,12 @@ import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
-from ovss_nb.augment import Augmentation
+from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.predict import create
-from ovss_nb.text import TextBank, class_prompts
-from ovss_nb.train import parameter_groups
-from ovss_nb.vocabulary import Vocabulary, load_vocabulary
+from ovss_nb.inference.predict import create
+from ovss_nb.text.text_bank import TextBank, class_prompts
+from ovss_nb.training.fit import parameter_groups
+from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 def notebook_code(start, end):
     "The part of the training notebook's code from a line that begins with `start` to one that begins with `end`."

@@ -10,9 +10,12 @@ from skimage import data
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ovss_nb import refine
-from ovss_nb.extras import MissingExtra
-from ovss_nb.refine import CRFConfig, add_background, binary_crf, crf_available, dense_crf, dilate, erode, gaussian_blur, surviving_classes, upsample_argmax
+from ovss_nb.components import maps as refine
+from ovss_nb.core.optional import MissingExtra
+from ovss_nb.components.maps import (
+    CRFConfig, add_background, binary_crf, crf_available, dense_crf, dilate, erode, gaussian_blur,
+    surviving_classes, upsample_argmax,
+)
 
 needs_crf = pytest.mark.skipif(not crf_available(), reason="the extra `crf` (pydensecrf2) is not installed")
 

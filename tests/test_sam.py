@@ -11,8 +11,8 @@ from skimage import data
 from torch import nn
 from torch.nn import functional as F
 from ovss_nb.encoders.sam import CHECKPOINTS, SAMEncoder, load_sam
-from ovss_nb.extras import MissingExtra
-from ovss_nb.images import load_image
+from ovss_nb.core.optional import MissingExtra
+from ovss_nb.core.images import load_image
 
 PHOTO = load_image(Path(data.__file__).parent/"chelsea.png")   # 300 x 451
 WIDTH, HEADS, PATCH, WINDOW, DIM = 32, 2, 4, 3, 16

@@ -12,7 +12,7 @@ from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.systems.san import SAN, SANConfig, SideImage, SideNetwork, translate
-from ovss_nb.text import TextBank
+from ovss_nb.text.text_bank import TextBank
 
 GOLDEN = Path(__file__).parent/"golden"
 TINY = dict(size=64, queries=6, patch=8, width=24, depth=5, heads=3, channels=16)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
-from ovss_nb.segmentation import Segmentation, SegmentationError, default_palette
+from ovss_nb.core.segmentation import Segmentation, SegmentationError, default_palette
 
 PHOTOS = Path(skimage.__file__).parent/"data"
 
@@ -60,7 +60,7 @@ def test_default_palette():
     with_ground = default_palette(["background", *names[:20]])
     assert (with_ground[0] == 0).all() and (with_ground[1:] == palette[:20]).all()
     # the same in another process, whatever its hash seed
-    code = "from ovss_nb.segmentation import default_palette; print(default_palette(list('abcdefgh')).tolist())"
+    code = "from ovss_nb.core.segmentation import default_palette; print(default_palette(list('abcdefgh')).tolist())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}).stdout
     assert json.loads(out) == palette[:8].tolist()
     assert default_palette(names * 4).shape == (4 * 847, 3)
@@ -180,7 +180,7 @@ def test_repr_is_small_and_complete():
         assert Image.open(BytesIO(random_segmentation(4)._repr_jpeg_())).width >= 31
 
 def test_ground_floor_has_no_torch():
-    code = "import sys, ovss_nb.images, ovss_nb.cache, ovss_nb.segmentation; assert not {'torch', 'nbdev', 'matplotlib', 'skimage'} & set(sys.modules), 'a heavy import'"
+    code = "import sys, ovss_nb.core.images, ovss_nb.core.cache, ovss_nb.core.segmentation; assert not {'torch', 'nbdev', 'matplotlib', 'skimage'} & set(sys.modules), 'a heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -188,7 +188,7 @@ def test_ground_floor_has_no_torch():
 def test_a_photo_is_never_written_over(tmp_path, how):
     "By the file, a link to it, or an image that was opened; labels may replace labels."
     from doubles import Colours
-    from ovss_nb.cache import OverwriteError
+    from ovss_nb.core.cache import OverwriteError
     from ovss_nb.systems.maskclip import MaskCLIP
     path = tmp_path/"photo.png"
     Image.fromarray(np.random.default_rng(0).integers(60, 250, (48, 48, 3), np.uint8)).save(path)
@@ -198,7 +198,7 @@ def test_a_photo_is_never_written_over(tmp_path, how):
     else: result = Segmentation(np.zeros((48, 48), int), ["red", "green"], image=path if how == "path" else Image.open(path))
     for out in (path, tmp_path/"link.png", str(tmp_path/"."/"photo.png")):
         with pytest.raises(OverwriteError): result.save_png(out)
-    from ovss_nb.formats import save_coco, save_geojson, save_panoptic, save_scores
+    from ovss_nb.core.formats import save_coco, save_geojson, save_panoptic, save_scores
     with pytest.raises(OverwriteError): save_coco({"photo.png": result}, path)
     with pytest.raises(OverwriteError): save_panoptic({"photo.png": result}, tmp_path.with_suffix(".json"))   # whose folder is that of the photo
     os.link(path, tmp_path/"photo.npz")

@@ -12,8 +12,11 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `lite`")
 from ovss_nb.encoders.simseg import PREFIXES, SimSegEncoder
-from ovss_nb.refine import dilate, erode, min_max
-from ovss_nb.subclasses import ensemble, loda_pool, merge_masks, select_classes, selection_threshold, subclass_maps, subclass_weights, superclass_scores
+from ovss_nb.components.maps import dilate, erode, min_max
+from ovss_nb.components.subclass_ensemble import (
+    ensemble, loda_pool, merge_masks, select_classes, selection_threshold, subclass_maps, subclass_weights,
+    superclass_scores,
+)
 
 HEADS = dict(image_heads=2, text_heads=3) # of the recorded model; the default of 64 channels per head fits the published ones
 
@@ -100,8 +103,8 @@ def test_systems_equal_the_recorded_segmentation(encoder, golden):
     from ovss_nb.systems.base import EncodedImage
     from ovss_nb.systems.llm_supervised import LLMSupervised, SubclassText
     from ovss_nb.systems.simseg import SimSeg
-    from ovss_nb.text import TextBank
-    from ovss_nb.vocabulary import Vocabulary
+    from ovss_nb.text.text_bank import TextBank
+    from ovss_nb.core.vocabulary import Vocabulary
     names = ["background", *(f"class {k}" for k in range(1, 14))]
     vocabulary = Vocabulary(names)
     bank = TextBank(golden["out.class_embeddings"][:, None], torch.ones(14, 1, dtype=torch.bool), vocabulary.names, vocabulary.words, ("{}",), vocabulary.background)

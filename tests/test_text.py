@@ -4,11 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from ovss_nb.cache import Cache
+from ovss_nb.core.cache import Cache
 from ovss_nb.encoders.base import Encoder
-from ovss_nb.prompts import KINDS, PromptBank, PromptError, list_banks
-from ovss_nb.text import POOLINGS, SOURCES, TEMPLATES, TextBank, check_texts, class_prompts, encode_text, load_templates, prompt_sources, prompts_digest
-from ovss_nb.vocabulary import Vocabulary, VocabularyError, VocabularyWarning, load_vocabulary
+from ovss_nb.text.prompt_bank import KINDS, PromptBank, PromptError, list_banks
+from ovss_nb.text.text_bank import (
+    POOLINGS, SOURCES, TEMPLATES, TextBank, check_texts, class_prompts, encode_text, load_templates,
+    prompt_sources, prompts_digest,
+)
+from ovss_nb.core.vocabulary import Vocabulary, VocabularyError, VocabularyWarning, load_vocabulary
 
 class Letters(Encoder):
     "Embeds a prompt by its letter counts through random weights, and remembers what it was asked."
@@ -117,7 +120,7 @@ def test_an_interrupted_run_continues(tmp_path):
 PROCESS = """
 import json, open_clip, torch
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.text import encode_text
+from ovss_nb.text.text_bank import encode_text
 torch.manual_seed({seed})
 model = open_clip.CLIP(16, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), dict(context_length=32, vocab_size=49408, width=16, heads=1, layers=1))
 count = 0

@@ -15,13 +15,13 @@ from skimage import data
 from torch.nn import functional as F
 from doubles import Colours
 from ovss_nb.encoders.base import Encoder, ImageFeatures
-from ovss_nb.cache import OverwriteError
-from ovss_nb.images import ImageError, load_image, open_picture
-from ovss_nb.segmentation import Segmentation
+from ovss_nb.core.cache import OverwriteError
+from ovss_nb.core.images import ImageError, load_image, open_picture
+from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.simseg import SimSeg
 from ovss_nb.systems.windows import SlidingWindows
-from ovss_nb.tiles import label_rows, load_tiff, segment_tiles, tile_offsets, tile_weights
+from ovss_nb.inference.tiles import label_rows, load_tiff, segment_tiles, tile_offsets, tile_weights
 
 rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
 PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
@@ -162,8 +162,8 @@ def test_without_rasterio(tmp_path):
     write_tiff(tmp_path/"geo.tif", mosaic(60, 60))
     Image.fromarray(mosaic(60, 60)).save(tmp_path/"plain.tif")
     code = """import sys; sys.modules["rasterio"] = None
-from ovss_nb.extras import MissingExtra
-from ovss_nb.tiles import open_picture, segment_tiles
+from ovss_nb.core.optional import MissingExtra
+from ovss_nb.inference.tiles import open_picture, segment_tiles
 with open_picture("plain.tif") as picture: assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
 for call in (lambda: open_picture("geo.tif").__enter__(), lambda: segment_tiles("plain.tif", ["red"], None, "labels.tif")):
     try: call()
@@ -191,7 +191,7 @@ import sys, time, resource, torch
 sys.path.insert(0, {tests!r})
 from doubles import Colours
 from ovss_nb.systems.maskclip import MaskCLIP
-from ovss_nb.tiles import segment_tiles
+from ovss_nb.inference.tiles import segment_tiles
 class Slow(Colours):
     def encode(self, images): time.sleep({pause}); return super().encode(images)
 segment_tiles(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size={size}), sys.argv[2], progress=False)
@@ -265,7 +265,7 @@ def test_ten_thousand_squared_in_two_gib(kind, tmp_path):
     else: Image.fromarray(sheet).save(tmp_path/"big.png", compress_level=1)
     code = f"""import resource
 from ovss_nb import create
-from ovss_nb.tiles import segment_tiles
+from ovss_nb.inference.tiles import segment_tiles
 segment_tiles({str(tmp_path/f"big.{kind}")!r}, "VOC-21", create("maskclip", "lite"), {str(tmp_path/f"labels.{kind}")!r}, progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout

@@ -9,9 +9,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ovss_nb.captions import CaptionSet
-from ovss_nb.datasets import FolderDataset
-from ovss_nb.train import (Batches, TrainingError, _read_state, cached_features, checkpoints, fit, load_weights, parameter_groups, save_checkpoint, schedule_factor, step_generator)
+from ovss_nb.training.captions import CaptionSet
+from ovss_nb.benchmarks.datasets import FolderDataset
+from ovss_nb.training.fit import (
+    Batches, TrainingError, _read_state, cached_features, checkpoints, fit, load_weights, parameter_groups,
+    save_checkpoint, schedule_factor, step_generator,
+)
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX's")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -395,7 +398,7 @@ def quiet():
 
 def as_a_pair(folder, resume):
     "What each of two processes does: an undisturbed run, two that must be refused, and one in which the second process dies at step 8; then that one again."
-    from ovss_nb.train import processes
+    from ovss_nb.training.fit import processes
     number, _ = processes()
     steps = [0]
     def dies(model, batch):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.systems.trained import TrainedSystem, difference, read_weights, tune_queries_values
-from ovss_nb.train import fit
-from ovss_nb.vocabulary import Vocabulary
+from ovss_nb.training.fit import fit
+from ovss_nb.core.vocabulary import Vocabulary
 
 WORDS = ["cat", "dog", "tree"]
 PHOTO = np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)

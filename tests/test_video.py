@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from skimage import data
 from doubles import Colours
-from ovss_nb.cache import OverwriteError, file_digest
-from ovss_nb.images import ImageError, load_image
-from ovss_nb.segmentation import Segmentation
+from ovss_nb.core.cache import OverwriteError, file_digest
+from ovss_nb.core.images import ImageError, load_image
+from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
-from ovss_nb.video import open_frames, overlay_video, segment_video, write_video
+from ovss_nb.inference.video import open_frames, overlay_video, segment_video, write_video
 
 av = pytest.importorskip("av", reason="needs the extra `video`")
 PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
@@ -388,7 +388,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from doubles import Colours
 from ovss_nb.systems.maskclip import MaskCLIP
-from ovss_nb.video import segment_video
+from ovss_nb.inference.video import segment_video
 class Slow(Colours):
     def encode(self, images): time.sleep(0.05); return super().encode(images)
 for name, _ in segment_video(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size=48), sys.argv[2], progress=False): print(name, flush=True)

@@ -17,11 +17,11 @@ from pycocotools.coco import COCO
 
 import ovss_nb.app.viewer as room
 from ovss_nb.app.viewer import REFINED, Viewer, app_notebook, read_lines, score_at, serve, write_lines
-from ovss_nb.extras import MissingExtra
-from ovss_nb.formats import load_coco
-from ovss_nb.refine import crf_available
-from ovss_nb.segmentation import Segmentation
-from ovss_nb.vocabulary import Vocabulary, VocabularyWarning
+from ovss_nb.core.optional import MissingExtra
+from ovss_nb.core.formats import load_coco
+from ovss_nb.components.maps import crf_available
+from ovss_nb.core.segmentation import Segmentation
+from ovss_nb.core.vocabulary import Vocabulary, VocabularyWarning
 
 pytest.importorskip("anywidget", reason="needs the extra `jupyter`")
 WORDS = ["red", "green", "blue"]
@@ -244,7 +244,7 @@ def test_a_shipped_list_keeps_its_title_until_it_is_edited(viewer):
 def test_lines_are_read_kindly(text, names): assert read_lines(text).names == names
 
 
-@pytest.mark.filterwarnings("ignore::ovss_nb.vocabulary.VocabularyWarning")
+@pytest.mark.filterwarnings("ignore::ovss_nb.core.vocabulary.VocabularyWarning")
 def test_one_name_is_noted_as_long_as_it_is_alone(viewer):
     form = viewer.form
     form.classes.value = "blue"; form.apply.click()

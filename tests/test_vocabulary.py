@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from ovss_nb.app.cli import parse_classes
-from ovss_nb.prompts import PromptBank
-from ovss_nb.segmentation import Segmentation, default_palette
-from ovss_nb.vocabulary import (Vocabulary, VocabularyError, VocabularyWarning, find_background, is_background, list_vocabularies, load_vocabulary, read_lines, read_vocabulary, tidy_name,
-                                write_lines)
+from ovss_nb.text.prompt_bank import PromptBank
+from ovss_nb.core.segmentation import Segmentation, default_palette
+from ovss_nb.core.vocabulary import (
+    Vocabulary, VocabularyError, VocabularyWarning, find_background, is_background, list_vocabularies,
+    load_vocabulary, read_lines, read_vocabulary, tidy_name, write_lines,
+)
 
 ACCENT = "cafe\u0301"   # é of two characters
 BACKGROUNDS = ["background", "Background", "BACKGROUND", "_background_", "__background__", "__Background__", "bg", "BG", "else", "Else", "back-ground", " background "]

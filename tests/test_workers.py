@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ovss_nb.workers import WorkerDied, spread
+from ovss_nb.core.parallel import WorkerDied, spread
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `ray`")
 
@@ -215,7 +215,7 @@ def test_refusals(wrong, words):
 
 SCRIPT = """
 import os, signal, sys, time
-from ovss_nb.workers import spread
+from ovss_nb.core.parallel import spread
 class Answer:
     def __init__(self, value): self.value = value
 def build():

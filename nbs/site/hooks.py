@@ -19,7 +19,7 @@ SITE = Path(__file__).resolve().parent
 ROOT = SITE.parents[1]
 sys.path[:0] = [str(SITE), str(ROOT)]
 
-from house import FLOORS, MEANING, chapter, draw, rooms  # noqa: E402
+from layout import MEANING, chapter, chapters, draw  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.ovss_nb")   # below `mkdocs`, so that --strict counts its warnings
 styles, targets = {}, set()   # style sheets that notebooks share; pages and files of the site
@@ -32,22 +32,30 @@ def on_config(config):
     notebooks = Path(config.docs_dir)
 
     def listed(folder): return [{chapter(o)[0]: o.relative_to(notebooks).as_posix()} for o in sorted((notebooks/folder).glob("*.ipynb"))]
-    floors = [{f"{floor} {FLOORS[floor]}": [{title: path.relative_to(notebooks).as_posix()} for path, title, *_ in found]} for floor, found in rooms(notebooks).items() if found]
-    library = [{module: f"api/{module}.md"} for found in rooms(notebooks).values() for *_, module in found]
+    found = chapters(notebooks)
+    folders = [
+        {folder: [{title: path.relative_to(notebooks).as_posix()} for path, title, *_ in of_folder]}
+        for folder, of_folder in found.items()
+    ]
+    library = [{module: f"api/{module}.md"} for of_folder in found.values() for *_, module in of_folder]
     config.nav = [{"Home": "index.md"}, {"Tutorials": listed("tutorials")}, {"Systems": [f"site/pages/systems/{o}.md" for o in SYSTEMS]},
-                  {"Chapters": floors}, {"Experiments": listed("experiments")}, {"Library": library}, {"Contributing": "site/pages/contributing.md"}]
+                  {"Chapters": folders}, {"Experiments": listed("experiments")}, {"Library": library}, {"Contributing": "site/pages/contributing.md"}]
     return config
 
 
 def on_files(files, config):
-    found = rooms(config.docs_dir)
+    found = chapters(config.docs_dir)
     files.append(File.generated(config, "index.md", content=(SITE/"pages"/"index.md").read_text(encoding="utf-8")))
-    for floor, of_floor in found.items():
-        for path, title, _, module in of_floor:
+    for folder, of_folder in found.items():
+        for path, title, _, module in of_folder:
             notebook = path.relative_to(config.docs_dir).as_posix()
-            files.append(File.generated(config, f"api/{module}.md", content=f"# ovss_nb.{module}\n\nFloor {floor}, {FLOORS[floor]}: {MEANING[floor]}. "
-                                        f"Developed in [{title}](../{notebook}).\n\n::: ovss_nb.{module}\n"))
-    if draw(found) != (SITE/"house.svg").read_text(encoding="utf-8"): log.warning("nbs/site/house.svg is not the house as it is: run python nbs/site/house.py")
+            content = (
+                f"# ovss_nb.{module}\n\nFolder {folder}: {MEANING[folder]}. "
+                f"Developed in [{title}](../{notebook}).\n\n::: ovss_nb.{module}\n"
+            )
+            files.append(File.generated(config, f"api/{module}.md", content=content))
+    if draw(found) != (SITE/"layout.svg").read_text(encoding="utf-8"):
+        log.warning("nbs/site/layout.svg is not the layout as it is: run python nbs/site/layout.py")
     targets.clear(); targets.update(o.src_uri for o in files)
     return files
 
