@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 # Loaded on first use: `import ovss_nb` stays free of torch.
-_home = {"segment": "inference.predict", "create": "inference.predict", "create_encoder": "inference.predict",
-         "list_systems": "inference.predict", "list_encoders": "inference.predict", "Vocabulary": "core.vocabulary",
+_home = {"segment": "inference.predict", "create": "systems.registry", "create_encoder": "encoders.registry",
+         "list_systems": "systems.registry", "list_encoders": "encoders.registry", "Vocabulary": "core.vocabulary",
          "load_vocabulary": "core.vocabulary", "list_vocabularies": "core.vocabulary",
          "Segmentation": "core.segmentation", "load_image": "core.images"}
 __all__ = sorted(_home)

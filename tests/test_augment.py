@@ -7,7 +7,8 @@ from torchvision import tv_tensors
 from ovss_nb.training.augment import (
     Augmentation, SetBatches, TrainingSets, choose_classes, merge_vocabularies,
 )
-from ovss_nb.training.fit import TrainingError, fit, step_generator
+from ovss_nb.training.feature_cache import TrainingError
+from ovss_nb.training.fit import fit, step_generator
 from ovss_nb.core.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
 
 PLAIN = dict(brightness=0, contrast=0, saturation=0, hue=0)

@@ -6,9 +6,8 @@ import numpy as np
 import platformdirs
 import pytest
 
-from ovss_nb.core.cache import (
-    Cache, CacheError, OverwriteError, atomic_path, check_writable, file_digest, refuse_overwrite,
-)
+from ovss_nb.core.cache import Cache, CacheError
+from ovss_nb.core.files import OverwriteError, atomic_path, check_writable, file_digest, refuse_overwrite
 
 # What the subprocesses run. Arrays for seed s are functions of s, so a reader can tell a wrong or torn entry.
 CHILD = """

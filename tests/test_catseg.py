@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
 from ovss_nb.components.fusion import sample_regions
-from ovss_nb.text.prompt_bank import PromptError
+from ovss_nb.text.prompt_checks import PromptError
 from ovss_nb.systems.catseg import CATSeg, CATSegConfig, CATSegNetwork, class_loss, cut_views, guidance_blocks, merge_views, translate
 from ovss_nb.encoders.lite_sam import create_second
 from ovss_nb.systems.lmseg import LMSeg

@@ -14,7 +14,8 @@ from ovss_nb.core.checkpoints import read_weights
 from ovss_nb.encoders.blip import BLIPMatcher, blip_config
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.simseg import PREFIXES, SimSegEncoder
-from ovss_nb.inference.predict import create, create_encoder
+from ovss_nb.encoders.registry import create_encoder
+from ovss_nb.systems.registry import create
 
 SMALL = dict(weights="random", size=64, width=16, depth=4, heads=2, queries=3, channels=8, start=1, encoder_scale=1.0, supervised=1, patch=16, templates="single")
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from ovss_nb.encoders.base import resize_positions
 from ovss_nb.encoders.clip import MEANS, CLIPEncoder, count_tokens, file_settings, load_clip
-from ovss_nb.inference.predict import create_encoder
+from ovss_nb.encoders.registry import create_encoder
 
 GOLDEN = Path(__file__).parent/"golden"
 WIDTH, HEADS, LAYERS, PATCH, DIM = 48, 3, 7, 8, 20

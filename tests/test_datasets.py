@@ -12,7 +12,8 @@ from ovss_nb.benchmarks.datasets import (
 )
 from ovss_nb.core.images import ImageError
 from ovss_nb.benchmarks.label_files import coco_instance_labels
-from ovss_nb.core.vocabulary import LabelMap, Vocabulary
+from ovss_nb.benchmarks.label_maps import LabelMap
+from ovss_nb.core.vocabulary import Vocabulary
 
 SHARED = Path(__file__).parents[2]/"shared/data"
 RULES = SimpleNamespace(name="two", vocabulary=Vocabulary(["cat", "dog"]), label_map=LabelMap("two", 2, {0: 255, 1: 0, 2: 1}))

@@ -442,7 +442,8 @@ def test_labels_in_one_file_for_all(tmp_path):
     "COCO's: a changed JSON file changes the labels of every image, in a session that has read it before."
     from ovss_nb.benchmarks.datasets import Layout, LayoutDataset, _FolderRules
     from ovss_nb.benchmarks.label_files import coco_instance_labels
-    from ovss_nb.core.vocabulary import LabelMap, Vocabulary
+    from ovss_nb.benchmarks.label_maps import LabelMap
+    from ovss_nb.core.vocabulary import Vocabulary
     (tmp_path/"images").mkdir()
     for n in range(3): Image.fromarray(np.full((40, 60, 3), 20 + n, np.uint8)).save(tmp_path/f"images/{n}.png")
     def write(category):

@@ -142,7 +142,7 @@ def test_pnp_ablation(tmp_path, monkeypatch):
 @pytest.mark.skipif(not (DATA/"voc2012-sbd-extra").exists(), reason="needs the labelled images in ../shared/data")
 def test_train(tmp_path, monkeypatch):
     "LMSeg at a tiny size: the loss falls, held-back pictures are labelled better than before training and than by the commonest class, and the weights load."
-    from ovss_nb.inference.predict import create
+    from ovss_nb.systems.registry import create
     tiny = dict(data=str(DATA), features=str(tmp_path/"features"), limit=28, evaluate_limit=16, unseen=["sofa", "sheep"], knobs=dict(grid=6, attention_window=3, second_size=128, centre_text=True),
                 changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=80, words=6, labels=48, lr=0.003))
     metrics = run("train", tmp_path, monkeypatch, **tiny)
@@ -158,7 +158,7 @@ def test_train(tmp_path, monkeypatch):
 @pytest.mark.parametrize("system", [pytest.param("san", marks=pytest.mark.skipif("OVSS_NB_BIG" not in os.environ, reason="the other two show the same: set OVSS_NB_BIG=1 for all")), "ebseg", "mrovseg"])
 def test_train_masks(system, tmp_path, monkeypatch):
     "The same notebook trains systems with mask queries: the loss falls, and the weights load."
-    from ovss_nb.inference.predict import create
+    from ovss_nb.systems.registry import create
     metrics = run("train", tmp_path, monkeypatch, system=system, recipe="small-masks", data=str(DATA), features=str(tmp_path/"features"), limit=6, evaluate_limit=3, unseen=["sofa"],
         changes=dict(train=[["voc2012-sbd-extra", "VOC-21", "all"]], test=[["voc2012-val-subset", "VOC-21", "all"]], steps=20, batch=3, words=6, labels=48, lr=0.002, warmup=0))
     assert metrics["loss_last"] < 0.8*metrics["loss_first"]

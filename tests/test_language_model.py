@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("openai", reason="needs the extra `llm`")
 from chat_server import FAULTS, ChatServer, completion, describe, reply
 from ovss_nb.text.language_model import BudgetSpent, LanguageModel, LanguageModelError, Question
-from ovss_nb.text.prompt_bank import (
-    DESCRIPTION_SCHEMA, PromptBank, description_question, write_descriptions, write_subclasses,
+from ovss_nb.text.prompt_bank import PromptBank
+from ovss_nb.text.prompt_writer import (
+    DESCRIPTION_SCHEMA, description_question, write_descriptions, write_subclasses,
 )
 from ovss_nb.core.vocabulary import load_vocabulary
 
@@ -58,7 +59,7 @@ def test_subclasses_complete_as_plain_text(tmp_path):
 
 def test_kill_9_loses_no_answer_and_repeats_none(tmp_path):
     answers = 60
-    program = ("import sys; from ovss_nb.text.language_model import LanguageModel; from ovss_nb.text.prompt_bank import write_descriptions; from ovss_nb.core.vocabulary import load_vocabulary\n"
+    program = ("import sys; from ovss_nb.text.language_model import LanguageModel; from ovss_nb.text.prompt_writer import write_descriptions; from ovss_nb.core.vocabulary import load_vocabulary\n"
                "write_descriptions(LanguageModel('test', sys.argv[1], timeout=20, backoff=0.01, journal=sys.argv[2]), load_vocabulary('COCO-Stuff-171'), guidance='Say what can be seen.', progress=False)")
     with ChatServer(describe, hold=answers) as server:
         process = subprocess.Popen([sys.executable, "-c", program, server.url, tmp_path/"journal.jsonl"])
@@ -271,7 +272,7 @@ def test_a_full_disk_is_found_before_the_first_call(small_disk, tmp_path):
 
 
 def test_two_processes_on_one_journal_share_their_answers(tmp_path):
-    program = ("import sys; from ovss_nb.text.language_model import LanguageModel; from ovss_nb.text.prompt_bank import write_subclasses; from ovss_nb.core.vocabulary import load_vocabulary\n"
+    program = ("import sys; from ovss_nb.text.language_model import LanguageModel; from ovss_nb.text.prompt_writer import write_subclasses; from ovss_nb.core.vocabulary import load_vocabulary\n"
                "bank = write_subclasses(LanguageModel('test', sys.argv[1], timeout=20, backoff=0.01, journal=sys.argv[2], concurrency=2), load_vocabulary('COCO-Stuff-171'), progress=False)\n"
                "sys.exit(len(bank) != 171)")
     with ChatServer(describe) as server:

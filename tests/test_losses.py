@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.nn import functional as F
 
+from ovss_nb.components.image_text_losses import (
+    caption_contrast, distillation, hard_negatives, log_mean_exp, matching_loss, noun_loss,
+    score_distillation,
+)
 from ovss_nb.components.mask_losses import (
-    caption_contrast, distillation, hard_negatives, log_mean_exp, mask_classification_loss, mask_point_losses,
-    mask_targets, match_masks, matching_loss, noun_loss, pair_costs, point_sample, query_class_loss,
-    score_distillation, ssc_loss, uncertain_points,
+    mask_classification_loss, mask_point_losses, mask_targets, match_masks, pair_costs, point_sample,
+    query_class_loss, ssc_loss, uncertain_points,
 )
 
 GOLDEN = Path(__file__).parent/"golden"

@@ -9,7 +9,7 @@ from PIL import Image
 from ovss_nb.app.cli import main
 from ovss_nb.benchmarks.datasets import DatasetError
 from ovss_nb.benchmarks.mess import mess_means, mess_records, mess_sets
-from ovss_nb.inference.predict import resize_rule
+from ovss_nb.systems.registry import resize_rule
 from ovss_nb.benchmarks.prepare import prepare
 from ovss_nb.benchmarks.protocols import check, list_protocols, open_dataset, protocol
 from ovss_nb.core.vocabulary import Vocabulary

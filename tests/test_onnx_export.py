@@ -17,7 +17,7 @@ from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
 from ovss_nb.core.images import load_image
 from ovss_nb.inference.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
-from ovss_nb.inference.predict import create
+from ovss_nb.systems.registry import create
 from ovss_nb.systems.catseg import CATSeg
 from ovss_nb.systems.ebseg import EBSeg
 from ovss_nb.systems.lmseg import LMSeg

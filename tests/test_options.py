@@ -17,8 +17,9 @@ from ovss_nb.app.experiments import ExperimentError, check_parameters, parse_par
 from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.core.options import OptionError, Range, option_kinds, read_option
-from ovss_nb.inference.predict import SYSTEMS, _system_class, create, create_encoder, read_knobs, resize_rule
-from ovss_nb.components.maps import CRFConfig
+from ovss_nb.encoders.registry import create_encoder
+from ovss_nb.systems.registry import SYSTEMS, _system_class, create, read_knobs, resize_rule
+from ovss_nb.components.crf import CRFConfig
 from ovss_nb.components.salience import SalienceConfig
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs/experiments"

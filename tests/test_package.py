@@ -143,7 +143,7 @@ def test_wheel_carries_its_data(tmp_path):
 def test_missing_extra_names_the_command(tmp_path):
     "Without pydensecrf the CRF says what to install; nothing else breaks."
     code = ("import sys; sys.modules['pydensecrf'] = None; sys.modules['pydensecrf.densecrf'] = None\n"
-            "from ovss_nb.components.maps import binary_crf, crf_available; import numpy as np\n"
+            "from ovss_nb.components.crf import binary_crf, crf_available; import numpy as np\n"
             "assert not crf_available()\n"
             "try: binary_crf(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), .5))\n"
             "except ImportError as e: print(e)")

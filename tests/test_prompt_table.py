@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from ovss_nb.app.prompt_table import PromptTable, bank_html
-from ovss_nb.text.prompt_bank import ATTRIBUTES, PromptBank, PromptError
+from ovss_nb.text.prompt_bank import PromptBank
+from ovss_nb.text.prompt_checks import ATTRIBUTES, PromptError
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 widgets = pytest.importorskip("ipywidgets", reason="needs the extra `jupyter`")

@@ -9,9 +9,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from chat_server import ChatServer, describe
 from ovss_nb.app.cli import main
 from ovss_nb.text.prompt_bank import (
-    ATTRIBUTES, KINDS, PROMPTS, PromptBank, PromptError, check_description, check_subclasses,
-    filter_subclasses, list_banks, list_subclasses, load_subclasses, vocabulary_hash,
+    KINDS, PromptBank, list_banks, list_subclasses, load_subclasses, vocabulary_hash,
 )
+from ovss_nb.text.prompt_checks import check_description, check_subclasses
+from ovss_nb.text.prompt_checks import ATTRIBUTES, PromptError
+from ovss_nb.text.prompt_writer import PROMPTS, filter_subclasses
 from ovss_nb.core.vocabulary import Vocabulary, list_vocabularies, load_vocabulary
 
 tokenizer = SimpleTokenizer()

@@ -9,11 +9,12 @@ import scipy.io
 from PIL import Image
 
 from ovss_nb.benchmarks.datasets import DatasetError, FolderDataset
-from ovss_nb.inference.predict import resize_rule
+from ovss_nb.systems.registry import resize_rule
 from ovss_nb.benchmarks.protocols import (
     PROTOCOLS, check, find_layouts, list_protocols, open_dataset, protocol,
 )
-from ovss_nb.core.vocabulary import label_map, load_vocabulary
+from ovss_nb.benchmarks.label_maps import label_map
+from ovss_nb.core.vocabulary import load_vocabulary
 
 SHARED = Path(__file__).parents[2]/"shared/data"
 NAMES = ["VOC-20", "VOC-21", "PAS-20b", "PC-59", "PC-60", "PC-459", "ADE-150", "ADE-847", "ADE-150+unl", "COCO-171", "COCO-80+bg", "COCO-171+bg", "Cityscapes-19", "CamVid-11"]

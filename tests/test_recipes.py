@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.inference.predict import create
+from ovss_nb.systems.registry import create
 from ovss_nb.text.text_bank import TextBank, class_prompts
-from ovss_nb.training.fit import parameter_groups
+from ovss_nb.training.optimizer import parameter_groups
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 def notebook_code(start, end):

@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ovss_nb.components import maps as refine
 from ovss_nb.core.optional import MissingExtra
-from ovss_nb.components.maps import (
-    CRFConfig, add_background, binary_crf, crf_available, dense_crf, dilate, erode, gaussian_blur,
-    surviving_classes, upsample_argmax,
-)
+from ovss_nb.components.crf import CRFConfig, binary_crf, crf_available, dense_crf, surviving_classes
+from ovss_nb.components.maps import add_background, dilate, erode, gaussian_blur
+from ovss_nb.components.upsample import upsample_argmax
 
 needs_crf = pytest.mark.skipif(not crf_available(), reason="the extra `crf` (pydensecrf2) is not installed")
 

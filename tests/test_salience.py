@@ -12,7 +12,7 @@ from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.blip import BLIPMatcher, blip_config, split_prompts
 from ovss_nb.encoders.itm import ImageTokens, LiteITM
 from ovss_nb.encoders.lite import SentenceEncoder
-from ovss_nb.components.maps import crf_available
+from ovss_nb.components.crf import crf_available
 from ovss_nb.components.salience import (
     SalienceConfig, class_maps, class_tokens, drop_more, image_tokens, salience_dropout, salience_iterations,
     salience_labels, salience_maps, salience_probabilities, to_ids, without_patches,

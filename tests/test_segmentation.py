@@ -188,7 +188,7 @@ def test_ground_floor_has_no_torch():
 def test_a_photo_is_never_written_over(tmp_path, how):
     "By the file, a link to it, or an image that was opened; labels may replace labels."
     from doubles import Colours
-    from ovss_nb.core.cache import OverwriteError
+    from ovss_nb.core.files import OverwriteError
     from ovss_nb.systems.maskclip import MaskCLIP
     path = tmp_path/"photo.png"
     Image.fromarray(np.random.default_rng(0).integers(60, 250, (48, 48, 3), np.uint8)).save(path)

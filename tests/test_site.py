@@ -99,7 +99,7 @@ def test_links_lead_somewhere(site):
 @pytest.mark.parametrize("system", ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"])
 def test_system_page_has_every_knob(site, system):
     from importlib import import_module
-    from ovss_nb.inference.predict import SYSTEMS
+    from ovss_nb.systems.registry import SYSTEMS
     module, cls, _ = SYSTEMS[system]
     page = html.unescape(text(site/"site"/"pages"/"systems"/f"{system}.html"))
     for o in dataclasses.fields(getattr(import_module(module), cls).config_class):
@@ -108,7 +108,7 @@ def test_system_page_has_every_knob(site, system):
 
 
 def test_all_systems_have_a_page():
-    from ovss_nb.inference.predict import SYSTEMS
+    from ovss_nb.systems.registry import SYSTEMS
     assert set(SYSTEMS) == {path.stem for path in (SITE/"pages"/"systems").glob("*.md")}
 
 

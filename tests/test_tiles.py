@@ -15,7 +15,7 @@ from skimage import data
 from torch.nn import functional as F
 from doubles import Colours
 from ovss_nb.encoders.base import Encoder, ImageFeatures
-from ovss_nb.core.cache import OverwriteError
+from ovss_nb.core.files import OverwriteError
 from ovss_nb.core.images import ImageError, load_image, open_picture
 from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP

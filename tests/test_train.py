@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ovss_nb.training.captions import CaptionSet
 from ovss_nb.benchmarks.datasets import FolderDataset
-from ovss_nb.training.fit import (
-    Batches, TrainingError, _read_state, cached_features, checkpoints, fit, load_weights, parameter_groups,
-    save_checkpoint, schedule_factor, step_generator,
-)
+from ovss_nb.training.checkpoint import checkpoints, load_weights, save_checkpoint
+from ovss_nb.training.feature_cache import TrainingError, cached_features
+from ovss_nb.training.fit import Batches, _read_state, fit, step_generator
+from ovss_nb.training.optimizer import parameter_groups, schedule_factor
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX's")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))

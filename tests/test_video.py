@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from skimage import data
 from doubles import Colours
-from ovss_nb.core.cache import OverwriteError, file_digest
+from ovss_nb.core.files import OverwriteError, file_digest
 from ovss_nb.core.images import ImageError, load_image
 from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP

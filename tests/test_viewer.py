@@ -19,7 +19,7 @@ import ovss_nb.app.viewer as room
 from ovss_nb.app.viewer import REFINED, Viewer, app_notebook, read_lines, score_at, serve, write_lines
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.core.formats import load_coco
-from ovss_nb.components.maps import crf_available
+from ovss_nb.components.crf import crf_available
 from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.core.vocabulary import Vocabulary, VocabularyWarning
 

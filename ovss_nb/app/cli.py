@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 from .experiments import add_commands, command
-from ovss_nb.core.cache import (
-    Cache, Journal, atomic_path, check_writable, file_digest, file_stem, refuse_overwrite,
-)
+from ..core.cache import Cache
+from ..core.files import Journal, atomic_path, check_writable, file_digest, file_stem, refuse_overwrite
 from ..core.optional import MissingExtra, require
 from ..core.formats import FORMATS, save_as
 from ..core.images import check_bands, check_limits, load_image, open_picture
 from ..text.language_model import LanguageModel
 from ..core.options import Count, Index, NotNegative, Range, argument
-from ovss_nb.inference.predict import (
-    DEFAULT_SYSTEM, create, has_knob, list_encoders, list_systems, out_of_memory, read_knobs, resize_rule,
-    segment_files,
-)
-from ..text.prompt_bank import KINDS, PromptBank, list_banks, write_descriptions, write_subclasses
+from ..encoders.registry import list_encoders
+from ..inference.predict import DEFAULT_SYSTEM, out_of_memory, segment_files
+from ..systems.registry import create, has_knob, list_systems, read_knobs, resize_rule
+from ..text.prompt_bank import KINDS, PromptBank, list_banks
+from ..text.prompt_writer import write_descriptions, write_subclasses
 from ..core.segmentation import Segmentation, SegmentationError
 from ovss_nb.core.vocabulary import (
     Vocabulary, VocabularyError, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines,
@@ -550,7 +549,7 @@ def _segment(a) -> int:
         vocabulary = parse_classes(a.classes)
         pictures = [(path, vocabulary) for path in a.files]
     check_writable(a.out/"report.html")   # before the system is loaded
-    from ovss_nb.components.maps import crf_available   # brings torch, which the lists do not need
+    from ovss_nb.components.crf import crf_available   # brings torch, which the lists do not need
     if "crf" not in knobs and has_knob(a.system, "crf"):
         knobs["crf"] = crf_available()
         print("dense CRF: " + ("on" if knobs["crf"] else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"))

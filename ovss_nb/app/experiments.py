@@ -19,11 +19,12 @@ from filelock import FileLock, Timeout
 from loky import cpu_count
 from tqdm.auto import tqdm
 import ovss_nb
-from ..core.cache import Cache, atomic_path, file_digest, refuse_overwrite
+from ..core.cache import Cache
+from ..core.files import atomic_path, file_digest, refuse_overwrite
 from ..core.optional import require
 from ..core.fonts import plot_families
 from ..core.options import Count, OptionError, argument, fitted, guess, read_option
-from ..inference.predict import SYSTEMS, read_knobs, resize_rule
+from ..systems.registry import SYSTEMS, read_knobs, resize_rule
 from ..core.parallel import WorkerDied, spread
 
 # %% ../../nbs/app/01_experiments.ipynb #c8cb70fb

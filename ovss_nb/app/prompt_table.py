@@ -12,9 +12,10 @@ from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.cache import file_stem
+from ..core.files import file_stem
 from ..core.optional import require
-from ..text.prompt_bank import ATTRIBUTES, PromptBank, PromptError
+from ..text.prompt_bank import PromptBank
+from ..text.prompt_checks import ATTRIBUTES, PromptError
 from ..core.vocabulary import Vocabulary, list_vocabularies
 
 # %% ../../nbs/app/02_prompt_table.ipynb #4909a89d

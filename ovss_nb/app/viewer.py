@@ -6,7 +6,7 @@
 __all__ = ['REFINED', 'DISPLAYED', 'score_at', 'Viewer', 'ViewerForm', 'app_notebook', 'serve']
 
 # %% ../../nbs/app/03_viewer.ipynb #41d7d4f9
-import base64, json, os, re, subprocess, sys, tempfile, warnings, zlib
+import base64, json, os, subprocess, sys, tempfile, warnings, zlib
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
@@ -19,15 +19,13 @@ from ..core.optional import MissingExtra, require
 from ..core.fonts import draw_text, text_length
 from ..core.formats import save_coco
 from ..core.images import load_image
-from ovss_nb.inference.predict import (
-    DEFAULT_SYSTEM, SYSTEMS, create, create_encoder, has_knob, shipped_weights,
-)
-from ..components.maps import upsample_argmax
+from ..encoders.registry import create_encoder
+from ..inference.predict import DEFAULT_SYSTEM
+from ..systems.registry import SYSTEMS, create, has_knob, shipped_weights
+from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
 from ..systems.base import System
-from ovss_nb.core.vocabulary import (
-    Vocabulary, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines, write_lines,
-)
+from ..core.vocabulary import Vocabulary, VocabularyWarning, list_vocabularies, read_lines, write_lines
 
 # %% ../../nbs/app/03_viewer.ipynb #539c4bf2
 def score_at(
@@ -205,7 +203,7 @@ def code(self:Viewer) -> str:
     knobs = "".join(f", {name}={value!r}" for name, value in self._all_knobs(self.system, self.crf).items())
     lines = [f"from ovss_nb import create{', load_image'*bool(self.reading)}{', Vocabulary' if words.startswith('Vocabulary(') else ''}", f"system = create({self.system!r}, {encoder}{knobs})"]
     if self.stage == REFINED: return "\n".join([*lines, f"result = system.segment({source}, {words})"])
-    return "\n".join(["from ovss_nb.components.maps import upsample_argmax", *lines, f"image, text = system.encode_image({source}), system.encode_text({words})",
+    return "\n".join(["from ovss_nb.components.upsample import upsample_argmax", *lines, f"image, text = system.encode_image({source}), system.encode_text({words})",
                       f"labels = upsample_argmax(system.stages(image, text)[{self.stage!r}], image.size)"])
 
 # %% ../../nbs/app/03_viewer.ipynb #627af2c7

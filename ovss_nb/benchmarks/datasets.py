@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np
-from ..core.cache import file_digest
+from ..core.files import file_digest
 from ..core.images import IMAGE_SUFFIXES, is_system_file, load_image
 from .label_files import LabelFileError, read_index_mask
-from ..core.vocabulary import LabelMap, Vocabulary, VocabularyError, read_vocabulary
+from .label_maps import LabelMap
+from ..core.vocabulary import Vocabulary, VocabularyError, read_vocabulary
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #2638748e
 class DatasetError(ValueError):

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
-from ..core.cache import Cache, Journal, atomic_path, difference, file_digest, refuse_overwrite
+from ..core.cache import Cache
+from ..core.files import Journal, atomic_path, difference, file_digest, refuse_overwrite
 from .metrics import Confusion, boundary_counts, boundary_iou, mean_iou
 from ..core.options import Count, Index, Share, checked_arguments
 from ..core.segmentation import Segmentation

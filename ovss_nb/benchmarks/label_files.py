@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core.images import IMAGE_SUFFIXES, MAX_PIXELS, PILLOW_ERRORS
-from ..core.segmentation import _object_mask, _run_lengths
-from ..core.vocabulary import label_map, load_vocabulary
+from ..core.segmentation import _object_mask
+from .label_maps import label_map
+from ..core.vocabulary import load_vocabulary
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #d73aeb2d
 MAX_BYTES = 2**30   # no label file of any benchmark comes near: instances_train2017.json has 0.45 GB

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from .datasets import Layout
-from ..core.vocabulary import LabelMap, Vocabulary, is_background
+from .label_maps import LabelMap
+from ..core.vocabulary import Vocabulary, is_background
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #58e747c6
 def mess_sets() -> list[dict]: # name, registered, domain, images, background, home, photographs, labels, source, note, classes

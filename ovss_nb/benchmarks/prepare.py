@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from ..core.cache import OverwriteError, atomic_path, refuse_overwrite
+from ..core.files import OverwriteError, atomic_path, refuse_overwrite
 from ..core.images import ImageError, is_system_file, load_image
-from .label_files import LabelFileError, read_index_mask
+from .label_files import read_index_mask
 from ..core.vocabulary import quoted
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #4f19f713

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 from ovss_nb.benchmarks.datasets import (
     FOLDER, DatasetError, FolderDataset, Layout, LayoutDataset, folder_facts, is_folder,
@@ -23,7 +22,8 @@ from ovss_nb.benchmarks.label_files import (
     coco_instance_labels, read_ade20k_full, read_camvid_colours, read_matlab_labels,
 )
 from .mess import mess_records
-from ..core.vocabulary import LabelMap, Vocabulary, label_map, load_vocabulary
+from .label_maps import LabelMap, label_map
+from ..core.vocabulary import Vocabulary, load_vocabulary
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #c23ea0b8
 @dataclass(frozen=True)

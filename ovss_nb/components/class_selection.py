@@ -7,7 +7,7 @@ __all__ = ['SELECTION_QUESTION', 'SELECTION_SCHEMA', 'Selection', 'AllClasses', 
            'selection_question', 'check_selection', 'LLMClasses', 'class_selector']
 
 # %% ../../nbs/components/06_class_selection.ipynb #3c188024
-import base64, json
+import base64
 from io import BytesIO
 from typing import NamedTuple
 import numpy as np

@@ -9,7 +9,7 @@ __all__ = ['SalienceConfig', 'salience_maps', 'class_tokens', 'drop_more', 'with
 
 # %% ../../nbs/components/07_salience.ipynb #1037a59c
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from ..encoders.blip import split_prompts
 from ..encoders.itm import ImageTextMatcher, ImageTokens, Prompts
 from ..core.options import Count, Index, Range, Share, check_options
-from .maps import PNP_CRF, dense_crf, gaussian_blur, min_max, threshold, upsample_argmax
+from .crf import PNP_CRF, dense_crf
+from .maps import gaussian_blur, min_max, threshold
+from .upsample import upsample_argmax
 
 # %% ../../nbs/components/07_salience.ipynb #22785f4b
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from .cache import atomic_path, refuse_overwrite
+from .files import atomic_path, refuse_overwrite
 from .optional import require
 from .images import MAX_PIXELS, PILLOW_ERRORS, ImageError, image_size
 from .segmentation import Segmentation, SegmentationError, _object_mask, _rle_size, _whole

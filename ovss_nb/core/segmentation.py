@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
-from .cache import atomic_path, refuse_overwrite
+from .files import atomic_path, refuse_overwrite
 from .fonts import draw_text, text_length
 from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
 from .vocabulary import composed, find_background, is_background

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from ..core.cache import file_digest
+from ..core.files import file_digest
 from ..core.checkpoints import is_safetensors, read_weights, unwrapped
 from .base import choose_device, Encoder, ImageFeatures, loda_pool, resize_positions
 from ..core.options import Index, checked_arguments

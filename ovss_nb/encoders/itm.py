@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from ..core.cache import atomic_path
-from .base import choose_device, Encoder, known_pieces
+from ..core.files import atomic_path
+from .base import Encoder, known_pieces
 from .lite import LiteEncoder
 
 # %% ../../nbs/encoders/08_itm.ipynb #cd50420d

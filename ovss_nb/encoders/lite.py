@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from ..core.cache import atomic_path
+from ..core.files import atomic_path
 from .base import choose_device, Encoder, ImageFeatures, known_pieces, resize_positions
 from ..core.optional import require
 from ..core.options import Positive, Range, Share, checked_arguments

@@ -10,13 +10,13 @@ import json, logging, warnings
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core.cache import Cache, atomic_path, file_stem, refuse_overwrite
+from ..core.cache import Cache
+from ..core.files import atomic_path, file_stem, refuse_overwrite
 from ..components.cost_aggregation import cost_map
-from ..encoders.base import Encoder, ImageFeatures
+from ..encoders.base import Encoder
 from ..core.optional import require
 from ..core.images import load_image
 from ..components.mask_classification import mask_scores

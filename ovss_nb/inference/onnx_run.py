@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from ..core.cache import atomic_path
+from ..core.files import atomic_path
 from ..core.optional import require
 from ..core.images import load_image
 from ..core.segmentation import Segmentation

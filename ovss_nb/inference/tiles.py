@@ -15,7 +15,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from ..core.cache import Cache, atomic_path, file_digest, refuse_overwrite
+from ..core.cache import Cache
+from ..core.files import atomic_path, file_digest, refuse_overwrite
 from ..core.optional import require
 from ..core.images import Picture, check_bands, check_limits, open_picture
 from ..core.options import Count, Index, Range, fit_option

@@ -15,9 +15,8 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
-from ..core.cache import Journal, atomic_path, difference, file_digest, refuse_overwrite
+from ..core.files import Journal, atomic_path, difference, file_digest, refuse_overwrite
 from ..core.optional import require
 from ..core.images import ImageError, check_bands, check_limits, is_image_name, load_image
 from ..core.segmentation import Segmentation, SegmentationError

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 import numpy as np
 import torch
-from ..core.cache import Cache, file_digest
+from ..core.cache import Cache
+from ..core.files import file_digest
 from ..encoders.base import Encoder, ImageFeatures
 from ..core.images import MAX_PIXELS, load_image
 from ..core.options import Count, check_names, check_options, fit_option, option_kinds
-from ..components.maps import upsample_argmax
+from ..components.upsample import upsample_argmax
 from ..core.segmentation import Segmentation
 from ..text.text_bank import SOURCES, TextBank, encode_text, prompt_sources, prompts_digest
 from ..core.vocabulary import Vocabulary, VocabularyWarning

@@ -29,7 +29,6 @@ from ovss_nb.components.mask_classification import (
     TextClassifier, carry, mask_pool, mask_scores, propose, sos_bias,
 )
 from ..core.options import Count, Index, NotNegative, Positive, Range, Share
-from ..components.maps import upsample_argmax
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, difference, logit_scale
 from ..text.text_bank import TextBank

@@ -14,9 +14,11 @@ from ..encoders.lite_sam import create_second
 from ..encoders.sam import fit_longest
 from ..components.fusion import FeatureFusion
 from ..core.options import Count, Share
-from ..text.prompt_bank import PromptBank, PromptError
+from ..text.prompt_bank import PromptBank
+from ..text.prompt_checks import PromptError
 from .catseg import CATSeg, CATSegConfig, CATSegNetwork, GuidedImage
-from ..text.text_bank import TextBank, encode_text, load_templates
+from ..text.templates import load_templates
+from ..text.text_bank import TextBank, encode_text
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/systems/10_lmseg.ipynb #640c8c2a

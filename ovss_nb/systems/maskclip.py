@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from ..core.options import Count, Positive, Share
-from ..components.maps import dense_crf, upsample_argmax
+from ..components.crf import dense_crf
+from ..components.upsample import upsample_argmax
 from .base import Config, EncodedImage, System
 from ..text.text_bank import TextBank
 from ..core.vocabulary import Vocabulary

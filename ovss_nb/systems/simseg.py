@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from ..core.options import Count, Index, Range, Share
-from ..components.maps import binary_crf, dilate, erode, min_max, upsample_argmax
+from ..components.crf import binary_crf
+from ..components.maps import dilate, erode, min_max
+from ..components.upsample import upsample_argmax
 from ..components.subclass_ensemble import merge_masks, select_classes, superclass_scores
 from .base import Config, EncodedImage, System
 from ..text.text_bank import TextBank

@@ -9,17 +9,15 @@ __all__ = ['tune_queries_values', 'logit_scale', 'alike', 'stored_knobs', 'Train
 import copy, hashlib, json, re
 from dataclasses import dataclass, fields
 from pathlib import Path
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from ..core.cache import atomic_path
+from ..core.files import atomic_path
 from ..core.checkpoints import difference, read_weights
 from ..encoders.base import Encoder, ImageFeatures
-from ..core.images import load_image
 from .base import Config, EncodedImage, System
 from ..text.text_bank import TextBank
 from ..core.vocabulary import Vocabulary

@@ -16,7 +16,8 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.cache import Cache, check_writable
+from ..core.cache import Cache
+from ..core.files import check_writable
 from ..core.optional import require
 from ..core.options import Count, Index, NotNegative, Positive, checked_arguments
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 import numpy as np
-from ..core.cache import file_digest
+from ..core.files import file_digest
 from ..benchmarks.datasets import DatasetError
 from ..core.images import is_image_name, load_image
 
