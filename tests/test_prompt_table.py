@@ -1,4 +1,7 @@
-"The table of prompts: what a browser would send arrives in the bank, nothing is lost or overwritten, and foreign text stays text."
+"""The table of prompts:
+what a browser would send arrives in the bank, nothing is lost or overwritten, and foreign text stays text.
+"""
+
 import subprocess
 import sys
 
@@ -17,10 +20,12 @@ def type_in(widget, text):
     widget.set_state({"value": text})
 
 
-def press(button): button._handle_custom_msg({"event": "click"}, [])
+def press(button):
+    button._handle_custom_msg({"event": "click"}, [])
 
 
-def undo_of(form, number): return form.places[number][-1].children[0].children[1]
+def undo_of(form, number):
+    return form.places[number][-1].children[0].children[1]
 
 
 def test_typing_reaches_the_bank_and_undo_the_page(tmp_path):
@@ -31,12 +36,17 @@ def test_typing_reaches_the_bank_and_undo_the_page(tmp_path):
     assert "bus" in name or "bus" in " ".join(table.texts(name).values()).lower()
     old = field.value
     type_in(field, f"  {old.rstrip('.')},\n with <rust>. ")
-    assert table.bank[name]["texture_material"] == f"{old.rstrip('.')}, with <rust>." and form.shown[0] == name
+    assert (
+        table.bank[name]["texture_material"] == f"{old.rstrip('.')}, with <rust>." and form.shown[0] == name
+    )
     press(undo_of(form, 0))
     assert field.value == old and table.bank.classes == before
-    type_in(form.file, str(tmp_path/"city.json"))
+    type_in(form.file, str(tmp_path / "city.json"))
     press(form.keep)
-    assert PromptBank.open(tmp_path/"city.json").texts() == PromptBank.open("Cityscapes-19", "descriptions").texts()
+    assert (
+        PromptBank.open(tmp_path / "city.json").texts()
+        == PromptBank.open("Cityscapes-19", "descriptions").texts()
+    )
 
 
 def test_pages_cover_every_class_once():
@@ -44,27 +54,38 @@ def test_pages_cover_every_class_once():
     form, seen = table.form, []
     while True:
         seen += form.shown
-        if form.on.disabled: break
+        if form.on.disabled:
+            break
         press(form.on)
     assert seen == list(load_vocabulary("ADE-847").names) and len(form.places) == 10
-    press(form.on)   # beyond the last page nothing turns
+    press(form.on)  # beyond the last page nothing turns
     assert form.shown == seen[-7:] and form.place.value.startswith("841 to 847 of 847")
     press(form.back)
     assert form.shown == seen[-17:-7]
     type_in(form.search, "no such text")
-    assert form.shown == [] and form.place.value.startswith("nothing found") and form.on.disabled and form.back.disabled
+    assert (
+        form.shown == []
+        and form.place.value.startswith("nothing found")
+        and form.on.disabled
+        and form.back.disabled
+    )
     type_in(form.search, "")
     assert form.shown == seen[:10]
 
 
 def test_a_mended_class_stays_under_the_hand():
     table = PromptTable("VOC-20")
-    for name in ("cat", "dog"): table.edit(name, table.texts(name) | {"color": f"A {name} has fur."})
+    for name in ("cat", "dog"):
+        table.edit(name, table.texts(name) | {"color": f"A {name} has fur."})
     form = table.form
     form.only.set_state({"value": True})
     assert form.shown == ["cat", "dog"]
     type_in(form.places[0][1]["color"], "A cat is black.")
-    assert form.shown == ["cat", "dog"] and form.places[0][2].value == "" and "color names no colour" in form.places[1][2].value
+    assert (
+        form.shown == ["cat", "dog"]
+        and form.places[0][2].value == ""
+        and "color names no colour" in form.places[1][2].value
+    )
     assert form.place.value.endswith("1 with problems")
 
 
@@ -81,7 +102,11 @@ def test_foreign_text_stays_text():
     bank = PromptBank.new(words, "descriptions", model=evil)
     bank.fill(words, {"<b>cat": {o: f"{o} {evil}" for o in ATTRIBUTES}})
     table = PromptTable(bank, words)
-    shown = [table.show().data, bank_html(bank, problems=table.problems), *(o.value for o in table.form.places[0][:3:2])]
+    shown = [
+        table.show().data,
+        bank_html(bank, problems=table.problems),
+        *(o.value for o in table.form.places[0][:3:2]),
+    ]
     assert all("<script" not in o and "<img" not in o and "<b>cat" not in o for o in shown)
     assert "&lt;img src=x&gt;" in table.form.places[0][0].value
 
@@ -92,51 +117,74 @@ def test_drafts_are_shown_and_never_saved(tmp_path):
     bank.borrow(words)
     table = PromptTable(bank, words)
     table.edit("griffin", {"color": "A griffin is gold."})
-    assert table.problems["griffin"] == [f"{o} is empty" for o in ("shape, size", "texture, material", "summary")]
+    assert table.problems["griffin"] == [
+        f"{o} is empty" for o in ("shape, size", "texture, material", "summary")
+    ]
     assert "A griffin is gold." in table.show(["griffin"]).data and "griffin" not in bank.classes
-    with pytest.raises(PromptError, match="not saved: griffin, shape, size and texture, material and summary empty"): table.save(tmp_path/"a.json")
+    with pytest.raises(
+        PromptError, match="not saved: griffin, shape, size and texture, material and summary empty"
+    ):
+        table.save(tmp_path / "a.json")
     table.edit("griffin", {})
     assert table.problems == {"griffin": ["missing"]} and table.drafts == {}
-    assert PromptBank.open(table.save(tmp_path/"a.json")).classes.keys() == {"cat"}
+    assert PromptBank.open(table.save(tmp_path / "a.json")).classes.keys() == {"cat"}
     table.edit("griffin", {o: f"A griffin is gold, {o}." for o in ATTRIBUTES})
-    assert list(bank.classes) == ["griffin", "cat"] and table.problems == {}   # the vocabulary's order
+    assert list(bank.classes) == ["griffin", "cat"] and table.problems == {}  # the vocabulary's order
     assert PromptBank.open(table.save()).settings["edited"] == ["griffin"]
     subclasses = PromptTable("VOC-20", kind="subclasses")
     subclasses.edit("cat", [])
-    assert subclasses.texts("cat") == [] and subclasses.problems["cat"] == ["the list is empty"] and subclasses.bank["cat"]
+    assert (
+        subclasses.texts("cat") == []
+        and subclasses.problems["cat"] == ["the list is empty"]
+        and subclasses.bank["cat"]
+    )
 
 
 def test_saving_overwrites_no_other_bank(tmp_path):
-    for name in ("one", "two"): PromptTable("VOC-20").save(tmp_path/f"{name}.json")
-    table = PromptTable(tmp_path/"one.json")
+    for name in ("one", "two"):
+        PromptTable("VOC-20").save(tmp_path / f"{name}.json")
+    table = PromptTable(tmp_path / "one.json")
     table.edit("cat", table.texts("cat") | {"color": "A cat is black."})
-    with pytest.raises(PromptError, match="two.json exists and is another bank"): table.save(tmp_path/"two.json")
-    type_in(table.form.file, str(tmp_path/"two.json"))
+    with pytest.raises(PromptError, match="two.json exists and is another bank"):
+        table.save(tmp_path / "two.json")
+    type_in(table.form.file, str(tmp_path / "two.json"))
     press(table.form.keep)
     assert "another bank" in table.form.status.value
-    type_in(table.form.file, str(tmp_path/"one.json"/"below.json"))   # a file is no folder
+    type_in(table.form.file, str(tmp_path / "one.json" / "below.json"))  # a file is no folder
     press(table.form.keep)
     assert "color:#c62828" in table.form.status.value
-    assert table.save() == tmp_path/"one.json" and PromptBank.open(tmp_path/"one.json")["cat"]["color"] == "A cat is black."
+    assert (
+        table.save() == tmp_path / "one.json"
+        and PromptBank.open(tmp_path / "one.json")["cat"]["color"] == "A cat is black."
+    )
 
 
 def test_what_cannot_be_shown_says_why(tmp_path):
     own = PromptBank.new(["cat", "dog"], "subclasses")
-    for arguments, message in (((own,), "pass its words as vocabulary="), ((own, ["cat", "horse"]), "other classes or words"), ((tmp_path/"none.json",), "cannot read the bank"),
-                               (("VOC-20", None, "poems"), "kind must be")):
-        with pytest.raises(PromptError, match=message): PromptTable(*arguments)
-    with pytest.raises(PromptError, match="rows must be at least 1"): PromptTable("VOC-20", rows=0)
+    for arguments, message in (
+        ((own,), "pass its words as vocabulary="),
+        ((own, ["cat", "horse"]), "other classes or words"),
+        ((tmp_path / "none.json",), "cannot read the bank"),
+        (("VOC-20", None, "poems"), "kind must be"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            PromptTable(*arguments)
+    with pytest.raises(PromptError, match="rows must be at least 1"):
+        PromptTable("VOC-20", rows=0)
     table = PromptTable("VOC-20")
     for act in (table.texts, table.undo, lambda o: table.edit(o, {}), lambda o: table.show([o])):
-        with pytest.raises(PromptError, match="no class 'unicorn'"): act("unicorn")
+        with pytest.raises(PromptError, match="no class 'unicorn'"):
+            act("unicorn")
 
 
 def test_without_widgets_the_plain_table_is_left():
-    code = ("import sys; sys.modules['ipywidgets'] = None\n"
-            "from ovss_nb.app.prompt_table import PromptTable\n"
-            "table = PromptTable('VOC-20')\n"
-            "print(len(table.show(['cat']).data) > 400, 'torch' in sys.modules)\n"
-            "try: table.form\n"
-            "except ImportError as e: print(e)")
+    code = (
+        "import sys; sys.modules['ipywidgets'] = None\n"
+        "from ovss_nb.app.prompt_table import PromptTable\n"
+        "table = PromptTable('VOC-20')\n"
+        "print(len(table.show(['cat']).data) > 400, 'torch' in sys.modules)\n"
+        "try: table.form\n"
+        "except ImportError as e: print(e)"
+    )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.startswith("True False\n") and "pip install 'ovss_nb[jupyter]'" in out

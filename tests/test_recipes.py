@@ -1,4 +1,7 @@
-"The training notebook's recipes are the papers': every number, one published text per class, and what of CLIP is trained."
+"""The training notebook's recipes are the papers':
+every number, one published text per class, and what of CLIP is trained.
+"""
+
 import json
 from pathlib import Path
 import open_clip
@@ -12,23 +15,82 @@ from ovss_nb.text.text_bank import TextBank, class_prompts
 from ovss_nb.training.optimizer import parameter_groups
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
+
 def notebook_code(start, end):
-    "The part of the training notebook's code from a line that begins with `start` to one that begins with `end`."
-    cells = json.loads((Path(__file__).parent.parent/"nbs/experiments/train.ipynb").read_text(encoding="utf-8"))["cells"]
+    """The part of the training notebook's code from a line that begins with `start` to one that begins with
+    `end`.
+    """
+    cells = json.loads(
+        (Path(__file__).parent.parent / "nbs/experiments/train.ipynb").read_text(encoding="utf-8")
+    )["cells"]
     code = "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
-    return "\n" + code[code.index("\n" + start):code.index("\n" + end)]
+    return "\n" + code[code.index("\n" + start) : code.index("\n" + end)]
+
 
 def recipes(encoder="clip:ViT-B-16-quickgelu/openai", second="sam:vit_b/sam.pth"):
     exec(notebook_code("SMALL = ", "if recipe not in"), found := dict(encoder=encoder, second=second))
     return found["RECIPES"]
 
+
 SAN_CROPS = dict(shortest=[320, 960], step=64, longest=2560, crop=640)
-PAPERS = { # SYSTEMS 2.2, 1.4 and 1.6, 3.8, 4.6
-    "coco-stuff-80k": dict(steps=80_000, batch=4, lr=2e-4, weight_decay=1e-4, schedule="cosine", warmup=0, clip=0.01, tune=True, encoder_lr=0.01, precision="fp32", words=0, augmentation={}),
-    "coco-stuff-san": dict(steps=60_000, batch=32, lr=1e-4, weight_decay=1e-4, schedule="poly", warmup=0, clip=0.01, tune=True, encoder_lr=1.0, precision="bf16", words=0, augmentation=SAN_CROPS),
-    "coco-stuff-ebseg": dict(steps=120_000, batch=16, lr=1e-4, weight_decay=0.05, schedule="poly", warmup=0, clip=0.01, tune=True, encoder_lr=1.0, precision="bf16", words=0, augmentation=SAN_CROPS),
-    "coco-stuff-mrovseg": dict(steps=60_000, batch=32, lr=2e-4, weight_decay=1e-4, schedule="poly", warmup=0, clip=0.01, tune=False, precision="bf16", words=0, augmentation=dict(scale=[0.5, 2.0], crop=640)),
+PAPERS = {  # SYSTEMS 2.2, 1.4 and 1.6, 3.8, 4.6
+    "coco-stuff-80k": dict(
+        steps=80_000,
+        batch=4,
+        lr=2e-4,
+        weight_decay=1e-4,
+        schedule="cosine",
+        warmup=0,
+        clip=0.01,
+        tune=True,
+        encoder_lr=0.01,
+        precision="fp32",
+        words=0,
+        augmentation={},
+    ),
+    "coco-stuff-san": dict(
+        steps=60_000,
+        batch=32,
+        lr=1e-4,
+        weight_decay=1e-4,
+        schedule="poly",
+        warmup=0,
+        clip=0.01,
+        tune=True,
+        encoder_lr=1.0,
+        precision="bf16",
+        words=0,
+        augmentation=SAN_CROPS,
+    ),
+    "coco-stuff-ebseg": dict(
+        steps=120_000,
+        batch=16,
+        lr=1e-4,
+        weight_decay=0.05,
+        schedule="poly",
+        warmup=0,
+        clip=0.01,
+        tune=True,
+        encoder_lr=1.0,
+        precision="bf16",
+        words=0,
+        augmentation=SAN_CROPS,
+    ),
+    "coco-stuff-mrovseg": dict(
+        steps=60_000,
+        batch=32,
+        lr=2e-4,
+        weight_decay=1e-4,
+        schedule="poly",
+        warmup=0,
+        clip=0.01,
+        tune=False,
+        precision="bf16",
+        words=0,
+        augmentation=dict(scale=[0.5, 2.0], crop=640),
+    ),
 }
+
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_recipes_are_the_papers(name):
@@ -37,58 +99,126 @@ def test_recipes_are_the_papers(name):
     assert all(knobs["first_word"] for knobs in found["knobs"].values())
     Augmentation(**found["augmentation"])
     large = recipes("clip:ViT-L-14-336-quickgelu/openai")[name]
-    assert large["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"]) and large["knobs"].get("mrovseg", {}).get("size", 672) == 672
+    assert (
+        large["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"])
+        and large["knobs"].get("mrovseg", {}).get("size", 672) == 672
+    )
+
 
 def test_small_recipes_are_as_they_were():
     "The weights that ship were made by them: no picture is changed, and a class is the mean of its words."
     for name in ("small", "small-masks"):
         found = recipes("lite", "lite_sam")[name]
-        assert found["augmentation"] is None and not found["tune"] and not any("first_word" in knobs for knobs in found["knobs"].values())
+        assert (
+            found["augmentation"] is None
+            and not found["tune"]
+            and not any("first_word" in knobs for knobs in found["knobs"].values())
+        )
+
 
 def texts_read(system, words):
     "What a system's text tower is given for a vocabulary."
     said, text = [], system.encoder.text
     system.encoder.text = lambda prompts: said.extend(prompts) or text(prompts)
-    try: system.encode_text(words)
-    finally: del system.encoder.text
+    try:
+        system.encode_text(words)
+    finally:
+        del system.encoder.text
     return said
+
 
 def text_system(name, **knobs):
     "A system over a small CLIP that reads real words."
-    small = dict(image_size=64, patch_size=16, width=32, layers=4, head_width=16), dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    small = (
+        dict(image_size=64, patch_size=16, width=32, layers=4, head_width=16),
+        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
+    )
     encoder = CLIPEncoder(open_clip.CLIP(24, *small), tokenizer=open_clip.SimpleTokenizer(), device="cpu")
-    sizes = dict(catseg=dict(width=16, guidance=(8, 8), enlarged=(8, 8), decoder=(16, 16), decoder_guidance=(4, 4), attention_window=6),
-                 san=dict(width=16, depth=4, heads=2, queries=4), mrovseg=dict(size=64, width=16, depth=5, heads=2, queries=4),
-                 ebseg=dict(second="none", width=16, encoder_layers=1, groups=4, queries=4, layers=3, heads=2))
-    return create(name, encoder, cache=None, weights="random", **sizes.get(name, sizes["catseg"] | dict(fusion_weight=1.0, prompts="names")), **knobs)
+    sizes = dict(
+        catseg=dict(
+            width=16,
+            guidance=(8, 8),
+            enlarged=(8, 8),
+            decoder=(16, 16),
+            decoder_guidance=(4, 4),
+            attention_window=6,
+        ),
+        san=dict(width=16, depth=4, heads=2, queries=4),
+        mrovseg=dict(size=64, width=16, depth=5, heads=2, queries=4),
+        ebseg=dict(second="none", width=16, encoder_layers=1, groups=4, queries=4, layers=3, heads=2),
+    )
+    return create(
+        name,
+        encoder,
+        cache=None,
+        weights="random",
+        **sizes.get(name, sizes["catseg"] | dict(fusion_weight=1.0, prompts="names")),
+        **knobs,
+    )
+
 
 @pytest.mark.parametrize("name", ["catseg", "lmseg", "san", "ebseg", "mrovseg"])
 def test_published_texts_are_one_per_class(name):
-    "All 171 classes of COCO-Stuff by their published name, in every system; without the knob 53 classes have more words."
+    """All 171 classes of COCO-Stuff by their published name, in every system;
+    without the knob 53 classes have more words.
+    """
     stuff = load_vocabulary("COCO-Stuff-171")
     said = texts_read(text_system(name, templates="single", first_word=True), stuff)
     assert said == [f"A photo of a {o} in the scene" for o in stuff.names] and len(said) == 171
-    assert sum(len(o) > 1 for o in stuff.words) == 53 and len(texts_read(text_system(name, templates="single"), stuff)) > 171 + 52
+    assert (
+        sum(len(o) > 1 for o in stuff.words) == 53
+        and len(texts_read(text_system(name, templates="single"), stuff)) > 171 + 52
+    )
+
 
 def test_a_tuned_text_tower_reads_the_published_texts():
     "The training notebook's own reading of words, while the text tower learns."
     model, stuff = text_system("catseg", first_word=True), load_vocabulary("COCO-Stuff-171")
     model.tune()
-    def vocabulary_of(chosen): return Vocabulary(tuple(stuff.names[k] for k in chosen), tuple(stuff.words[k] for k in chosen))
-    exec(notebook_code("def read(", "def teach("), found := dict(spoken_anew=True, model=model, vocabulary_of=vocabulary_of, class_prompts=class_prompts, F=F, torch=torch, TextBank=TextBank))
-    bank = found["read"](0, [1, 3, 62])   # bicycle, motorcycle, tv: all have a second word
+
+    def vocabulary_of(chosen):
+        return Vocabulary(tuple(stuff.names[k] for k in chosen), tuple(stuff.words[k] for k in chosen))
+
+    exec(
+        notebook_code("def read(", "def teach("),
+        found := dict(
+            spoken_anew=True,
+            model=model,
+            vocabulary_of=vocabulary_of,
+            class_prompts=class_prompts,
+            F=F,
+            torch=torch,
+            TextBank=TextBank,
+        ),
+    )
+    bank = found["read"](0, [1, 3, 62])  # bicycle, motorcycle, tv: all have a second word
     assert bank.embeddings.shape[:2] == (3, 1) and bank.embeddings.requires_grad
-    expected = F.normalize(model.encoder.text([f"A photo of a {stuff.names[k]} in the scene" for k in (1, 3, 62)]), dim=-1)
+    expected = F.normalize(
+        model.encoder.text([f"A photo of a {stuff.names[k]} in the scene" for k in (1, 3, 62)]), dim=-1
+    )
     assert torch.allclose(bank.embeddings[:, 0], expected, atol=1e-6)
 
+
 def test_san_trains_the_position_table():
-    "By one step of the recipe's rules on a picture: CLIP's positions move, at the full learning rate and without decay, and nothing else of it."
-    model, found = text_system("san", size=64, keep_aspect=False, first_word=True, templates="single", points=16), recipes()["coco-stuff-san"]
+    """By one step of the recipe's rules on a picture:
+    CLIP's positions move, at the full learning rate and without decay, and nothing else of it.
+    """
+    model, found = (
+        text_system("san", size=64, keep_aspect=False, first_word=True, templates="single", points=16),
+        recipes()["coco-stuff-san"],
+    )
     tuned = model.tune() if found["tune"] else []
     groups = parameter_groups(model.module, found["weight_decay"], {"^(encoder|second)": found["encoder_lr"]})
     table = [o for o in groups if any(name.startswith("encoder.") for name in o["names"])] if tuned else []
     model.network.requires_grad_(True)
-    loss, _ = model.loss(model.see(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)), torch.zeros(1, 64, 64, dtype=torch.long), model.encode_text(["cat", "sofa"]), torch.Generator().manual_seed(0))
+    loss, _ = model.loss(
+        model.see(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)),
+        torch.zeros(1, 64, 64, dtype=torch.long),
+        model.encode_text(["cat", "sofa"]),
+        torch.Generator().manual_seed(0),
+    )
     loss.backward()
-    assert [(o["names"], o["factor"], o["weight_decay"]) for o in table] == [(["encoder.model.visual.positional_embedding"], 1.0, 0.0)]
+    assert [(o["names"], o["factor"], o["weight_decay"]) for o in table] == [
+        (["encoder.model.visual.positional_embedding"], 1.0, 0.0)
+    ]
     assert tuned[0].grad.abs().sum() > 0 and sum(o.grad is not None for o in model.encoder.parameters()) == 1

@@ -1,4 +1,8 @@
-"The documentation site: built by MkDocs without a network, strictly, with every page and link but few notebooks in full; those take a second each."
+"""The documentation site:
+built by MkDocs without a network, strictly, with every page and link but few notebooks in full; those take a
+second each.
+"""
+
 import dataclasses
 import html
 import json
@@ -9,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SITE = ROOT/"nbs"/"site"
-IN_FULL = ("03_maps.ipynb", "11_san.ipynb", "00_index.ipynb")   # one that is plain, one with equations, one with links and a picture
+SITE = ROOT / "nbs" / "site"
+# one that is plain, one with equations, one with links and a picture
+IN_FULL = ("03_maps.ipynb", "11_san.ipynb", "00_index.ipynb")
 
 
 def plain_page(convert):
@@ -18,9 +23,19 @@ def plain_page(convert):
     import markdown
 
     def page(path, **options):
-        if Path(path).name in IN_FULL: return convert(path, **options)
-        prose = ("".join(cell["source"]) for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == "markdown")
-        return "".join(f'<div class="jp-RenderedHTMLCommon jp-RenderedMarkdown">{markdown.markdown(o, extensions=["tables", "fenced_code"])}</div>' for o in prose)
+        if Path(path).name in IN_FULL:
+            return convert(path, **options)
+        prose = (
+            "".join(cell["source"])
+            for cell in json.loads(Path(path).read_text())["cells"]
+            if cell["cell_type"] == "markdown"
+        )
+        return "".join(
+            '<div class="jp-RenderedHTMLCommon'
+            f' jp-RenderedMarkdown">{markdown.markdown(o, extensions=["tables", "fenced_code"])}</div>'
+            for o in prose
+        )
+
     return page
 
 
@@ -38,10 +53,18 @@ def built(tmp_path_factory):
     from mkdocs.config import load_config
     import mkdocs_jupyter.convert
     import mkdocs_jupyter.plugin
+
     target = tmp_path_factory.mktemp("site")
     patch = pytest.MonkeyPatch()
     patch.setattr(mkdocs_jupyter.convert, "nb2html", plain_page(mkdocs_jupyter.convert.nb2html))
-    patch.setattr(mkdocs_jupyter.plugin, "_get_nb_toc_tokens", lambda path, depth: ([], "".join(json.loads(Path(path).read_text())["cells"][0]["source"]).splitlines()[0].lstrip("# ")))
+    patch.setattr(
+        mkdocs_jupyter.plugin,
+        "_get_nb_toc_tokens",
+        lambda path, depth: (
+            [],
+            "".join(json.loads(Path(path).read_text())["cells"][0]["source"]).splitlines()[0].lstrip("# "),
+        ),
+    )
     patch.setattr(socket, "getaddrinfo", no_network)
     patch.setattr(socket.socket, "connect", no_network)
     warnings = []
@@ -49,10 +72,13 @@ def built(tmp_path_factory):
     listener.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("mkdocs").addHandler(listener)
     before = sys.path[:]
-    try: build(load_config(str(SITE/"mkdocs.yml"), site_dir=str(target), strict=True))
-    except SystemExit: pass   # how MkDocs says that there were warnings
+    try:
+        build(load_config(str(SITE / "mkdocs.yml"), site_dir=str(target), strict=True))
+    except SystemExit:
+        pass  # how MkDocs says that there were warnings
     except BaseException as e:
-        if not warnings: raise
+        if not warnings:
+            raise
         warnings.append(repr(e))
     finally:
         logging.getLogger("mkdocs").removeHandler(listener)
@@ -62,10 +88,12 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture
-def site(built): return built[0]
+def site(built):
+    return built[0]
 
 
-def text(path): return path.read_text(encoding="utf-8")
+def text(path):
+    return path.read_text(encoding="utf-8")
 
 
 def test_built_strictly(built):
@@ -73,52 +101,84 @@ def test_built_strictly(built):
 
 
 def test_every_notebook_has_a_page(site):
-    notebooks = [o.relative_to(ROOT/"nbs") for o in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in o.parts]
+    notebooks = [
+        o.relative_to(ROOT / "nbs")
+        for o in (ROOT / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in o.parts
+    ]
     assert len(notebooks) > 60
-    assert not [str(o) for o in notebooks if not (site/o).with_suffix(".html").is_file()]
+    assert not [str(o) for o in notebooks if not (site / o).with_suffix(".html").is_file()]
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
-    loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*\bsrc=[\"']?(?:https?:)?//[^\"' >]+|<link[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon)[^>]*\bhref=[\"']?(?:https?:)?//[^\"' >]+")
+    loaded = re.compile(
+        r"<(?:script|img|iframe|source)[^>]*\bsrc=[\"']?(?:https?:)?//[^\"'"
+        r" >]+|<link[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon)[^>]*\bhref=[\"']?(?:https?:)?//[^\"' >]+"
+    )
     assert len(pages) > 100
     found = {path.relative_to(site).as_posix(): loaded.findall(text(path)) for path in pages}
     assert not {path: o[:2] for path, o in found.items() if o}
-    assert not [path.name for path in site.rglob("*.css") if re.search(r"@import[^;]*https?:|url\([\"']?(?:https?:)?//", text(path))]
+    assert not [
+        path.name
+        for path in site.rglob("*.css")
+        if re.search(r"@import[^;]*https?:|url\([\"']?(?:https?:)?//", text(path))
+    ]
 
 
 def test_links_lead_somewhere(site):
     broken = []
     for path in site.rglob("*.html"):
         for href in re.findall(r"<(?:a|img|link|script)\b[^>]*\b(?:href|src)=\"([^\"#?]+)", text(path)):
-            if re.match(r"[a-z]+:|//|/", href) or path.name == "404.html": continue
-            if not (path.parent/html.unescape(href)).exists(): broken.append(f"{path.relative_to(site)}: {href}")
+            if re.match(r"[a-z]+:|//|/", href) or path.name == "404.html":
+                continue
+            if not (path.parent / html.unescape(href)).exists():
+                broken.append(f"{path.relative_to(site)}: {href}")
     assert not broken, broken[:10]
 
 
-@pytest.mark.parametrize("system", ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"])
+@pytest.mark.parametrize(
+    "system",
+    ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"],
+)
 def test_system_page_has_every_knob(site, system):
     from importlib import import_module
     from ovss_nb.systems.registry import SYSTEMS
+
     module, cls, _ = SYSTEMS[system]
-    page = html.unescape(text(site/"site"/"pages"/"systems"/f"{system}.html"))
+    page = html.unescape(text(site / "site" / "pages" / "systems" / f"{system}.html"))
     for o in dataclasses.fields(getattr(import_module(module), cls).config_class):
-        assert re.search(rf"<td><code>{o.name}</code></td>\s*<td><code>{re.escape(repr(o.default))}</code></td>", page), o.name
+        assert re.search(
+            rf"<td><code>{o.name}</code></td>\s*<td><code>{re.escape(repr(o.default))}</code></td>", page
+        ), o.name
     assert "<math" in page and "$$" not in page and "Faithful, and ours" in page
 
 
 def test_all_systems_have_a_page():
     from ovss_nb.systems.registry import SYSTEMS
-    assert set(SYSTEMS) == {path.stem for path in (SITE/"pages"/"systems").glob("*.md")}
+
+    assert set(SYSTEMS) == {path.stem for path in (SITE / "pages" / "systems").glob("*.md")}
 
 
 def test_comments_beside_parameters_are_shown(site):
-    page = html.unescape(text(site/"api"/"inference.predict.html"))
-    assert re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S) and "Args:" not in page
-    methods = html.unescape(text(site/"api"/"core.segmentation.html"))
-    assert "of the colours over the photo, 0..1" in methods and "ovss_nb.core.segmentation.Segmentation.overlay" in methods   # `patch` put it into the class
+    page = html.unescape(text(site / "api" / "inference.predict.html"))
+    assert (
+        re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S)
+        and "Args:" not in page
+    )
+    methods = html.unescape(text(site / "api" / "core.segmentation.html"))
+    # `patch` put it into the class
+    assert (
+        "of the colours over the photo, 0..1" in methods
+        and "ovss_nb.core.segmentation.Segmentation.overlay" in methods
+    )
 
 
 def test_equations_of_a_notebook_are_drawn(site):
-    page = text(site/"systems"/"11_san.html")
-    assert "<math" in page and "mathjax" not in page.casefold() and "mermaid.initialize" not in page and r"\mathrm{MLP}_q(q)\cdot" not in page
+    page = text(site / "systems" / "11_san.html")
+    assert (
+        "<math" in page
+        and "mathjax" not in page.casefold()
+        and "mermaid.initialize" not in page
+        and r"\mathrm{MLP}_q(q)\cdot" not in page
+    )

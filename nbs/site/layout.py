@@ -2,14 +2,24 @@
 
 `python nbs/site/layout.py` writes `layout.svg` beside this file.
 """
+
 import json
 import re
 from html import escape
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
-# From the top to the ground; folders of one row do not import each other. Read by the tests, the site and the drawing.
-LAYERS = (("app",), ("inference", "training"), ("systems",), ("components",), ("encoders",), ("text", "benchmarks"), ("core",))
+# From the top to the ground; folders of one row do not import each other. Read by the tests, the site and the
+# drawing.
+LAYERS = (
+    ("app",),
+    ("inference", "training"),
+    ("systems",),
+    ("components",),
+    ("encoders",),
+    ("text", "benchmarks"),
+    ("core",),
+)
 MEANING = {
     "app": "command line, viewer, experiments",
     "inference": "images in, label maps out",
@@ -28,7 +38,11 @@ def chapter(path):
     "Title, one-line summary and exported module (or None) of a notebook."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     lines = "".join(cells[0]["source"]).splitlines()
-    exports = (re.search(r"^#\| default_exp (\S+)", "".join(o["source"]), re.M) for o in cells if o["cell_type"] == "code")
+    exports = (
+        re.search(r"^#\| default_exp (\S+)", "".join(o["source"]), re.M)
+        for o in cells
+        if o["cell_type"] == "code"
+    )
     module = next((found[1] for found in exports if found), None)
     return lines[0].lstrip("# "), next((o.lstrip("> ") for o in lines if o.startswith(">")), ""), module
 
@@ -38,7 +52,7 @@ def chapters(notebooks=NOTEBOOKS):
     folders = [folder for layer in reversed(LAYERS) for folder in layer]
     found = {folder: [] for folder in folders}
     for folder in folders:
-        for path in sorted((Path(notebooks)/folder).glob("[0-9][0-9]_*.ipynb")):
+        for path in sorted((Path(notebooks) / folder).glob("[0-9][0-9]_*.ipynb")):
             title, summary, module = chapter(path)
             if module:
                 found[folder].append((path, title, summary, module))
@@ -53,39 +67,47 @@ def draw(found):
         boxes, x, rows = [], left + 14, 1
         for _, title, summary, module in found[folder]:
             name = module.split(".")[-1]
-            wide = round(7.4*len(name)) + 20
+            wide = round(7.4 * len(name)) + 20
             if x + wide > width - 34:
                 x, rows = left + 14, rows + 1
             boxes.append((x, rows - 1, wide, name, summary))
             x += wide + gap
-        high = max(rows*(line + gap) + 20, 72)   # enough for the folder's name and two lines below it
-        body.append(f'<rect x="20" y="{y}" width="{width - 40}" height="{high}" fill="{color}" stroke="#555"/>')
-        body.append(f'<text x="36" y="{y + high/2 - 4}" font-size="17" font-weight="600">{folder}</text>')
+        high = max(rows * (line + gap) + 20, 72)  # enough for the folder's name and two lines below it
+        body.append(
+            f'<rect x="20" y="{y}" width="{width - 40}" height="{high}" fill="{color}" stroke="#555"/>'
+        )
+        body.append(f'<text x="36" y="{y + high / 2 - 4}" font-size="17" font-weight="600">{folder}</text>')
         for k, part in enumerate(_wrapped(MEANING[folder], 24)):
-            body.append(f'<text x="36" y="{y + high/2 + 14 + 14*k}" font-size="11" fill="#444">{escape(part)}</text>')
-        for x, row, wide, name, summary in boxes:
-            top = y + 14 + row*(line + gap)
             body.append(
-                f'<g><title>{escape(summary)}</title>'
+                f'<text x="36" y="{y + high / 2 + 14 + 14 * k}" font-size="11" fill="#444">{escape(part)}</text>'
+            )
+        for x, row, wide, name, summary in boxes:
+            top = y + 14 + row * (line + gap)
+            body.append(
+                f"<g><title>{escape(summary)}</title>"
                 f'<rect x="{x}" y="{top}" width="{wide}" height="{line}" rx="5" fill="#fff" stroke="#777"/>'
-                f'<text x="{x + wide/2}" y="{top + 20}" font-size="13" text-anchor="middle" '
-                f'font-family="ui-monospace,monospace">{escape(name)}</text></g>')
+                f'<text x="{x + wide / 2}" y="{top + 20}" font-size="13" text-anchor="middle" '
+                f'font-family="ui-monospace,monospace">{escape(name)}</text></g>'
+            )
         y += high
     arrow = (
         f'<path d="M {width - 10} 30 V {y - 8} M {width - 15} {y - 16} L {width - 10} {y - 6} '
         f'L {width - 5} {y - 16}" stroke="#333" stroke-width="2" fill="none"/>'
-        f'<text x="{width/2}" y="{y + 22}" font-size="13" text-anchor="middle" fill="#444">'
-        "an import only goes down, and within a folder to a lower number</text>")
+        f'<text x="{width / 2}" y="{y + 22}" font-size="13" text-anchor="middle" fill="#444">'
+        "an import only goes down, and within a folder to a lower number</text>"
+    )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 34}" width="{width}" '
-        f'height="{y + 34}" font-family="system-ui,sans-serif" role="img" aria-label="The folders of ovss_nb">'
-        f'<rect width="{width}" height="{y + 34}" fill="#fff"/>{"".join(body)}{arrow}</svg>\n')
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 34}" width="{width}"'
+        f' height="{y + 34}" font-family="system-ui,sans-serif" role="img" aria-label="The folders of'
+        f' ovss_nb"><rect width="{width}" height="{y + 34}" fill="#fff"/>{"".join(body)}{arrow}</svg>\n'
+    )
 
 
 def _wrapped(text, width):
     lines = [""]
     for word in text.split():
-        if len(lines[-1]) + len(word) >= width: lines.append("")
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 

@@ -27,93 +27,134 @@ from ..text.prompt_bank import KINDS, PromptBank, list_banks
 from ..text.prompt_writer import write_descriptions, write_subclasses
 from ..core.segmentation import Segmentation, SegmentationError
 from ovss_nb.core.vocabulary import (
-    Vocabulary, VocabularyError, VocabularyWarning, list_vocabularies, load_vocabulary, read_lines,
+    Vocabulary,
+    VocabularyError,
+    VocabularyWarning,
+    list_vocabularies,
+    load_vocabulary,
+    read_lines,
 )
 from safetensors import SafetensorError
 
 # %% ../../nbs/app/04_cli.ipynb #42144dc8
 def parse_classes(
-    text:str, # "cat,sofa", "animal:cat|dog,background", a shipped vocabulary or a file
-    option:str="--classes", # what the error calls it
+    text: str,  # "cat,sofa", "animal:cat|dog,background", a shipped vocabulary or a file
+    option: str = "--classes",  # what the error calls it
 ) -> Vocabulary:
     "The vocabulary meant by a command-line argument. Raises VocabularyError."
-    try: return read_lines(text, prompt=True)
-    except VocabularyError as e: raise VocabularyError(f"{option}: {e}") from None
+    try:
+        return read_lines(text, prompt=True)
+    except VocabularyError as e:
+        raise VocabularyError(f"{option}: {e}") from None
 
 # %% ../../nbs/app/04_cli.ipynb #22289a3d
-_LONGEST = 255 - len(".panoptic.json") - 8   # bytes of a name, with room for what results add to it
+_LONGEST = 255 - len(".panoptic.json") - 8  # bytes of a name, with room for what results add to it
 
-def _cut(name:str) -> str:
+
+def _cut(name: str) -> str:
     "A name that leaves room on the disk for a suffix."
     data = os.fsencode(name)
-    if len(data) <= _LONGEST: return name
-    return f"{data[:_LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
+    if len(data) <= _LONGEST:
+        return name
+    return f"{data[: _LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
+
 
 def result_names(
-    paths:list, # files; one that is there twice gets two names
-) -> list[str]: # per file a relative path without suffix, with `/` between folders
-    "What the results of some files are called: the files' own names, in their folders below the last one that all share."
+    paths: list,  # files; one that is there twice gets two names
+) -> list[str]:  # per file a relative path without suffix, with `/` between folders
+    """What the results of some files are called:
+    the files' own names, in their folders below the last one that all share.
+    """
     full = [Path(os.path.abspath(o)) for o in paths]
-    if not full: return []
+    if not full:
+        return []
     root = os.path.commonpath([o.parent for o in full])
     folders = {o: o.parent.relative_to(root).as_posix() for o in full}
     # Files from all over the disk share nothing but its root, and the way from there says little.
-    if Path(root).parent == Path(root) and len({o.stem for o in folders}) == len(folders): folders = dict.fromkeys(folders, ".")
-    short, whole = ({o: f"{folders[o]}/{_cut(getattr(o, part))}".removeprefix("./") for o in full} for part in ("stem", "name"))
+    if Path(root).parent == Path(root) and len({o.stem for o in folders}) == len(folders):
+        folders = dict.fromkeys(folders, ".")
+    short, whole = (
+        {o: f"{folders[o]}/{_cut(getattr(o, part))}".removeprefix("./") for o in full}
+        for part in ("stem", "name")
+    )
     names = dict(short)
     # Where two have one name, both keep their suffix; and so does a third whose name is what that gives.
     while True:
         times = Counter(names.values())
         clash = {o: whole[o] for o in names if times[names[o]] > 1 and names[o] != whole[o]}
-        if not clash: break
+        if not clash:
+            break
         names |= clash
     found, times = [], Counter()
     for o in full:
         times[o] += 1
         name = names[o] if times[o] == 1 else f"{whole[o]}-{times[o]}"
-        while times[o] > 1 and name in names.values(): name += "-"
+        while times[o] > 1 and name in names.values():
+            name += "-"
         found.append(name)
     return found
-
 
 # %% ../../nbs/app/04_cli.ipynb #7d3318a0
 def _readable(text) -> str:
     "A text or path as far as it can be read: bytes of a name that are no UTF-8 become a sign."
-    return os.fsencode(text).decode(errors="replace") if isinstance(text, Path) or not str(text).isascii() else str(text)
+    return (
+        os.fsencode(text).decode(errors="replace")
+        if isinstance(text, Path) or not str(text).isascii()
+        else str(text)
+    )
 
-def _text(text) -> str: return html.escape(_readable(text))
 
-def _url(path:str) -> str: return quote(os.fsencode(path))
+def _text(text) -> str:
+    return html.escape(_readable(text))
+
+
+def _url(path: str) -> str:
+    return quote(os.fsencode(path))
+
 
 def write_report(
-    folder:Path, # where overlays and label maps lie
-    rows:list[dict], # per image: file, overlay, labels (paths below the folder), areas {name: share}, and perhaps source
-    title:str,
-    note:str, # what was run, in a sentence
+    folder: Path,  # where overlays and label maps lie
+    # per image: file, overlay, labels (paths below the folder), areas {name: share}, and perhaps source
+    rows: list[dict],
+    title: str,
+    note: str,  # what was run, in a sentence
 ) -> Path:
     "One self-contained HTML page beside the pictures it shows."
     figures = "".join(
-        f'<figure><a href="{_url(row["overlay"])}"><img src="{_url(row["overlay"])}" alt="{_text(row["file"])}"></a>'
-        f'<figcaption><b>{_text(row["file"])}</b> '
-        + ", ".join(f"{_text(name)} {100*share:.0f}&nbsp;%" for name, share in row["areas"].items())
-        + f' (<a href="{_url(row["labels"])}">labels</a>)<br><small>{_text(row.get("source", ""))}</small></figcaption></figure>' for row in rows)
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
-            "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-            "main{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1.5em}"
-            "figure{margin:0;overflow-wrap:anywhere}img{width:100%}figcaption{color:#444}</style>"
-            f"<h1>{_text(title)}</h1><p>{_text(note)}</p><main>{figures}</main></html>")
-    path = Path(folder)/"report.html"
-    with atomic_path(path) as temporary: temporary.write_text(page, encoding="utf-8")
+        f'<figure><a href="{_url(row["overlay"])}"><img src="{_url(row["overlay"])}"'
+        f' alt="{_text(row["file"])}"></a><figcaption><b>{_text(row["file"])}</b> '
+        + ", ".join(f"{_text(name)} {100 * share:.0f}&nbsp;%" for name, share in row["areas"].items())
+        + " (<a"
+        f' href="{_url(row["labels"])}">labels</a>)<br><small>{_text(row.get("source", ""))}</small></figcaption></figure>'
+        for row in rows
+    )
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
+        "main{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1.5em}"
+        "figure{margin:0;overflow-wrap:anywhere}img{width:100%}figcaption{color:#444}</style>"
+        f"<h1>{_text(title)}</h1><p>{_text(note)}</p><main>{figures}</main></html>"
+    )
+    path = Path(folder) / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
-def save_result(result:Segmentation, stem:str, folder:Path) -> dict:
-    "Write `stem`.overlay.png and `stem`.labels.png; returns their names and the share of each name. `stem` may lie in folders, which are made."
-    overlay, labels = f"{stem}.overlay.png", f"{stem}.labels.png"
-    (folder/overlay).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder/overlay) as temporary: result.overlay().save(temporary)
-    result.save_png(folder/labels)
-    return dict(overlay=overlay, labels=labels, areas={name: float(share) for name, share in result.areas().items() if share > 0})
 
+def save_result(result: Segmentation, stem: str, folder: Path) -> dict:
+    """Write `stem`.overlay.png and `stem`.labels.png;
+    returns their names and the share of each name. `stem` may lie in folders, which are made.
+    """
+    overlay, labels = f"{stem}.overlay.png", f"{stem}.labels.png"
+    (folder / overlay).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / overlay) as temporary:
+        result.overlay().save(temporary)
+    result.save_png(folder / labels)
+    return dict(
+        overlay=overlay,
+        labels=labels,
+        areas={name: float(share) for name, share in result.areas().items() if share > 0},
+    )
 
 # %% ../../nbs/app/04_cli.ipynb #b91f00aa
 DEMO = {
@@ -124,14 +165,22 @@ DEMO = {
     "horse.png": "horse,paper",
 }
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)   # what goes wrong with one result would go wrong with all
+# what goes wrong with one result would go wrong with all
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 class _Unfinished:
     "The list of results in a folder that a stopped run leaves behind; it goes when a run comes to its end."
-    def __init__(self, folder:Path, system, formats, reading:dict):
+
+    def __init__(self, folder: Path, system, formats, reading: dict):
         weights = getattr(system.config, "weights", None)
-        header = dict(system=system.describe(), weights=file_digest(weights) if weights and os.path.isfile(weights) else "", formats=list(formats), reading=reading)
-        self.path, self.folder = folder/".unfinished.jsonl", folder
+        header = dict(
+            system=system.describe(),
+            weights=file_digest(weights) if weights and os.path.isfile(weights) else "",
+            formats=list(formats),
+            reading=reading,
+        )
+        self.path, self.folder = folder / ".unfinished.jsonl", folder
         try:
             before = Journal(self.path)
             if before.header is not None and before.header != json.loads(json.dumps(header)):
@@ -139,242 +188,536 @@ class _Unfinished:
                 before = Journal(self.path)
             self.rows = {o["key"]: o["row"] for o in before.records}
             before.begin(header)
-        except (OSError, TypeError, KeyError): before, self.rows = Journal(None), {}   # going on is a comfort, not a need
+        # going on is a comfort, not a need
+        except (OSError, TypeError, KeyError):
+            before, self.rows = Journal(None), {}
         self.journal = before
 
-    def key(self, path:Path, vocabulary:Vocabulary, name:str) -> str|None:
+    def key(self, path: Path, vocabulary: Vocabulary, name: str) -> str | None:
         "What a result depends on beside the header, or None for a file that cannot be read."
-        try: return Cache.key(file_digest(path), vocabulary.names, vocabulary.words, vocabulary.background, name)
-        except OSError: return None
+        try:
+            return Cache.key(
+                file_digest(path), vocabulary.names, vocabulary.words, vocabulary.background, name
+            )
+        except OSError:
+            return None
 
-    def find(self, key:str|None) -> dict|None:
+    def find(self, key: str | None) -> dict | None:
         "The row of a result that is still there, and was not replaced by another's."
         row = self.rows.get(key)
-        try: return row if row and all(file_digest(self.folder/o) == digest for o, digest in row["files"].items()) else None
-        except OSError: return None
+        try:
+            return (
+                row
+                if row and all(file_digest(self.folder / o) == digest for o, digest in row["files"].items())
+                else None
+            )
+        except OSError:
+            return None
 
-    def add(self, key:str|None, row:dict, files:list[str]):
+    def add(self, key: str | None, row: dict, files: list[str]):
         "Note the row of a result, and what its files hold."
-        try: self.journal.append(dict(key=key, row=row | dict(files={o: file_digest(self.folder/o) for o in files})))
-        except OSError: pass   # the disk is full: the next result says so
+        try:
+            self.journal.append(
+                dict(key=key, row=row | dict(files={o: file_digest(self.folder / o) for o in files}))
+            )
+        except OSError:
+            pass  # the disk is full: the next result says so
 
     def done(self):
         self.journal.close()
-        if self.journal.path: self.path.unlink(missing_ok=True)
+        if self.journal.path:
+            self.path.unlink(missing_ok=True)
 
-def _outputs(names:list[str], out:Path, formats) -> list[Path]:
+
+def _outputs(names: list[str], out: Path, formats) -> list[Path]:
     "All files that pictures become in `out`."
     endings = ["overlay.png", "labels.png", *(FORMATS[o][0] for o in formats)]
-    return [out/"report.html", *(out/f"{name}.{ending}" for name in names for ending in endings)]
+    return [out / "report.html", *(out / f"{name}.{ending}" for name in names for ending in endings)]
+
 
 def run(
-    pictures:list[tuple[Path, Vocabulary]], # each file with the words to look for; a pair that comes twice counts once
-    system, # from `create`
-    out:Path,
-    title:str,
-    note:str,
-    formats=(), # further files per picture, see `ovss_nb.core.formats.FORMATS`
-    **reading, # `limits` and `bands`, as `load_image` takes them
-) -> list[tuple[Path, Exception]]: # the files that could not be segmented, or whose results could not be written
-    "Segment pictures into `out`, write the report, and return the failures. Stopped, it has written the report of what was finished, and goes on when called again."
+    # each file with the words to look for; a pair that comes twice counts once
+    pictures: list[tuple[Path, Vocabulary]],
+    system,  # from `create`
+    out: Path,
+    title: str,
+    note: str,
+    formats=(),  # further files per picture, see `ovss_nb.core.formats.FORMATS`
+    **reading,  # `limits` and `bands`, as `load_image` takes them
+    # the files that could not be segmented, or whose results could not be written
+) -> list[tuple[Path, Exception]]:
+    """Segment pictures into `out`, write the report, and return the failures.
+
+    Stopped, it has written the report of what was finished, and goes on when called again.
+    """
     out = Path(out)
-    pictures = list({(os.path.abspath(path), vocabulary): (Path(path), vocabulary) for path, vocabulary in pictures}.values())
+    pictures = list(
+        {
+            (os.path.abspath(path), vocabulary): (Path(path), vocabulary) for path, vocabulary in pictures
+        }.values()
+    )
     names = result_names([path for path, _ in pictures])
     refuse_overwrite(_outputs(names, out, formats), *(path for path, _ in pictures))
     out.mkdir(parents=True, exist_ok=True)
     unfinished, rows, failed, groups = _Unfinished(out, system, formats, reading), {}, {}, {}
     keys = [unfinished.key(path, vocabulary, name) for (path, vocabulary), name in zip(pictures, names)]
     for k, (_, vocabulary) in enumerate(pictures):
-        if row := unfinished.find(keys[k]): rows[k] = row
-        else: groups.setdefault(vocabulary, []).append(k)
-    if rows: print(f"{len(rows)} of {len(pictures)} images were finished before: this run goes on")
-    results = ((k, result) for vocabulary, numbers in groups.items() for (_, result), k in
-               zip(segment_files([pictures[k][0] for k in numbers], vocabulary, system, progress=len(pictures) > len(groups), **reading), numbers))
+        if row := unfinished.find(keys[k]):
+            rows[k] = row
+        else:
+            groups.setdefault(vocabulary, []).append(k)
+    if rows:
+        print(f"{len(rows)} of {len(pictures)} images were finished before: this run goes on")
+    results = (
+        (k, result)
+        for vocabulary, numbers in groups.items()
+        for (_, result), k in zip(
+            segment_files(
+                [pictures[k][0] for k in numbers],
+                vocabulary,
+                system,
+                progress=len(pictures) > len(groups),
+                **reading,
+            ),
+            numbers,
+        )
+    )
     try:
         for k, result in results:
-            if isinstance(result, Exception): failed[k] = result; continue
+            if isinstance(result, Exception):
+                failed[k] = result
+                continue
             path = pictures[k][0]
             try:
                 row = dict(file=path.name, source=str(path), **save_result(result, names[k], out))
-                others = [str(save_as(result, out/names[k], o, path).relative_to(out)) for o in formats]
+                others = [str(save_as(result, out / names[k], o, path).relative_to(out)) for o in formats]
             except (OSError, SafetensorError, SegmentationError) as e:
                 failed[k] = e
-                if getattr(e, "errno", None) not in _NO_ROOM: continue
+                if getattr(e, "errno", None) not in _NO_ROOM:
+                    continue
                 for o in range(len(pictures)):
-                    if o not in rows: failed.setdefault(o, OSError(e.errno, f"not tried, since no more can be written: {e.strerror}"))
+                    if o not in rows:
+                        failed.setdefault(
+                            o, OSError(e.errno, f"not tried, since no more can be written: {e.strerror}")
+                        )
                 break
             rows[k] = row
             unfinished.add(keys[k], row, [row["overlay"], row["labels"], *others])
-        else: unfinished.done()
+        else:
+            unfinished.done()
     finally:
-        try: write_report(out, [rows[k] for k in sorted(rows)], title, note)
-        except OSError as e: print(f"ovss-nb: no report: {_why(e, out/'report.html')}", file=sys.stderr)
+        try:
+            write_report(out, [rows[k] for k in sorted(rows)], title, note)
+        except OSError as e:
+            print(f"ovss-nb: no report: {_why(e, out / 'report.html')}", file=sys.stderr)
     return [(pictures[k][0], failed[k]) for k in sorted(failed)]
 
-_FIXES = {errno.ENOSPC: "make room, or choose another place", errno.EDQUOT: "make room, or choose another place", errno.EACCES: "check its permissions",
-          errno.EPERM: "check its permissions", errno.EROFS: "choose another place", errno.ENAMETOOLONG: "choose a shorter name", errno.ENOENT: "check the path",
-          errno.ENOTDIR: "a file is where a folder is wanted: choose another place", errno.EEXIST: "something is in the way: choose another place",
-          errno.EISDIR: "it is a folder: name a file", errno.EMFILE: "too many files are open: close some programs"}
 
-def _why(error:Exception, path="") -> str:
-    "An error of the operating system in one line: which file, what is wrong, what to do. Other errors say it themselves."
-    if not isinstance(error, OSError) or not error.strerror: return _said(error)
+_FIXES = {
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file is where a folder is wanted: choose another place",
+    errno.EEXIST: "something is in the way: choose another place",
+    errno.EISDIR: "it is a folder: name a file",
+    errno.EMFILE: "too many files are open: close some programs",
+}
+
+
+def _why(error: Exception, path="") -> str:
+    """An error of the operating system in one line:
+    which file, what is wrong, what to do. Other errors say it themselves.
+    """
+    if not isinstance(error, OSError) or not error.strerror:
+        return _said(error)
     what = f"{path or error.filename or ''}"
-    return (f"{what}: " if what else "") + error.strerror + (f" ({_FIXES[error.errno]})" if error.errno in _FIXES and "not tried" not in error.strerror else "")
-
+    return (
+        (f"{what}: " if what else "")
+        + error.strerror
+        + (f" ({_FIXES[error.errno]})" if error.errno in _FIXES and "not tried" not in error.strerror else "")
+    )
 
 # %% ../../nbs/app/04_cli.ipynb #e8916ed6
-def _resize(text:str) -> str:
+def _resize(text: str) -> str:
     "A resize rule that can be, for argparse."
-    try: resize_rule(text)
-    except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
+    try:
+        resize_rule(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
     return text
+
 
 class _Once(argparse._StoreAction):
     "Stores what an option is given, and refuses a second time, which would silently replace the first."
+
     def __call__(self, parser, namespace, values, option_string=None):
         given = namespace.__dict__.setdefault("given", set())
-        if option_string and self.dest in given: parser.error(f"{option_string} is given twice: leave one out")
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} is given twice: leave one out")
         given.add(self.dest)
         super().__call__(parser, namespace, values, option_string)
 
+
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, as every other error is said."
+
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register("action", None, _Once)
 
-    def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
+    def error(self, message):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
 
 def _add_reading(verb):
     "Options for images whose file does not say what is black, white, red, green and blue."
-    verb.add_argument("--limits", nargs=2, metavar=("BLACK", "WHITE"),
-                      help="the values that are black and white, e.g. --limits 0 4095; or --limits stretch, to take them from each image")
-    verb.add_argument("--bands", metavar="R,G,B", help="the bands for red, green and blue, counted from 1, e.g. --bands 3,2,1; or one band for grey")
+    verb.add_argument(
+        "--limits",
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help=(
+            "the values that are black and white, e.g. --limits 0 4095; or --limits stretch, to take them"
+            " from each image"
+        ),
+    )
+    verb.add_argument(
+        "--bands",
+        metavar="R,G,B",
+        help="the bands for red, green and blue, counted from 1, e.g. --bands 3,2,1; or one band for grey",
+    )
 
-def _two_words(arguments:list[str]) -> list[str]:
+
+def _two_words(arguments: list[str]) -> list[str]:
     "`--limits stretch` is one word where two values are expected: it is doubled."
     doubled = []
     for o in arguments:
-        if o == "stretch" and doubled[-1:] == ["--limits"]: doubled.append(o)
+        if o == "stretch" and doubled[-1:] == ["--limits"]:
+            doubled.append(o)
         doubled += ["--limits", "stretch", "stretch"] if o == "--limits=stretch" else [o]
     return doubled
+
 
 def _reading(a) -> dict:
     "`limits` and `bands` of the command line, as `load_image` takes them. Raises `ImageError`."
     limits, bands = getattr(a, "limits", None), getattr(a, "bands", None)
-    if bands is not None: bands = tuple(int(o) if o.strip().isdecimal() else o for o in bands.split(","))
-    return dict(limits=check_limits("stretch" if limits == ["stretch"]*2 else limits), bands=check_bands(bands))
+    if bands is not None:
+        bands = tuple(int(o) if o.strip().isdecimal() else o for o in bands.split(","))
+    return dict(
+        limits=check_limits("stretch" if limits == ["stretch"] * 2 else limits), bands=check_bands(bands)
+    )
 
-def _said(error:Exception|str) -> str:
+
+def _said(error: Exception | str) -> str:
     "What is wrong, in the words of the command line."
     return getattr(error, "shell", None) or str(error)
 
+
 def _add_large(verbs):
-    tiles = verbs.add_parser("tiles", help="a picture too large for one look: overlapping tiles into one label map; goes on where it was stopped")
-    tiles.add_argument("file", type=Path, metavar="FILE", help="what Pillow opens, or a GeoTIFF of any size (extra `geo`)")
-    tiles.add_argument("--tile", type=argument(Count), metavar="PIXELS", help="what is seen at once (default: the system's input size)")
-    tiles.add_argument("--overlap", type=argument(Annotated[float, Range(0, 1, "high")]), default=0.25, help="share of a tile (default: %(default)s)")
-    tiles.add_argument("--margin", type=argument(Index), metavar="PIXELS", help="context around what counts (default: a quarter of the overlap)")
-    video = verbs.add_parser("video", help="a video or a folder of frames into label maps and overlays; goes on where it was stopped (extra `video`)")
+    tiles = verbs.add_parser(
+        "tiles",
+        help=(
+            "a picture too large for one look: overlapping tiles into one label map; goes on where it was"
+            " stopped"
+        ),
+    )
+    tiles.add_argument(
+        "file", type=Path, metavar="FILE", help="what Pillow opens, or a GeoTIFF of any size (extra `geo`)"
+    )
+    tiles.add_argument(
+        "--tile",
+        type=argument(Count),
+        metavar="PIXELS",
+        help="what is seen at once (default: the system's input size)",
+    )
+    tiles.add_argument(
+        "--overlap",
+        type=argument(Annotated[float, Range(0, 1, "high")]),
+        default=0.25,
+        help="share of a tile (default: %(default)s)",
+    )
+    tiles.add_argument(
+        "--margin",
+        type=argument(Index),
+        metavar="PIXELS",
+        help="context around what counts (default: a quarter of the overlap)",
+    )
+    video = verbs.add_parser(
+        "video",
+        help=(
+            "a video or a folder of frames into label maps and overlays; goes on where it was stopped (extra"
+            " `video`)"
+        ),
+    )
     video.add_argument("file", type=Path, metavar="FILE")
-    video.add_argument("--every", type=argument(Count), default=1, metavar="N", help="label each Nth frame (default: %(default)s)")
+    video.add_argument(
+        "--every",
+        type=argument(Count),
+        default=1,
+        metavar="N",
+        help="label each Nth frame (default: %(default)s)",
+    )
     video.add_argument("--mp4", type=Path, metavar="FILE", help="write the overlays as a video too")
-    video.add_argument("--fps", metavar="RATE", help="frames per second of that video, e.g. 12.5 or 30000/1001 (default: the source's, divided by N; 25/N for a folder of frames)")
-    onnx = verbs.add_parser("onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)")
+    video.add_argument(
+        "--fps",
+        metavar="RATE",
+        help=(
+            "frames per second of that video, e.g. 12.5 or 30000/1001 (default: the source's, divided by N;"
+            " 25/N for a folder of frames)"
+        ),
+    )
+    onnx = verbs.add_parser(
+        "onnx", help="a system as an ONNX graph with the vocabulary as input (extra `onnx`)"
+    )
     onnx.add_argument("system", metavar="SYSTEM", help="maskclip, catseg, lmseg, san, ebseg or mrovseg")
-    onnx.add_argument("--vocabulary", action="append", default=[], metavar="NAME", help="store the bank of this vocabulary too (repeatable), e.g. VOC-21, or cat,sofa")
-    onnx.add_argument("--with-encoder", action="store_true", help="write encoder.onnx too: pixels to dense features")
-    onnx.add_argument("--check", type=Path, metavar="FILE", help="compare labels of this photo with the original's, for each stored vocabulary")
+    onnx.add_argument(
+        "--vocabulary",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="store the bank of this vocabulary too (repeatable), e.g. VOC-21, or cat,sofa",
+    )
+    onnx.add_argument(
+        "--with-encoder", action="store_true", help="write encoder.onnx too: pixels to dense features"
+    )
+    onnx.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="compare labels of this photo with the original's, for each stored vocabulary",
+    )
     for verb in (tiles, video, onnx):
         _add_reading(verb)
         if verb is not onnx:
             verb.add_argument("--classes", required=True, help="as for `segment`")
-            verb.add_argument("--system", default=DEFAULT_SYSTEM, help="see `ovss-nb systems` (default: %(default)s)")
+            verb.add_argument(
+                "--system", default=DEFAULT_SYSTEM, help="see `ovss-nb systems` (default: %(default)s)"
+            )
         verb.add_argument("--encoder", default="lite", help="see `ovss-nb encoders` (default: %(default)s)")
-        verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system (repeatable)")
-    tiles.add_argument("--out", type=Path, default=Path("labels.png"), metavar="FILE", help="*.tif keeps the place on Earth, *.png (default: %(default)s)")
-    for verb in (video, onnx): verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+        verb.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KNOB=VALUE",
+            help="a knob of the system (repeatable)",
+        )
+    tiles.add_argument(
+        "--out",
+        type=Path,
+        default=Path("labels.png"),
+        metavar="FILE",
+        help="*.tif keeps the place on Earth, *.png (default: %(default)s)",
+    )
+    for verb in (video, onnx):
+        verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
+
 
 def _large(a) -> int:
     knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
-    if a.verb != "onnx" and not a.file.exists(): raise ValueError(f"{a.file} does not exist. Check the path")   # before a system is loaded
-    if a.verb != "onnx": refuse_overwrite(a.out, a.file, a.classes)
-    file = a.out if a.verb == "tiles" else a.out/"report"   # video and onnx fill a folder
-    if a.verb != "tiles" or file.parent.is_dir(): check_writable(file)
+    # before a system is loaded
+    if a.verb != "onnx" and not a.file.exists():
+        raise ValueError(f"{a.file} does not exist. Check the path")
+    if a.verb != "onnx":
+        refuse_overwrite(a.out, a.file, a.classes)
+    file = a.out if a.verb == "tiles" else a.out / "report"  # video and onnx fill a folder
+    if a.verb != "tiles" or file.parent.is_dir():
+        check_writable(file)
     if a.verb == "tiles":
         from ovss_nb.inference.tiles import segment_tiles
-        with warnings.catch_warnings(action="ignore"), open_picture(a.file, **reading): pass   # before a system is loaded; said again below
-        areas = segment_tiles(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, a.tile, a.overlap, a.margin, **reading)
-        for name, share in sorted(areas.items(), key=lambda o: -o[1]): print(f"{100*share:6.2f} %  {name}")
+
+        # before a system is loaded; said again below
+        with warnings.catch_warnings(action="ignore"), open_picture(a.file, **reading):
+            pass
+        areas = segment_tiles(
+            a.file,
+            parse_classes(a.classes),
+            create(a.system, a.encoder, **knobs),
+            a.out,
+            a.tile,
+            a.overlap,
+            a.margin,
+            **reading,
+        )
+        for name, share in sorted(areas.items(), key=lambda o: -o[1]):
+            print(f"{100 * share:6.2f} %  {name}")
         print(a.out)
     elif a.verb == "video":
         return _video(a, knobs, reading)
     else:
         from ovss_nb.inference.onnx_export import agreement, export_system, stored_bank
-        photo = load_image(a.check, **reading) if a.check else None   # before anything is exported
-        vocabularies, system = [parse_classes(o, "--vocabulary") for o in a.vocabulary], create(a.system, a.encoder, device="cpu", **knobs)
+
+        photo = load_image(a.check, **reading) if a.check else None  # before anything is exported
+        vocabularies, system = (
+            [parse_classes(o, "--vocabulary") for o in a.vocabulary],
+            create(a.system, a.encoder, device="cpu", **knobs),
+        )
         stems = [Path(o).stem if os.path.isfile(o) else "" for o in a.vocabulary]
         weights = a.encoder.partition(":")[2]
-        print(export_system(system, a.out, vocabularies, a.with_encoder, stems, [*a.vocabulary, weights, weights.partition("/")[2], a.check]))
-        for o in vocabularies: print(f"{stored_bank(a.out, o)}: {len(o)} classes")
-        for o in vocabularies if a.check else (): print(f"{100*agreement(system, a.out, photo, o):.3f} % of the pixels of {a.check.name} agree, {len(o)} classes, {stored_bank(a.out, o).name}")
+        print(
+            export_system(
+                system,
+                a.out,
+                vocabularies,
+                a.with_encoder,
+                stems,
+                [*a.vocabulary, weights, weights.partition("/")[2], a.check],
+            )
+        )
+        for o in vocabularies:
+            print(f"{stored_bank(a.out, o)}: {len(o)} classes")
+        for o in vocabularies if a.check else ():
+            print(
+                f"{100 * agreement(system, a.out, photo, o):.3f} % of the pixels of {a.check.name} agree,"
+                f" {len(o)} classes, {stored_bank(a.out, o).name}"
+            )
     return 0
 
-def _video(a, knobs:dict, reading:dict) -> int:
+
+def _video(a, knobs: dict, reading: dict) -> int:
     from ovss_nb.inference.video import check_rate, check_video_path, overlay_video, segment_video
-    if a.fps and not a.mp4: raise ValueError("--fps is the rate of the video that --mp4 writes: name one, e.g. --mp4 overlay.mp4")
+
+    if a.fps and not a.mp4:
+        raise ValueError("--fps is the rate of the video that --mp4 writes: name one, e.g. --mp4 overlay.mp4")
     rate = check_rate(a.fps) if a.fps else None
-    if a.mp4: check_video_path(a.mp4, a.file, a.classes)
+    if a.mp4:
+        check_video_path(a.mp4, a.file, a.classes)
     count, failed = 0, []
-    for name, result in segment_video(a.file, parse_classes(a.classes), create(a.system, a.encoder, **knobs), a.out, every=a.every, **reading):
+    for name, result in segment_video(
+        a.file,
+        parse_classes(a.classes),
+        create(a.system, a.encoder, **knobs),
+        a.out,
+        every=a.every,
+        **reading,
+    ):
         count += 1
-        if isinstance(result, Exception): failed.append((name, result))
+        if isinstance(result, Exception):
+            failed.append((name, result))
     print(f"{count - len(failed)} frames: {a.out}" + (f", {len(failed)} damaged" if failed else ""))
     try:
         if a.mp4:
-            if rate is None and a.file.is_dir(): rate = Fraction(25, a.every); print(f"a folder of frames has no rate: {float(rate):g} frames per second, unless --fps says another")
+            if rate is None and a.file.is_dir():
+                rate = Fraction(25, a.every)
+                print(
+                    f"a folder of frames has no rate: {float(rate):g} frames per second, unless --fps says"
+                    " another"
+                )
             print(f"{a.mp4}: {float(overlay_video(a.out, a.mp4, rate)):g} frames per second")
-    finally:   # what is wrong with frames is said whatever becomes of the video
-        for name, error in failed: print(f"failed: {name}: {_said(error)}", file=sys.stderr)
+    finally:  # what is wrong with frames is said whatever becomes of the video
+        for name, error in failed:
+            print(f"failed: {name}: {_said(error)}", file=sys.stderr)
     return 1 if failed else 0
 
-
 # %% ../../nbs/app/04_cli.ipynb #5d728697
-def main(arguments:list[str]|None=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     "Entry point of `ovss-nb`; returns the exit code."
-    parser = _Parser("ovss-nb", description="Open-vocabulary semantic segmentation: an image and words in, a label map out.")
+    parser = _Parser(
+        "ovss-nb",
+        description="Open-vocabulary semantic segmentation: an image and words in, a label map out.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     demo = verbs.add_parser("demo", help="segment the photographs that scikit-image ships")
     own = verbs.add_parser("segment", help="segment your own images")
     own.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    own.add_argument("--classes", required=True, help="cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file, one class per line; names that hold , : | go in \"quotes\"")
+    own.add_argument(
+        "--classes",
+        required=True,
+        help=(
+            "cat,sofa or animal:cat|dog,background or a vocabulary (see `ovss-nb vocabularies`) or a file,"
+            ' one class per line; names that hold , : | go in "quotes"'
+        ),
+    )
     app = verbs.add_parser("app", help="open a photo in the viewer, in a browser (extra `app`)")
     app.add_argument("file", metavar="FILE")
-    app.add_argument("--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)")
-    app.add_argument("--port", type=argument(Annotated[int, Range(1, 65535)]), default=8866, help="of the server on this machine (default: %(default)s)")
+    app.add_argument(
+        "--classes", default="VOC-21", help="the words to start with, as for `segment` (default: %(default)s)"
+    )
+    app.add_argument(
+        "--port",
+        type=argument(Annotated[int, Range(1, 65535)]),
+        default=8866,
+        help="of the server on this machine (default: %(default)s)",
+    )
     app.add_argument("--no-browser", action="store_true", help="only serve")
-    for verb in (own, app): _add_reading(verb)
+    for verb in (own, app):
+        _add_reading(verb)
     for verb in (demo, own, app):
-        verb.add_argument("--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)")
-        verb.add_argument("--encoder", default="lite", help="lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT, see `ovss-nb encoders` (default: %(default)s)")
-        verb.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the system, e.g. --set size=640 (repeatable)")
-        verb.add_argument("--resize", type=_resize, default="", help="how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the system's own way)")
-        if verb is not app: verb.add_argument("--out", type=Path, default=Path("out"), help="folder for overlays, label PNGs and report.html (default: %(default)s)")
-    own.add_argument("--format", action="append", default=[], choices=list(FORMATS), help="write this too (repeatable): " + "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items()))
+        verb.add_argument(
+            "--system", default=DEFAULT_SYSTEM, help=f"{', '.join(list_systems())} (default: %(default)s)"
+        )
+        verb.add_argument(
+            "--encoder",
+            default="lite",
+            help=(
+                "lite, conse, clip:MODEL/PRETRAINED or simseg:CHECKPOINT, see `ovss-nb encoders` (default:"
+                " %(default)s)"
+            ),
+        )
+        verb.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KNOB=VALUE",
+            help="a knob of the system, e.g. --set size=640 (repeatable)",
+        )
+        verb.add_argument(
+            "--resize",
+            type=_resize,
+            default="",
+            help=(
+                "how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the"
+                " system's own way)"
+            ),
+        )
+        if verb is not app:
+            verb.add_argument(
+                "--out",
+                type=Path,
+                default=Path("out"),
+                help="folder for overlays, label PNGs and report.html (default: %(default)s)",
+            )
+    own.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=list(FORMATS),
+        help="write this too (repeatable): "
+        + "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items()),
+    )
     verbs.add_parser("systems", help="list the systems")
     verbs.add_parser("encoders", help="list the encoders")
     verbs.add_parser("vocabularies", help="list the class lists that ship with the package")
     data = verbs.add_parser("data", help="labelled data sets").add_subparsers(dest="task", required=True)
     data.add_parser("list", help="list the protocols under which a set can be scored")
-    check = data.add_parser("check", help="is a download whole, and what it says it is? or what is in a folder of your own?")
+    check = data.add_parser(
+        "check", help="is a download whole, and what it says it is? or what is in a folder of your own?"
+    )
     check.add_argument("source", type=Path, metavar="DIR")
-    check.add_argument("--decode", action="store_true", help="decode every photograph too, not only its header")
-    prepare = data.add_parser("prepare", help="convert a download to a plain folder: images/, masks/ of class indices, classes.txt; goes on where it was stopped")
+    check.add_argument(
+        "--decode", action="store_true", help="decode every photograph too, not only its header"
+    )
+    prepare = data.add_parser(
+        "prepare",
+        help=(
+            "convert a download to a plain folder: images/, masks/ of class indices, classes.txt; goes on"
+            " where it was stopped"
+        ),
+    )
     prepare.add_argument("source", type=Path, metavar="DIR")
     prepare.add_argument("target", type=Path, metavar="TARGET")
     for task in (check, prepare):
-        task.add_argument("--as", dest="protocol", metavar="PROTOCOL", help="e.g. ADE-150, see `ovss-nb data list`; not needed for a folder of your own with images/, masks/ and classes.txt")
+        task.add_argument(
+            "--as",
+            dest="protocol",
+            metavar="PROTOCOL",
+            help=(
+                "e.g. ADE-150, see `ovss-nb data list`; not needed for a folder of your own with images/,"
+                " masks/ and classes.txt"
+            ),
+        )
         task.add_argument("--layout", help="where several layouts lie side by side: which one")
     _add_prompts(verbs)
     _add_large(verbs)
@@ -383,73 +726,131 @@ def main(arguments:list[str]|None=None) -> int:
         warnings.showwarning = _say(warnings.showwarning)
         return _run_verb(parser, arguments)
 
+
 def _say(show):
     "Shows what this package warns of as one line, and leaves the rest to `show`."
+
     def say(message, category, file, *place):
-        own = issubclass(category, VocabularyWarning) or category is UserWarning and "ovss_nb" in Path(file).parts
-        if own: print(f"ovss-nb: {message}", file=sys.stderr)
-        else: show(message, category, file, *place)
+        own = (
+            issubclass(category, VocabularyWarning)
+            or category is UserWarning
+            and "ovss_nb" in Path(file).parts
+        )
+        if own:
+            print(f"ovss-nb: {message}", file=sys.stderr)
+        else:
+            show(message, category, file, *place)
+
     return say
+
 
 def _run_verb(parser, arguments) -> int:
     "Do what the arguments say; an error that a user can mend is one line."
-    for stream in (sys.stdout, sys.stderr):   # what a terminal cannot show, a name that is not UTF-8 too, is written as \\x..
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
+    # what a terminal cannot show, a name that is not UTF-8 too, is written as \\x..
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         a = parser.parse_args(_two_words(sys.argv[1:] if arguments is None else arguments))
-        for name, value in vars(a).items():   # a shell leaves --out=~/x as it is
-            if isinstance(value, Path): setattr(a, name, _home(value))
-            if isinstance(value, list): setattr(a, name, [_home(o) if isinstance(o, Path) else o for o in value])
+        for name, value in vars(a).items():  # a shell leaves --out=~/x as it is
+            if isinstance(value, Path):
+                setattr(a, name, _home(value))
+            if isinstance(value, list):
+                setattr(a, name, [_home(o) if isinstance(o, Path) else o for o in value])
         code = _do(a)
-        sys.stdout.flush()   # a pipe that is closed, or a disk that is full, shows here
+        sys.stdout.flush()  # a pipe that is closed, or a disk that is full, shows here
         return code
-    except SystemExit:   # help was asked for, or the arguments are wrong: argparse has said so
+    except SystemExit:  # help was asked for, or the arguments are wrong: argparse has said so
         _silence()
         raise
-    except (ValueError, MissingExtra) as e: said, code = _said(e), 2
-    except KeyboardInterrupt: said, code = "stopped; what is finished stays. The same command goes on, or starts again", 130
-    except BrokenPipeError: said, code = "", 141   # whoever read along (`| head`) has seen enough
-    except OSError as e: said, code = _why(e), 2
-    except SafetensorError as e: said, code = f"a file of weights is damaged or incomplete ({e}): copy or download it again", 2
+    except (ValueError, MissingExtra) as e:
+        said, code = _said(e), 2
+    except KeyboardInterrupt:
+        said, code = "stopped; what is finished stays. The same command goes on, or starts again", 130
+    except BrokenPipeError:
+        said, code = "", 141  # whoever read along (`| head`) has seen enough
+    except OSError as e:
+        said, code = _why(e), 2
+    except SafetensorError as e:
+        said, code = f"a file of weights is damaged or incomplete ({e}): copy or download it again", 2
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e): raise
-        said, code = "there is not enough memory: let the image be seen smaller (--resize, --set size=...), or cut it up with `ovss-nb tiles`", 2
-    if said: print("ovss-nb: " + " ".join(said.splitlines()), file=sys.stderr)
+        if not out_of_memory(e):
+            raise
+        said, code = (
+            (
+                "there is not enough memory: let the image be seen smaller (--resize, --set size=...), or cut"
+                " it up with `ovss-nb tiles`"
+            ),
+            2,
+        )
+    if said:
+        print("ovss-nb: " + " ".join(said.splitlines()), file=sys.stderr)
     _silence()
     return code
 
-def _home(path:Path) -> Path: return path if os.path.exists(path) else Path(os.path.expanduser(path))
+
+def _home(path: Path) -> Path:
+    return path if os.path.exists(path) else Path(os.path.expanduser(path))
+
 
 def _silence():
     "Let nothing be said at exit about output that cannot be written any more."
-    try: sys.stdout.flush()
+    try:
+        sys.stdout.flush()
     except (OSError, ValueError):
-        with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
 
 def _do(a) -> int:
     "What one call asks for; the exit code."
     if a.verb == "vocabularies":
-        for name in list_vocabularies(): print(f"{name:16} {len(load_vocabulary(name)):4} names")
+        for name in list_vocabularies():
+            print(f"{name:16} {len(load_vocabulary(name)):4} names")
         return 0
     if a.verb in ("systems", "encoders"):
-        for name, what in (list_systems() if a.verb == "systems" else list_encoders()).items(): print(f"{name:16} {what}")
+        for name, what in (list_systems() if a.verb == "systems" else list_encoders()).items():
+            print(f"{name:16} {what}")
         return 0
-    if a.verb == "data": return _data(a)
-    if a.verb == "prompts": return _prompts(a)
-    if a.verb in ("tiles", "video", "onnx"): return _large(a)
-    if a.verb == "app": return _app(a)
+    if a.verb == "data":
+        return _data(a)
+    if a.verb == "prompts":
+        return _prompts(a)
+    if a.verb in ("tiles", "video", "onnx"):
+        return _large(a)
+    if a.verb == "app":
+        return _app(a)
     return _segment(a) if a.verb in ("demo", "segment") else command(a)
 
+
 def _app(a) -> int:
-    from ovss_nb.app.viewer import serve   # brings torch
-    knobs = read_knobs(a.system, a.set, "--set ") | (dict(resize=a.resize) if a.resize else {}) | {name: o for name, o in _reading(a).items() if o}
-    return serve(a.file, parse_classes(a.classes), a.port, not a.no_browser, system=a.system, encoder=a.encoder, **knobs)
+    from ovss_nb.app.viewer import serve  # brings torch
+
+    knobs = (
+        read_knobs(a.system, a.set, "--set ")
+        | (dict(resize=a.resize) if a.resize else {})
+        | {name: o for name, o in _reading(a).items() if o}
+    )
+    return serve(
+        a.file,
+        parse_classes(a.classes),
+        a.port,
+        not a.no_browser,
+        system=a.system,
+        encoder=a.encoder,
+        **knobs,
+    )
+
 
 def _data(a) -> int:
     from ovss_nb.benchmarks.prepare import prepare
-    from ovss_nb.benchmarks.protocols import PROTOCOLS, check, open_dataset   # they read all class lists, which other verbs do not need
+
+    # they read all class lists, which other verbs do not need
+    from ovss_nb.benchmarks.protocols import PROTOCOLS, check, open_dataset
+
     if a.task == "list":
-        for o in PROTOCOLS.values(): print(f"{o.name:24} {o.classes:4} classes  {o.family:13}  background {o.decided}")
+        for o in PROTOCOLS.values():
+            print(f"{o.name:24} {o.classes:4} classes  {o.family:13}  background {o.decided}")
         return 0
     if a.task == "check":
         report = check(a.source, a.protocol, a.layout, a.decode)
@@ -457,28 +858,75 @@ def _data(a) -> int:
         return 0 if report.ok else 1
     done = prepare(open_dataset(a.source, a.protocol, a.layout), a.target)
     print(f"{a.target}: {done['written']} written, {done['kept']} kept, {len(done['skipped'])} skipped")
-    for stem, why in done["skipped"].items(): print(f"skipped: {stem}: {why}", file=sys.stderr)
+    for stem, why in done["skipped"].items():
+        print(f"skipped: {stem}: {why}", file=sys.stderr)
     return 1 if done["skipped"] else 0
 
+
 def _add_prompts(verbs):
-    tasks = verbs.add_parser("prompts", help="banks of class descriptions and subclasses that a language model wrote").add_subparsers(dest="task", required=True)
-    for task, what in dict(show="print a bank", check="check banks; without --vocabulary and --bank all that ship", make="have a new bank written",
-                           fill="complete a bank: first from the shipped texts, then by the model").items():
+    tasks = verbs.add_parser(
+        "prompts", help="banks of class descriptions and subclasses that a language model wrote"
+    ).add_subparsers(dest="task", required=True)
+    for task, what in dict(
+        show="print a bank",
+        check="check banks; without --vocabulary and --bank all that ship",
+        make="have a new bank written",
+        fill="complete a bank: first from the shipped texts, then by the model",
+    ).items():
         o = tasks.add_parser(task, help=what)
-        o.add_argument("--vocabulary", help="a shipped vocabulary, a file, or cat,sofa", required=task in ("make", "fill"))
-        o.add_argument("--kind", choices=KINDS, help=f"(default: the bank's own; {'both' if task == 'check' else KINDS[0]} without one)")
-        o.add_argument("--bank", type=Path, metavar="FILE", help="file of the bank (default: " + ("the one that ships)" if task in ("show", "check") else "out/prompts/VOCABULARY.KIND.json)"))
-        if task == "show": o.add_argument("--class", dest="name", metavar="NAME", help="only this class")
-        if task in ("show", "check"): continue
+        o.add_argument(
+            "--vocabulary",
+            help="a shipped vocabulary, a file, or cat,sofa",
+            required=task in ("make", "fill"),
+        )
+        o.add_argument(
+            "--kind",
+            choices=KINDS,
+            help=f"(default: the bank's own; {'both' if task == 'check' else KINDS[0]} without one)",
+        )
+        o.add_argument(
+            "--bank",
+            type=Path,
+            metavar="FILE",
+            help="file of the bank (default: "
+            + ("the one that ships)" if task in ("show", "check") else "out/prompts/VOCABULARY.KIND.json)"),
+        )
+        if task == "show":
+            o.add_argument("--class", dest="name", metavar="NAME", help="only this class")
+        if task in ("show", "check"):
+            continue
         o.add_argument("--model", help="name of the model, as the server knows it")
-        o.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI's)")
+        o.add_argument(
+            "--base-url",
+            metavar="URL",
+            help=(
+                "an OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL, else"
+                " OpenAI's)"
+            ),
+        )
         o.add_argument("--temperature", type=argument(NotNegative), default=0)
-        o.add_argument("--context", default="", help="what the photographs are, e.g. 'photographs of German streets'")
-        o.add_argument("--concurrency", type=argument(Count), default=8, help="calls at once (default: %(default)s)")
-        o.add_argument("--max-calls", type=argument(Count), metavar="N", help="stop after so many calls; the same command goes on")
+        o.add_argument(
+            "--context", default="", help="what the photographs are, e.g. 'photographs of German streets'"
+        )
+        o.add_argument(
+            "--concurrency", type=argument(Count), default=8, help="calls at once (default: %(default)s)"
+        )
+        o.add_argument(
+            "--max-calls",
+            type=argument(Count),
+            metavar="N",
+            help="stop after so many calls; the same command goes on",
+        )
         o.add_argument("--max-tokens", type=argument(Count), metavar="N", help="stop after so many tokens")
-        o.add_argument("--prices", type=argument(NotNegative), nargs=2, metavar=("IN", "OUT"), help="per million tokens, for --dry-run")
+        o.add_argument(
+            "--prices",
+            type=argument(NotNegative),
+            nargs=2,
+            metavar=("IN", "OUT"),
+            help="per million tokens, for --dry-run",
+        )
         o.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and ask nothing")
+
 
 def _prompts(a) -> int:
     vocabulary = None if a.vocabulary is None else parse_classes(a.vocabulary, "--vocabulary")
@@ -486,79 +934,159 @@ def _prompts(a) -> int:
     kind = a.kind or (PromptBank.open(path).kind if there and a.task != "make" else KINDS[0])
     if path is None and vocabulary is not None:
         ships = a.task in ("show", "check") and vocabulary.title in list_banks(kind)
-        path = None if ships else Path("out/prompts")/f"{file_stem(vocabulary.title or (Path(a.vocabulary).stem if os.path.isfile(a.vocabulary) else '-'.join(vocabulary.names)))}.{kind}.json"
+        path = (
+            None
+            if ships
+            else Path("out/prompts")
+            / f"{file_stem(vocabulary.title or (Path(a.vocabulary).stem if os.path.isfile(a.vocabulary) else '-'.join(vocabulary.names)))}.{kind}.json"
+        )
     if a.task == "show":
-        if path is None and vocabulary is None: raise ValueError(f"name a bank with --vocabulary ({', '.join(list_banks(kind))}) or --bank FILE")
+        if path is None and vocabulary is None:
+            raise ValueError(f"name a bank with --vocabulary ({', '.join(list_banks(kind))}) or --bank FILE")
         bank = PromptBank.open(path, a.kind) if path else PromptBank.open(vocabulary.title, kind)
-        if a.name and a.name not in bank.classes: raise ValueError(f"the bank has no class {a.name!r}")
-        print(f"{bank.kind} of {bank.vocabulary or 'an own vocabulary'}: {len(bank)} classes by {bank.model}, {bank.date}, {json.dumps(bank.settings)}")
-        for name in [a.name] if a.name else bank.classes: print(f"{name}: {json.dumps(bank[name], ensure_ascii=False)}")
+        if a.name and a.name not in bank.classes:
+            raise ValueError(f"the bank has no class {a.name!r}")
+        print(
+            f"{bank.kind} of {bank.vocabulary or 'an own vocabulary'}: {len(bank)} classes by {bank.model},"
+            f" {bank.date}, {json.dumps(bank.settings)}"
+        )
+        for name in [a.name] if a.name else bank.classes:
+            print(f"{name}: {json.dumps(bank[name], ensure_ascii=False)}")
         return 0
-    from open_clip.tokenizer import SimpleTokenizer   # brings torch, which a look into a bank does not need
-    def count(text, tokenizer=SimpleTokenizer()): return len(tokenizer.encode(text)) + 2
+    # brings torch, which a look into a bank does not need
+    from open_clip.tokenizer import SimpleTokenizer
+
+    def count(text, tokenizer=SimpleTokenizer()):
+        return len(tokenizer.encode(text)) + 2
+
     if a.task == "check":
-        if path: banks = [(PromptBank.open(path, a.kind), vocabulary)]
-        else: banks = [(PromptBank.open(title, kind), None) for kind in ([a.kind] if a.kind else KINDS) for title in ([vocabulary.title] if vocabulary else list_banks(kind))]
+        if path:
+            banks = [(PromptBank.open(path, a.kind), vocabulary)]
+        else:
+            banks = [
+                (PromptBank.open(title, kind), None)
+                for kind in ([a.kind] if a.kind else KINDS)
+                for title in ([vocabulary.title] if vocabulary else list_banks(kind))
+            ]
         faults = 0
         for bank, words in banks:
             found = bank.problems(words, count)
             faults += len(found)
             print(f"{bank.path}: {len(bank)} classes, {len(found)} with problems")
-            for name, wrong in found.items(): print(f"{name}: {'; '.join(wrong)}", file=sys.stderr)
+            for name, wrong in found.items():
+                print(f"{name}: {'; '.join(wrong)}", file=sys.stderr)
         return 1 if faults else 0
     refuse_overwrite([path, path.with_suffix(".journal.jsonl")], a.vocabulary)
     if a.task == "make":
-        if path.is_dir(): raise ValueError(f"{path} is a folder: name a file with --bank")
-        if path.exists(): raise ValueError(f"{path} exists: complete it with `ovss-nb prompts fill`, or name another file with --bank")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file with --bank")
+        if path.exists():
+            raise ValueError(
+                f"{path} exists: complete it with `ovss-nb prompts fill`, or name another file with --bank"
+            )
         bank = PromptBank.new(vocabulary, kind)
     else:
         shipped = vocabulary.title in list_banks(kind)
-        bank = PromptBank.open(path, kind) if path.exists() else PromptBank.open(vocabulary.title, kind) if shipped else PromptBank.new(vocabulary, kind)
+        bank = (
+            PromptBank.open(path, kind)
+            if path.exists()
+            else PromptBank.open(vocabulary.title, kind)
+            if shipped
+            else PromptBank.new(vocabulary, kind)
+        )
         if bank.classes and not set(bank.classes) & set(vocabulary.names):
-            raise ValueError(f"{path} holds texts of other classes ({', '.join([*bank.classes][:3])}), which would be lost: name another file with --bank")
+            raise ValueError(
+                f"{path} holds texts of other classes ({', '.join([*bank.classes][:3])}), which would be"
+                " lost: name another file with --bank"
+            )
         print(f"{len(bank.borrow(vocabulary))} classes from the shipped texts")
-        bank.fill(vocabulary, {})   # brings order and hash up to date
+        bank.fill(vocabulary, {})  # brings order and hash up to date
     failed, journal = {}, path.with_suffix(".journal.jsonl")
-    for file in () if a.dry_run else (path, journal):   # answers cost money: both must be writable before the first
-        try: check_writable(file)
-        except OSError as e: raise ValueError(f"{file} cannot be written ({e.strerror}): name another file with --bank; nothing was asked") from None
+    # answers cost money: both must be writable before the first
+    for file in () if a.dry_run else (path, journal):
+        try:
+            check_writable(file)
+        except OSError as e:
+            raise ValueError(
+                f"{file} cannot be written ({e.strerror}): name another file with --bank; nothing was asked"
+            ) from None
     if bank.missing(vocabulary):
-        if not a.model: raise ValueError(f"{len(bank.missing(vocabulary))} classes are to be written: name a model with --model, e.g. --model gpt-4o-mini")
-        model = LanguageModel(a.model, a.base_url, temperature=a.temperature, concurrency=a.concurrency, max_calls=a.max_calls, max_tokens=a.max_tokens, journal=journal)
+        if not a.model:
+            raise ValueError(
+                f"{len(bank.missing(vocabulary))} classes are to be written: name a model with --model, e.g."
+                " --model gpt-4o-mini"
+            )
+        model = LanguageModel(
+            a.model,
+            a.base_url,
+            temperature=a.temperature,
+            concurrency=a.concurrency,
+            max_calls=a.max_calls,
+            max_tokens=a.max_tokens,
+            journal=journal,
+        )
         write = write_descriptions if kind == "descriptions" else write_subclasses
-        failed = write(model, vocabulary, bank, count=count, context=a.context, dry_run=a.dry_run, prices=a.prices).failed
-        if not a.dry_run: print(f"{model.calls} calls, {model.tokens} tokens; answers are kept in {model.journal}")
-    if a.dry_run: return 0
-    try: bank.save(path)
+        failed = write(
+            model, vocabulary, bank, count=count, context=a.context, dry_run=a.dry_run, prices=a.prices
+        ).failed
+        if not a.dry_run:
+            print(f"{model.calls} calls, {model.tokens} tokens; answers are kept in {model.journal}")
+    if a.dry_run:
+        return 0
+    try:
+        bank.save(path)
     except OSError as e:
-        raise ValueError(f"{path} cannot be written ({e.strerror}): make room, and give the same command again; answers are kept in {journal}") from None
+        raise ValueError(
+            f"{path} cannot be written ({e.strerror}): make room, and give the same command again; answers"
+            f" are kept in {journal}"
+        ) from None
     print(f"{path}: {len(bank)} classes, {len(failed)} failed")
-    for name, why in failed.items(): print(f"failed: {name}: {why}", file=sys.stderr)
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
-def _named(path:Path, text:str) -> str:
+
+def _named(path: Path, text: str) -> str:
     "What is wrong with a file, its name first, and once."
     return text if text.startswith(f"{path}: ") else f"{path}: {text}"
+
 
 def _segment(a) -> int:
     knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
     if a.verb == "demo":
         folder = Path(require("skimage.data", "demo").__file__).parent
-        pictures = [(folder/name, parse_classes(words)) for name, words in DEMO.items()]
+        pictures = [(folder / name, parse_classes(words)) for name, words in DEMO.items()]
     else:
         vocabulary = parse_classes(a.classes)
         pictures = [(path, vocabulary) for path in a.files]
-    check_writable(a.out/"report.html")   # before the system is loaded
-    from ovss_nb.components.crf import crf_available   # brings torch, which the lists do not need
+    check_writable(a.out / "report.html")  # before the system is loaded
+    from ovss_nb.components.crf import crf_available  # brings torch, which the lists do not need
+
     if "crf" not in knobs and has_knob(a.system, "crf"):
         knobs["crf"] = crf_available()
-        print("dense CRF: " + ("on" if knobs["crf"] else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"))
+        print(
+            "dense CRF: "
+            + (
+                "on"
+                if knobs["crf"]
+                else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"
+            )
+        )
     system = create(a.system, a.encoder, resize=a.resize, **knobs)
     if not any(os.path.exists(path) for path, _ in pictures):
-        raise ValueError(f"there is no file {' or '.join(_readable(path) for path, _ in pictures)}. Check the path")
-    start, count = time.perf_counter(), len({(os.path.abspath(path), vocabulary) for path, vocabulary in pictures})
+        raise ValueError(
+            f"there is no file {' or '.join(_readable(path) for path, _ in pictures)}. Check the path"
+        )
+    start, count = (
+        time.perf_counter(),
+        len({(os.path.abspath(path), vocabulary) for path, vocabulary in pictures}),
+    )
     note = f"{a.system} with the {a.encoder} encoder, {json.dumps(system.config.to_dict())}"
     failed = run(pictures, system, a.out, "ovss-nb " + a.verb, note, getattr(a, "format", ()), **reading)
-    print(f"{count - len(failed)} of {count} images in {time.perf_counter() - start:.1f} s: {a.out/'report.html'}")
-    for path, error in failed: print("failed: " + _named(path, _why(error)), file=sys.stderr)
+    print(
+        f"{count - len(failed)} of {count} images in {time.perf_counter() - start:.1f} s:"
+        f" {a.out / 'report.html'}"
+    )
+    for path, error in failed:
+        print("failed: " + _named(path, _why(error)), file=sys.stderr)
     return 1 if failed else 0

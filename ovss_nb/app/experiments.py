@@ -29,218 +29,386 @@ from ..core.parallel import WorkerDied, spread
 
 # %% ../../nbs/app/01_experiments.ipynb #c8cb70fb
 class ExperimentError(ValueError):
-    "A notebook, a parameter, a sweep file or a folder cannot be used; the message says what to change. Nothing has been run."
+    """A notebook, a parameter, a sweep file or a folder cannot be used;
+    the message says what to change. Nothing has been run.
+    """
+
 
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a notebook: `type` is a Python type or annotation, `default` a JSON value."
+
     name: str
     type: object
     default: object
 
+
 _TYPES = {o.__name__: o for o in (bool, int, float, str, list, dict, object)}
 _TYPES |= {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union", "List", "Dict")}
 
-def _near(name:str, known) -> str:
+
+def _near(name: str, known) -> str:
     "A hint for a misspelt name, or nothing."
     return "".join(f" Did you mean `{o}`?" for o in get_close_matches(str(name), known, 1))
 
+
 def _is_json(value) -> bool:
-    "Whether a value comes back from JSON as it was; a tuple, a Path, NaN or a dict with numbers as keys does not."
-    try: return json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError): return False
+    """Whether a value comes back from JSON as it was;
+    a tuple, a Path, NaN or a dict with numbers as keys does not.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
-def _cells(path:Path) -> tuple[list[str], list[str]]:
+
+def _cells(path: Path) -> tuple[list[str], list[str]]:
     "Sources of the code cells, and of those among them that are tagged `parameters`."
-    try: cells = [cell for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    except OSError as e: raise ExperimentError(f"The notebook {path} cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError): raise ExperimentError(f"{path} is not a notebook (of format 4)") from None
+    try:
+        cells = [
+            cell
+            for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+            if cell["cell_type"] == "code"
+        ]
+    except OSError as e:
+        raise ExperimentError(f"The notebook {path} cannot be read: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ExperimentError(f"{path} is not a notebook (of format 4)") from None
     sources = ["".join(cell["source"]) for cell in cells]
-    return sources, [source for source, cell in zip(sources, cells) if "parameters" in cell["metadata"].get("tags", [])]
+    return sources, [
+        source for source, cell in zip(sources, cells) if "parameters" in cell["metadata"].get("tags", [])
+    ]
 
-def _name(kind) -> str: return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+
+def _name(kind) -> str:
+    return (
+        kind.__name__
+        if isinstance(kind, type) and not typing.get_args(kind)
+        else str(kind).replace("typing.", "")
+    )
+
 
 def read_parameters(path) -> dict[str, Parameter]:
     """The parameters of a notebook, in order, from its source.
 
-    Raises ExperimentError unless exactly one cell is tagged `parameters`, every default is a JSON value of the annotated
+    Raises ExperimentError unless exactly one cell is tagged `parameters`, every default is a JSON value of
+    the annotated
     type (or None), and `run_dir` is among them.
+
     """
     path = Path(path)
     tagged = _cells(path)[1]
     if len(tagged) != 1:
-        raise ExperimentError(f"{path} has {len(tagged) or 'no'} cells tagged `parameters`: tag the one that assigns them, or the defaults would run")
-    try: statements = ast.parse(tagged[0]).body
+        raise ExperimentError(
+            f"{path} has {len(tagged) or 'no'} cells tagged `parameters`: tag the one that assigns them, or"
+            " the defaults would run"
+        )
+    try:
+        statements = ast.parse(tagged[0]).body
     except SyntaxError as e:
-        raise ExperimentError(f"{path}: the cell of parameters is not plain Python ({e.msg}, line {e.lineno})") from None
+        raise ExperimentError(
+            f"{path}: the cell of parameters is not plain Python ({e.msg}, line {e.lineno})"
+        ) from None
     known = {}
     for statement in statements:
-        if not isinstance(statement, (ast.AnnAssign, ast.Assign)): continue
-        target, value = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0], statement.value
-        several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)
+        if not isinstance(statement, (ast.AnnAssign, ast.Assign)):
+            continue
+        target, value = (
+            (statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]),
+            statement.value,
+        )
+        several = (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(target.elts) == len(value.elts)
+        )
         for target, value in zip(target.elts, value.elts) if several else [(target, value)]:
-            if not isinstance(target, ast.Name) or (isinstance(statement, ast.Assign) and len(statement.targets) > 1):
-                raise ExperimentError(f"{path}: write each parameter as `name: type = default`, not `{ast.unparse(statement)}`")
+            if not isinstance(target, ast.Name) or (
+                isinstance(statement, ast.Assign) and len(statement.targets) > 1
+            ):
+                raise ExperimentError(
+                    f"{path}: write each parameter as `name: type = default`, not `{ast.unparse(statement)}`"
+                )
             known[target.id] = _parameter(path, target.id, value, getattr(statement, "annotation", None))
     if "run_dir" not in known:
-        raise ExperimentError(f'{path} lacks the parameter `run_dir: str = "out"`, the folder to write metrics.json to')
+        raise ExperimentError(
+            f'{path} lacks the parameter `run_dir: str = "out"`, the folder to write metrics.json to'
+        )
     return known
 
-def _parameter(path, name:str, value:ast.expr|None, annotation:ast.expr|None) -> Parameter:
+
+def _parameter(path, name: str, value: ast.expr | None, annotation: ast.expr | None) -> Parameter:
     "One assignment in the cell of parameters."
-    try: default = ast.literal_eval(value)
+    try:
+        default = ast.literal_eval(value)
     except (ValueError, TypeError):
         found = ast.unparse(value) if value else "missing"
-        raise ExperimentError(f"{path}: the default of `{name}` must be a plain value, not `{found}`") from None
+        raise ExperimentError(
+            f"{path}: the default of `{name}` must be a plain value, not `{found}`"
+        ) from None
     kind = typing.Any if default is None else type(default)
     if annotation is not None:
         text = str(annotation.value) if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
-        try: kind = eval(text, {"__builtins__": {}, "typing": typing, **_TYPES})
+        try:
+            kind = eval(text, {"__builtins__": {}, "typing": typing, **_TYPES})
         except (NameError, TypeError, AttributeError, SyntaxError):
-            raise ExperimentError(f"{path}: the type `{text}` of `{name}` is not among {', '.join(_TYPES)}") from None
-    if default is None: kind = typing.Optional[kind]
+            raise ExperimentError(
+                f"{path}: the type `{text}` of `{name}` is not among {', '.join(_TYPES)}"
+            ) from None
+    if default is None:
+        kind = typing.Optional[kind]
     return Parameter(name, kind, _checked(path, name, default, kind))
+
 
 def _checked(path, name, value, kind):
     "The value, fitted to its type, or an ExperimentError."
     if not _is_json(value):
-        raise ExperimentError(f"{path}: `{name}` must be made of what JSON has (numbers, strings, booleans, null, lists, dicts by name), not {value!r}")
-    try: return fitted(value, kind)
+        raise ExperimentError(
+            f"{path}: `{name}` must be made of what JSON has (numbers, strings, booleans, null, lists, dicts"
+            f" by name), not {value!r}"
+        )
+    try:
+        return fitted(value, kind)
     except (TypeError, OverflowError):
-        hint = f". To pass text, quote it twice: {name}='\"{value}\"'" if kind is str and isinstance(value, (bool, int, float)) else ""
-        raise ExperimentError(f"{path}: `{name}` must be {_name(kind)}, not {type(value).__name__} {value!r}{hint}") from None
+        hint = (
+            f". To pass text, quote it twice: {name}='\"{value}\"'"
+            if kind is str and isinstance(value, (bool, int, float))
+            else ""
+        )
+        raise ExperimentError(
+            f"{path}: `{name}` must be {_name(kind)}, not {type(value).__name__} {value!r}{hint}"
+        ) from None
 
-def check_parameters(path, parameters:dict) -> dict: # all parameters of the notebook but `run_dir`, with defaults filled in
-    "Refuse, with ExperimentError, a name that the notebook does not know and a value of another type than it says."
+
+# all parameters of the notebook but `run_dir`, with defaults filled in
+def check_parameters(path, parameters: dict) -> dict:
+    """Refuse, with ExperimentError, a name that the notebook does not know and a value of another type than
+    it says.
+    """
     known = read_parameters(path)
     for name in parameters:
-        if name == "run_dir": raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
+        if name == "run_dir":
+            raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
         if name not in known:
-            raise ExperimentError(f"{path} has no parameter `{name}`.{_near(name, known)} It has: {', '.join(o for o in known if o != 'run_dir')}")
-    values = {name: _checked(path, name, parameters.get(name, o.default), o.type) for name, o in known.items() if name != "run_dir"}
+            raise ExperimentError(
+                f"{path} has no parameter `{name}`.{_near(name, known)} It has:"
+                f" {', '.join(o for o in known if o != 'run_dir')}"
+            )
+    values = {
+        name: _checked(path, name, parameters.get(name, o.default), o.type)
+        for name, o in known.items()
+        if name != "run_dir"
+    }
     return values | _checked_choices(path, known, values)
 
-def _checked_choices(path, known:dict[str, Parameter], values:dict) -> dict:
-    "The knobs of a notebook whose `system` is one of this package's, checked as `create` would, but before a kernel starts."
-    if "system" not in known or known["system"].default not in SYSTEMS: return {}
+
+def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
+    """The knobs of a notebook whose `system` is one of this package's, checked as `create` would, but before
+    a kernel starts.
+    """
+    if "system" not in known or known["system"].default not in SYSTEMS:
+        return {}
     try:
-        if (name := values["system"]) not in SYSTEMS: raise ValueError(f"no system {name!r}.{_near(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
-        if values.get("resize", "protocol") != "protocol": resize_rule(values["resize"])
+        if (name := values["system"]) not in SYSTEMS:
+            raise ValueError(f"no system {name!r}.{_near(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
+        if values.get("resize", "protocol") != "protocol":
+            resize_rule(values["resize"])
         knobs = values.get("knobs") or {}
-        plain = json.loads(json.dumps(read_knobs(values["system"], knobs))) if knobs else {}   # brings torch
-    except ValueError as e: raise ExperimentError(f"{path}: {e}") from None
-    return {"knobs": {name: o if o == plain[name] else plain[name] for name, o in knobs.items()}} if knobs else {}
+        # brings torch
+        plain = json.loads(json.dumps(read_knobs(values["system"], knobs))) if knobs else {}
+    except ValueError as e:
+        raise ExperimentError(f"{path}: {e}") from None
+    return (
+        {"knobs": {name: o if o == plain[name] else plain[name] for name, o in knobs.items()}}
+        if knobs
+        else {}
+    )
 
 # %% ../../nbs/app/01_experiments.ipynb #da28312c
 def parse_parameter(
-    *texts:str, # "key=value" each
-    known:dict[str, Parameter]|None=None, # of `read_parameters`: a value is read as its parameter wants it
+    *texts: str,  # "key=value" each
+    # of `read_parameters`: a value is read as its parameter wants it
+    known: dict[str, Parameter] | None = None,
 ) -> dict[str, object]:
-    "Parameters from texts; without a known type a value is what JSON or TOML makes of it, else plain text. Raises ExperimentError."
+    """Parameters from texts;
+    without a known type a value is what JSON or TOML makes of it, else plain text. Raises ExperimentError.
+    """
     parameters = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
         if not (equals and name.isidentifier()):
             raise ExperimentError(f"A parameter is given as key=value, e.g. -p limit=100, not {text!r}")
-        if name in parameters: raise ExperimentError(f"The parameter `{name}` is given twice")
+        if name in parameters:
+            raise ExperimentError(f"The parameter `{name}` is given twice")
         found = guess(value)
         parameters[name] = found if _is_json(found) else value
-        if name not in (known or {}): continue
-        try: parameters[name] = read_option(f"-p {name}", value, known[name].type)
-        except OptionError as e: raise ExperimentError(str(e)) from None
+        if name not in (known or {}):
+            continue
+        try:
+            parameters[name] = read_option(f"-p {name}", value, known[name].type)
+        except OptionError as e:
+            raise ExperimentError(str(e)) from None
     return parameters
 
 # %% ../../nbs/app/01_experiments.ipynb #59112959
-def _said(*command:str) -> str|None:
+def _said(*command: str) -> str | None:
     "What a program prints, or None if it is not there or fails."
-    try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
 
 def cuda_devices() -> list[str]:
     "Ids of the CUDA devices one may use: those of CUDA_VISIBLE_DEVICES, else all that `nvidia-smi -L` lists."
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None: return [o.strip() for o in chosen.split(",") if o.strip() not in ("", "-1")]
+    if chosen is not None:
+        return [o.strip() for o in chosen.split(",") if o.strip() not in ("", "-1")]
     return re.findall(r"^GPU (\d+):", _said("nvidia-smi", "-L") or "", re.M)
 
+
 def environment(path) -> dict:
-    "The circumstances of a run of the notebook at `path`, as a JSON-ready dict: Python, platform, packages, git, device."
+    """The circumstances of a run of the notebook at `path`, as a JSON-ready dict:
+    Python, platform, packages, git, device.
+    """
     git = ["git", "-C", str(Path(path).resolve().parent)]
     commit = _said(*git, "rev-parse", "HEAD")
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
     cuda = (_said("nvidia-smi", "-L") or "").splitlines()
     return dict(
-        python=platform.python_version(), executable=sys.executable, platform=platform.platform(), host=platform.node(),
-        git=commit and dict(commit=commit, dirty=bool(_said(*git, "status", "--porcelain", "--untracked-files=no"))),
-        device=dict(cpu=cpu[1] if cpu else platform.processor() or platform.machine(), cores=cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"),
-                    cuda=cuda, cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES")),
-        packages={o.name: o.version for o in sorted(distributions(), key=lambda o: str(o.name).lower())})
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        host=platform.node(),
+        git=commit
+        and dict(commit=commit, dirty=bool(_said(*git, "status", "--porcelain", "--untracked-files=no"))),
+        device=dict(
+            cpu=cpu[1] if cpu else platform.processor() or platform.machine(),
+            cores=cpu_count(),
+            threads=os.environ.get("OMP_NUM_THREADS"),
+            cuda=cuda,
+            cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        ),
+        packages={o.name: o.version for o in sorted(distributions(), key=lambda o: str(o.name).lower())},
+    )
 
 # %% ../../nbs/app/01_experiments.ipynb #51a1c0e2
-_known = {}   # digests by file and its state: a sweep reads a file once, and again if it was written meanwhile
+# digests by file and its state: a sweep reads a file once, and again if it was written meanwhile
+_known = {}
 
-def _digest(path:Path) -> str:
+
+def _digest(path: Path) -> str:
     "Of a file's bytes, or of all files below a folder."
-    if path.is_dir(): return Cache.key({file.relative_to(path).as_posix(): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()})
+    if path.is_dir():
+        return Cache.key(
+            {
+                file.relative_to(path).as_posix(): _digest(file)
+                for file in sorted(path.rglob("*"))
+                if file.is_file()
+            }
+        )
     state = path.stat()
     key = str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-    if key not in _known: _known[key] = file_digest(path)
+    if key not in _known:
+        _known[key] = file_digest(path)
     return _known[key]
 
-def _strings(value) -> list[str]:
-    if isinstance(value, str): return [value]
-    return [text for o in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for text in _strings(o)]
 
-def run_inputs(parameters:dict) -> dict[str, str]: # path as the parameter gives it -> digest
-    "What a run reads, as far as its parameters say: files, and folders that are a data set (with `images/`, `masks/` and `classes.txt`, or `data` beside a `protocol`)."
+def _strings(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [
+        text
+        for o in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        for text in _strings(o)
+    ]
+
+
+def run_inputs(parameters: dict) -> dict[str, str]:  # path as the parameter gives it -> digest
+    """What a run reads, as far as its parameters say:
+    files, and folders that are a data set (with `images/`, `masks/` and `classes.txt`, or `data` beside a
+    `protocol`).
+    """
     found = {}
     for text in _strings(parameters):
-        if text in found or not text: continue
-        is_set = "protocol" in parameters and text == parameters.get("data") or all(os.path.exists(f"{text}/{part}") for part in ("images", "masks", "classes.txt"))
-        if os.path.isfile(text) or os.path.isdir(text) and is_set: found[text] = _digest(Path(text))
+        if text in found or not text:
+            continue
+        is_set = (
+            "protocol" in parameters
+            and text == parameters.get("data")
+            or all(os.path.exists(f"{text}/{part}") for part in ("images", "masks", "classes.txt"))
+        )
+        if os.path.isfile(text) or os.path.isdir(text) and is_set:
+            found[text] = _digest(Path(text))
     return found
+
 
 def _library() -> str:
     "The state of the package that runs here."
     return Cache.key([_digest(file) for file in sorted(Path(ovss_nb.__file__).parent.rglob("*.py"))])
 
-def _warn_of_library(records:list[dict]):
+
+def _warn_of_library(records: list[dict]):
     old = [record for record in records if record.get("library") != _library()]
-    if old: warnings.warn(f"{len(old)} of {len(records)} finished runs were made with another state of ovss_nb, e.g. {old[0]['folder']}; they are not repeated unless forced (--force)", stacklevel=3)
+    if old:
+        warnings.warn(
+            f"{len(old)} of {len(records)} finished runs were made with another state of ovss_nb, e.g."
+            f" {old[0]['folder']}; they are not repeated unless forced (--force)",
+            stacklevel=3,
+        )
 
 # %% ../../nbs/app/01_experiments.ipynb #7a4515b9
 class RunFailed(RuntimeError):
     "A notebook was run and failed; its folder holds the executed notebook with the traceback."
 
-def run_hash(path, parameters:dict) -> str:
+
+def run_hash(path, parameters: dict) -> str:
     "SHA-256 of the notebook's code cells and all its parameters (but `run_dir`), as canonical JSON."
     content = dict(code=_cells(path)[0], parameters=parameters)
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
-def _write_json(path:Path, content:dict):
-    with atomic_path(path) as temporary: temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-def _read_json(path:Path) -> dict|None:
+def _write_json(path: Path, content: dict):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict | None:
     "The dict in a JSON file, None if there is no file."
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return None
-    except ValueError as e: raise ExperimentError(f"{path} is damaged ({e}): remove it") from None
-    if not isinstance(content, dict): raise ExperimentError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ExperimentError(f"{path} is damaged ({e}): remove it") from None
+    if not isinstance(content, dict):
+        raise ExperimentError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
 
-def read_run(folder) -> dict|None: # content of run.json, with `folder`, and `metrics` if it is finished
+
+# content of run.json, with `folder`, and `metrics` if it is finished
+def read_run(folder) -> dict | None:
     "The record of the run in a folder, or None if there is none. Raises ExperimentError for damaged files."
     folder = Path(folder)
-    if (record := _read_json(folder/"run.json")) is None: return None
+    if (record := _read_json(folder / "run.json")) is None:
+        return None
     if not {"notebook", "parameters", "hash", "state"} <= set(record):
-        raise ExperimentError(f"{folder/'run.json'} is not the record of a run: choose another folder")
-    metrics = _read_json(folder/"metrics.json") if record["state"] == "finished" else {}
-    if metrics is None: record |= dict(state="failed", error="metrics.json has been removed")
+        raise ExperimentError(f"{folder / 'run.json'} is not the record of a run: choose another folder")
+    metrics = _read_json(folder / "metrics.json") if record["state"] == "finished" else {}
+    if metrics is None:
+        record |= dict(state="failed", error="metrics.json has been removed")
     return record | dict(folder=str(folder), metrics=metrics or {})
 
-def _is_done(folder:Path, path:Path, digest:str, parameters:dict) -> bool:
-    "Whether a folder holds this run, finished. Raises ExperimentError if it holds anything else but this run."
+
+def _is_done(folder: Path, path: Path, digest: str, parameters: dict) -> bool:
+    """Whether a folder holds this run, finished.
+
+    Raises ExperimentError if it holds anything else but this run.
+    """
     record = read_run(folder)
     if record is None:
         if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
@@ -248,60 +416,100 @@ def _is_done(folder:Path, path:Path, digest:str, parameters:dict) -> bool:
         return False
     if record["state"] != "clearing" and record["hash"] != digest:
         stored = record["parameters"]
-        other = ", ".join(f"{name}={stored.get(name)!r}" for name in parameters if stored.get(name) != parameters[name])
-        raise ExperimentError(f"{folder} holds another run ({other or f'of an earlier state of {path.name}'}): choose another folder, or force it to be replaced")
-    if record["state"] != "finished": return False
+        other = ", ".join(
+            f"{name}={stored.get(name)!r}" for name in parameters if stored.get(name) != parameters[name]
+        )
+        raise ExperimentError(
+            f"{folder} holds another run ({other or f'of an earlier state of {path.name}'}): choose another"
+            " folder, or force it to be replaced"
+        )
+    if record["state"] != "finished":
+        return False
     now = run_inputs(parameters)
-    if changed := [name for name, before in record.get("inputs", {}).items() if now.get(name, before) != before]:
-        raise ExperimentError(f"{folder} holds a run of an earlier state of {', '.join(changed[:3])}, which has changed since: choose another folder, or force it to be replaced")
+    if changed := [
+        name for name, before in record.get("inputs", {}).items() if now.get(name, before) != before
+    ]:
+        raise ExperimentError(
+            f"{folder} holds a run of an earlier state of {', '.join(changed[:3])}, which has changed since:"
+            " choose another folder, or force it to be replaced"
+        )
     return True
 
-def _clear(folder:Path, record:dict):
+
+def _clear(folder: Path, record: dict):
     "Empty the folder of a run. If this is stopped, run.json tells the next one to go on with it."
-    _write_json(folder/"run.json", record | dict(state="clearing"))
+    _write_json(folder / "run.json", record | dict(state="clearing"))
     for file in folder.iterdir():
-        if file.name not in ("run.json", ".lock"): shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        if file.name not in ("run.json", ".lock"):
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+
 
 @contextmanager
 def _same_package():
-    "Kernels started inside find the `ovss_nb` that runs here, from whatever folder; an installed one they find anyway."
+    """Kernels started inside find the `ovss_nb` that runs here, from whatever folder;
+    an installed one they find anyway.
+    """
     root, before = str(Path(ovss_nb.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
-    if root in {str(Path(o).resolve()) for o in [*site.getsitepackages(), site.getusersitepackages()]}: yield; return
+    if root in {str(Path(o).resolve()) for o in [*site.getsitepackages(), site.getusersitepackages()]}:
+        yield
+        return
     os.environ["PYTHONPATH"] = os.pathsep.join([root] + ([before] if before else []))
-    try: yield
+    try:
+        yield
     finally:
-        if before is None: del os.environ["PYTHONPATH"]
-        else: os.environ["PYTHONPATH"] = before
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
-def _execute(path:Path, values:dict, folder:Path, progress:bool) -> str|None:
+
+def _execute(path: Path, values: dict, folder: Path, progress: bool) -> str | None:
     "Execute the notebook into `folder`; what went wrong, in a line, or None."
     papermill = require("papermill", "jupyter")
-    source, target = (str(o).replace("{", "{{").replace("}", "}}") for o in (path, folder/"running.ipynb"))   # papermill formats paths
+    # papermill formats paths
+    source, target = (str(o).replace("{", "{{").replace("}", "}}") for o in (path, folder / "running.ipynb"))
     values, error = values | dict(run_dir=str(folder)), None
     try:
-        with _same_package(): papermill.execute_notebook(source, target, values, kernel_name="python3", language="python", progress_bar=progress,
-                                                          extra_arguments=["--IPKernelApp.log_level=50"])   # it would warn that local kernels talk unencrypted, and at Ctrl-C show how it was torn from its work
-    except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue} (In [{e.exec_count}])"
+        with _same_package():
+            papermill.execute_notebook(
+                source,
+                target,
+                values,
+                kernel_name="python3",
+                language="python",
+                progress_bar=progress,
+                # it would warn that local kernels talk unencrypted,
+                # and at Ctrl-C show how it was torn from its work
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+    except papermill.exceptions.PapermillExecutionError as e:
+        error = f"{e.ename}: {e.evalue} (In [{e.exec_count}])"
     # From nbclient: the kernel died, or did not start.
-    except RuntimeError as e: error = f"{type(e).__name__}: {e}. If memory ran out, use smaller parameters or fewer workers"
-    os.replace(folder/"running.ipynb", folder/"notebook.ipynb")
+    except RuntimeError as e:
+        error = f"{type(e).__name__}: {e}. If memory ran out, use smaller parameters or fewer workers"
+    os.replace(folder / "running.ipynb", folder / "notebook.ipynb")
     if error is None:
         try:
-            if _read_json(folder/"metrics.json") is None: error = "it has written no metrics.json to its run_dir"
-        except ExperimentError as e: error = str(e)
+            if _read_json(folder / "metrics.json") is None:
+                error = "it has written no metrics.json to its run_dir"
+        except ExperimentError as e:
+            error = str(e)
     return error
 
+
 def run_notebook(
-    path, # notebook with one cell tagged `parameters`, `run_dir` among them
-    params:dict|None=None, # values by name; the others keep their defaults
-    out="out/run", # folder of this run, passed to the notebook as `run_dir`
-    force:bool=False, # run even if it is finished, and replace whatever run lies in `out`
-    progress:bool=False, # show a bar over the cells
-) -> dict: # see `read_run`
+    path,  # notebook with one cell tagged `parameters`, `run_dir` among them
+    params: dict | None = None,  # values by name; the others keep their defaults
+    out="out/run",  # folder of this run, passed to the notebook as `run_dir`
+    force: bool = False,  # run even if it is finished, and replace whatever run lies in `out`
+    progress: bool = False,  # show a bar over the cells
+) -> dict:  # see `read_run`
     """Run a notebook in a kernel of its own, in the current working directory, and record the run in `out`.
 
-    A finished run of the same code, parameters and input is returned as it is; of changed input it is refused. Raises ExperimentError, before anything runs, for what
+    A finished run of the same code, parameters and input is returned as it is; of changed input it is
+    refused. Raises ExperimentError, before anything runs, for what
     cannot be right, RunFailed after a run that failed, and MissingExtra without papermill.
+
     """
     path, folder = Path(path).resolve(), Path(out).resolve()
     values = check_parameters(path, params or {})
@@ -312,117 +520,204 @@ def run_notebook(
         return record
     require("papermill", "jupyter")
     folder.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(folder/".lock", timeout=0).acquire()
-    except Timeout: raise ExperimentError(f"{folder} is in use: another process runs a notebook there") from None
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ExperimentError(f"{folder} is in use: another process runs a notebook there") from None
     with lock:
-        if not force and _is_done(folder, path, digest, values): return read_run(folder)   # by whoever had the lock before
-        record = _read_json(folder/"run.json")
-        if record and (force or record["state"] == "clearing"): _clear(folder, record)
-        (folder/"metrics.json").unlink(missing_ok=True)   # of a run that was stopped: not a result
+        # by whoever had the lock before
+        if not force and _is_done(folder, path, digest, values):
+            return read_run(folder)
+        record = _read_json(folder / "run.json")
+        if record and (force or record["state"] == "clearing"):
+            _clear(folder, record)
+        (folder / "metrics.json").unlink(missing_ok=True)  # of a run that was stopped: not a result
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = dict(notebook=str(path), parameters=values, hash=digest, state="running", started=now, seconds=None, error=None, inputs=run_inputs(values), library=_library())
-        _write_json(folder/"run.json", record)
-        _write_json(folder/"environment.json", environment(path))
+        record = dict(
+            notebook=str(path),
+            parameters=values,
+            hash=digest,
+            state="running",
+            started=now,
+            seconds=None,
+            error=None,
+            inputs=run_inputs(values),
+            library=_library(),
+        )
+        _write_json(folder / "run.json", record)
+        _write_json(folder / "environment.json", environment(path))
         start = time.perf_counter()
-        try: error = _execute(path, values, folder, progress)
+        try:
+            error = _execute(path, values, folder, progress)
         except KeyboardInterrupt:
             _mark_failed(folder, "stopped by Ctrl-C; the same command goes on")
             raise
-        record |= dict(state="failed" if error else "finished", seconds=round(time.perf_counter() - start, 3), error=error)
-        _write_json(folder/"run.json", record)
-    if error: raise RunFailed(f"{path.name} failed: {error}. The traceback is in {folder/'notebook.ipynb'}")
+        record |= dict(
+            state="failed" if error else "finished",
+            seconds=round(time.perf_counter() - start, 3),
+            error=error,
+        )
+        _write_json(folder / "run.json", record)
+    if error:
+        raise RunFailed(f"{path.name} failed: {error}. The traceback is in {folder / 'notebook.ipynb'}")
     return read_run(folder)
 
 # %% ../../nbs/app/01_experiments.ipynb #d5e5bdf6
 @dataclass(frozen=True)
 class Run:
     "One run of a sweep: the name of its folder, the notebook, and all its parameters."
+
     name: str
     notebook: Path
     parameters: dict
 
-def _run_name(parameters:dict, varying:list[str]) -> str:
+
+def _run_name(parameters: dict, varying: list[str]) -> str:
     "A folder name from the varying parameters; the same parameters always get the same name."
-    texts = {name: o if isinstance(o := parameters[name], str) else json.dumps(o, sort_keys=True) for name in varying}
+    texts = {
+        name: o if isinstance(o := parameters[name], str) else json.dumps(o, sort_keys=True)
+        for name in varying
+    }
     safe = {name: re.sub(r"[^A-Za-z0-9.+_-]+", "-", text).strip("-.") for name, text in texts.items()}
     name = ",".join(f"{key}={text}" for key, text in safe.items()) or "run"
-    if safe == texts and name == name.lower() and len(name) <= 100: return name
+    if safe == texts and name == name.lower() and len(name) <= 100:
+        return name
     return f"{name[:100]},{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:8]}"
 
+
 def read_sweep(
-    path, # TOML file with `notebook`, and `[base]`, `[grid]`, `[[runs]]` as needed
+    path,  # TOML file with `notebook`, and `[base]`, `[grid]`, `[[runs]]` as needed
 ) -> list[Run]:
     "The runs of a sweep, every parameter of every run checked. Raises ExperimentError."
     path = Path(path)
-    try: content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e: raise ExperimentError(f"The sweep {path} cannot be read: {e.strerror}") from None
-    except ValueError as e: raise ExperimentError(f"{path} is not TOML: {e}") from None
-    kinds = dict(notebook=(str, "the path of a notebook"), base=(dict, "a table [base]"), grid=(dict, "a table [grid]"), runs=(list, "tables [[runs]]"))
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ExperimentError(f"The sweep {path} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise ExperimentError(f"{path} is not TOML: {e}") from None
+    kinds = dict(
+        notebook=(str, "the path of a notebook"),
+        base=(dict, "a table [base]"),
+        grid=(dict, "a table [grid]"),
+        runs=(list, "tables [[runs]]"),
+    )
     for key, value in content.items():
-        if key not in kinds: raise ExperimentError(f"{path} has the key `{key}`.{_near(key, kinds)} A sweep knows {', '.join(kinds)}")
-        if not isinstance(value, kinds[key][0]): raise ExperimentError(f"{path}: `{key}` must be {kinds[key][1]}")
+        if key not in kinds:
+            raise ExperimentError(
+                f"{path} has the key `{key}`.{_near(key, kinds)} A sweep knows {', '.join(kinds)}"
+            )
+        if not isinstance(value, kinds[key][0]):
+            raise ExperimentError(f"{path}: `{key}` must be {kinds[key][1]}")
     if "notebook" not in content:
-        raise ExperimentError(f'{path} must say which notebook to run: notebook = "evaluate.ipynb", as seen from the folder of {path.name}')
-    notebook = (path.parent/content["notebook"]).resolve()
+        raise ExperimentError(
+            f'{path} must say which notebook to run: notebook = "evaluate.ipynb", as seen from the folder of'
+            f" {path.name}"
+        )
+    notebook = (path.parent / content["notebook"]).resolve()
     base, grid, tables = content.get("base", {}), content.get("grid", {}), content.get("runs", [{}])
-    if not (tables and all(isinstance(table, dict) for table in tables)): raise ExperimentError(f"{path}: `runs` must be tables [[runs]]")
+    if not (tables and all(isinstance(table, dict) for table in tables)):
+        raise ExperimentError(f"{path}: `runs` must be tables [[runs]]")
     for name, values in grid.items():
-        if not (isinstance(values, list) and values): raise ExperimentError(f"{path}: `{name}` in [grid] must be a list of values, not {values!r}")
-        if any(name in table for table in (base, *tables)): raise ExperimentError(f"{path}: `{name}` is in [grid] and elsewhere: say it once")
+        if not (isinstance(values, list) and values):
+            raise ExperimentError(f"{path}: `{name}` in [grid] must be a list of values, not {values!r}")
+        if any(name in table for table in (base, *tables)):
+            raise ExperimentError(f"{path}: `{name}` is in [grid] and elsewhere: say it once")
     points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
     runs = [check_parameters(notebook, base | table | point) for table in tables for point in points]
     varying = _varying(runs)
     names = [_run_name(parameters, varying) for parameters in runs]
     for n, parameters in enumerate(runs):
-        if (first := runs.index(parameters)) < n: raise ExperimentError(f"{path}: the runs {first + 1} and {n + 1} are the same ({names[n]})")
+        if (first := runs.index(parameters)) < n:
+            raise ExperimentError(f"{path}: the runs {first + 1} and {n + 1} are the same ({names[n]})")
     return [Run(name, notebook, parameters) for name, parameters in zip(names, runs)]
 
-def _varying(parameters:list[dict]) -> list[str]:
+
+def _varying(parameters: list[dict]) -> list[str]:
     "Names whose values are not the same everywhere, in order."
     names = dict.fromkeys(itertools.chain(*parameters))
     return [name for name in names if len({json.dumps(o.get(name), sort_keys=True) for o in parameters}) > 1]
 
 # %% ../../nbs/app/01_experiments.ipynb #899bfb99
-def results(folder) -> list[dict]: # per run: run (its folder), notebook, parameters, metrics (scalars), state, seconds, error
+# per run: run (its folder), notebook, parameters, metrics (scalars), state, seconds, error
+def results(folder) -> list[dict]:
     "The runs in a folder and below, by name. Raises ExperimentError if there are none."
     folder = Path(folder)
-    files = sorted(file for file in folder.rglob("run.json") if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    files = sorted(
+        file
+        for file in folder.rglob("run.json")
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     if not files:
-        raise ExperimentError(f"There is no run in {folder}: give the folder that `ovss-nb run` or `ovss-nb sweep` wrote to (--out)")
+        raise ExperimentError(
+            f"There is no run in {folder}: give the folder that `ovss-nb run` or `ovss-nb sweep` wrote to"
+            " (--out)"
+        )
     return [_row(file.parent.relative_to(folder).as_posix(), read_run(file.parent)) for file in files]
 
-def _row(name:str, record:dict) -> dict:
-    metrics = {key: value for key, value in record["metrics"].items() if value is None or isinstance(value, (bool, int, float, str))}
+
+def _row(name: str, record: dict) -> dict:
+    metrics = {
+        key: value
+        for key, value in record["metrics"].items()
+        if value is None or isinstance(value, (bool, int, float, str))
+    }
     facts = {key: record[key] for key in ("parameters", "state", "seconds", "error")}
     return dict(run=name, notebook=Path(record["notebook"]).stem, metrics=metrics) | facts
 
-def _labels(rows:list[dict]) -> list[str]:
-    "What tells the rows apart: the notebook, if there are several, and the parameters that vary; else the folder."
-    several, varying = len({row["notebook"] for row in rows}) > 1, _varying([row["parameters"] for row in rows])
-    if not (several or varying): return [row["run"] for row in rows]
-    return [", ".join([row["notebook"]]*several + [f"{name}={_text(row['parameters'].get(name))}" for name in varying]) for row in rows]
+
+def _labels(rows: list[dict]) -> list[str]:
+    """What tells the rows apart:
+    the notebook, if there are several, and the parameters that vary; else the folder.
+    """
+    several, varying = (
+        len({row["notebook"] for row in rows}) > 1,
+        _varying([row["parameters"] for row in rows]),
+    )
+    if not (several or varying):
+        return [row["run"] for row in rows]
+    return [
+        ", ".join(
+            [row["notebook"]] * several + [f"{name}={_text(row['parameters'].get(name))}" for name in varying]
+        )
+        for row in rows
+    ]
+
 
 def _text(value) -> str:
     "A value in a table cell."
-    if isinstance(value, float): return f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
+
 def results_table(
-    rows:list[dict], # of `results`
-    metrics:list[str]|None=None, # which to show; None: all that are numbers
-) -> str: # lines of text
-    "A table: what varies, the metrics, the state; errors stand below it. Raises ExperimentError for a metric that no run has."
+    rows: list[dict],  # of `results`
+    metrics: list[str] | None = None,  # which to show; None: all that are numbers
+) -> str:  # lines of text
+    """A table:
+    what varies, the metrics, the state; errors stand below it. Raises ExperimentError for a metric that no
+    run has.
+    """
     parameters = [row["parameters"] for row in rows]
     known = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
-    for name in metrics or []: _known_metric(name, known)
+    for name in metrics or []:
+        _known_metric(name, known)
     if metrics is None:
-        numbers = [key for key in known if any(isinstance(row["metrics"].get(key), (int, float)) for row in rows)]
+        numbers = [
+            key for key in known if any(isinstance(row["metrics"].get(key), (int, float)) for row in rows)
+        ]
         metrics = [key for key in numbers if key not in parameters[0]]
-    columns = {"notebook": [row["notebook"] for row in rows]} if len({row["notebook"] for row in rows}) > 1 else {}
+    columns = (
+        {"notebook": [row["notebook"] for row in rows]} if len({row["notebook"] for row in rows}) > 1 else {}
+    )
     columns |= {name: [o.get(name) for o in parameters] for name in _varying(parameters)}
     columns = columns or {"run": [row["run"] for row in rows]}
-    table = [*columns.items(), *((name, [row["metrics"].get(name) for row in rows]) for name in metrics),
-             *((key, [row[key] for row in rows]) for key in ("state", "seconds"))]
+    table = [
+        *columns.items(),
+        *((name, [row["metrics"].get(name) for row in rows]) for name in metrics),
+        *((key, [row[key] for row in rows]) for key in ("state", "seconds")),
+    ]
     padded = []
     for name, values in table:
         right = all(value is None or isinstance(value, (int, float)) for value in values)
@@ -431,18 +726,33 @@ def results_table(
     errors = [f"{label}: {row['error']}" for label, row in zip(_labels(rows), rows) if row["error"]]
     return "\n".join(["  ".join(line).rstrip() for line in zip(*padded)] + errors)
 
-def _known_metric(name:str, known:list[str]):
-    if name not in known: raise ExperimentError(f"No run has the metric `{name}`.{_near(name, known)} There are: {', '.join(known)}")
+
+def _known_metric(name: str, known: list[str]):
+    if name not in known:
+        raise ExperimentError(
+            f"No run has the metric `{name}`.{_near(name, known)} There are: {', '.join(known)}"
+        )
+
 
 def plot_results(
-    rows:list[dict], # of `results`
-    metric:str, # a number in metrics.json
-    path=None, # picture to write; the suffix says the format
-): # matplotlib's Figure
-    "A bar per finished run. Raises ExperimentError for a metric that no run has, or a path without suffix, MissingExtra without matplotlib."
-    if path is not None and not Path(path).suffix: raise ExperimentError(f"{path}: the suffix says what kind of picture is written: .png, .svg or .pdf")
-    figure = require("matplotlib.figure", "jupyter").Figure(figsize=(7, 1 + 0.3*len(rows)), layout="constrained")
-    numbers = [{key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))} for row in rows]
+    rows: list[dict],  # of `results`
+    metric: str,  # a number in metrics.json
+    path=None,  # picture to write; the suffix says the format
+):  # matplotlib's Figure
+    """A bar per finished run.
+
+    Raises ExperimentError for a metric that no run has, or a path without suffix, MissingExtra without
+    matplotlib.
+    """
+    if path is not None and not Path(path).suffix:
+        raise ExperimentError(f"{path}: the suffix says what kind of picture is written: .png, .svg or .pdf")
+    figure = require("matplotlib.figure", "jupyter").Figure(
+        figsize=(7, 1 + 0.3 * len(rows)), layout="constrained"
+    )
+    numbers = [
+        {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
+        for row in rows
+    ]
     _known_metric(metric, list(dict.fromkeys(itertools.chain(*numbers))))
     shown = [(label, row[metric]) for label, row in zip(_labels(rows), numbers) if metric in row]
     fonts = dict(family=plot_families(label for label, _ in shown))
@@ -450,50 +760,84 @@ def plot_results(
     # Places, not labels: two runs of one label would be drawn as one bar.
     bars = axis.barh(range(len(shown)), [value if math.isfinite(value) else 0 for _, value in shown])
     axis.bar_label(bars, [_text(value) for _, value in shown], padding=3)
-    axis.set_yticks(range(len(shown)), [label for label, _ in shown], **fonts); axis.invert_yaxis(); axis.margins(x=0.15); axis.set_xlabel(metric)
+    axis.set_yticks(range(len(shown)), [label for label, _ in shown], **fonts)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel(metric)
     if path is not None:
-        with atomic_path(path) as temporary: figure.savefig(temporary, dpi=150)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150)
     return figure
 
 # %% ../../nbs/app/01_experiments.ipynb #34e4d14d
-def _mark_failed(folder:Path, error:str):
+def _mark_failed(folder: Path, error: str):
     "Record the failure of a run whose process could not do so itself."
-    if record := _read_json(folder/"run.json"): _write_json(folder/"run.json", record | dict(state="failed", error=error))
+    if record := _read_json(folder / "run.json"):
+        _write_json(folder / "run.json", record | dict(state="failed", error=error))
+
 
 def sweep(
-    file, # see `read_sweep`
-    out, # folder of the run folders
-    workers:int|None=None, # runs at once; None: one per CUDA device, else one; with Ray, all that the cluster has room for
-    ray:str|None=None, # "local" or the address of a Ray cluster; then `out` and the notebook must lie on a disk that all nodes see
-    force:bool=False, # run what is finished again
-) -> list[dict]: # rows as of `results`
-    "Run the runs of a sweep that are not finished yet, and return the table of all. Raises ExperimentError before anything runs."
+    file,  # see `read_sweep`
+    out,  # folder of the run folders
+    # runs at once; None: one per CUDA device, else one; with Ray, all that the cluster has room for
+    workers: int | None = None,
+    # "local" or the address of a Ray cluster; then `out` and the notebook must lie on a disk that all nodes
+    # see
+    ray: str | None = None,
+    force: bool = False,  # run what is finished again
+) -> list[dict]:  # rows as of `results`
+    """Run the runs of a sweep that are not finished yet, and return the table of all.
+
+    Raises ExperimentError before anything runs.
+    """
     runs, out, here = read_sweep(file), Path(out).resolve(), os.getcwd()
-    def is_done(run): return _is_done(out/run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
+
+    def is_done(run):
+        return _is_done(out / run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
+
     unfinished = [run for run in runs if force or not is_done(run)]
-    _warn_of_library([read_run(out/run.name) for run in runs if run not in unfinished])
+    _warn_of_library([read_run(out / run.name) for run in runs if run not in unfinished])
     devices = cuda_devices() if ray is None else []
-    if workers is None: workers = len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(unfinished))
+    if workers is None:
+        workers = (
+            len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(unfinished))
+        )
     require("papermill", "jupyter")
 
     def build():
-        os.chdir(here)   # Ray starts its processes elsewhere
-        def call(run): run_notebook(run.notebook, run.parameters, out/run.name, force)
+        os.chdir(here)  # Ray starts its processes elsewhere
+
+        def call(run):
+            run_notebook(run.notebook, run.parameters, out / run.name, force)
+
         return call
 
     errors = {}
-    threads = max(1, cpu_count()//workers) if ray is None else 1
+    threads = max(1, cpu_count() // workers) if ray is None else 1
     with tqdm(total=len(runs), initial=len(runs) - len(unfinished), unit="run") as bar:
-        for n, _, error in spread(build, unfinished, workers, ray=ray, devices=devices or None, threads=threads):
-            if error is not None: errors[unfinished[n].name] = str(error)
-            if isinstance(error, WorkerDied): _mark_failed(out/unfinished[n].name, str(error))
-            bar.set_postfix(failed=len(errors)); bar.update()
+        for n, _, error in spread(
+            build, unfinished, workers, ray=ray, devices=devices or None, threads=threads
+        ):
+            if error is not None:
+                errors[unfinished[n].name] = str(error)
+            if isinstance(error, WorkerDied):
+                _mark_failed(out / unfinished[n].name, str(error))
+            bar.set_postfix(failed=len(errors))
+            bar.update()
     rows = []
     for run in runs:
-        absent = dict(notebook=str(run.notebook), parameters=run.parameters, seconds=None, state="failed", error=None, metrics={})
-        record = read_run(out/run.name) or absent
+        absent = dict(
+            notebook=str(run.notebook),
+            parameters=run.parameters,
+            seconds=None,
+            state="failed",
+            error=None,
+            metrics={},
+        )
+        record = read_run(out / run.name) or absent
         # Besides its own failure, a run may not have been started at all, e.g. because the folder is in use.
-        if run.name in errors and record["state"] != "failed": record |= dict(state="failed", metrics={})
+        if run.name in errors and record["state"] != "failed":
+            record |= dict(state="failed", metrics={})
         rows.append(_row(run.name, record | dict(error=record["error"] or errors.get(run.name))))
     return rows
 
@@ -502,34 +846,87 @@ def add_commands(verbs):
     "Add `run`, `sweep` and `results` to the subparsers of a command line."
     one = verbs.add_parser("run", help="run an experiment notebook with parameters and record the run")
     one.add_argument("notebook", type=Path)
-    one.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE", help="a parameter, e.g. -p limit=100 (repeatable)")
-    one.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: out/NAME OF THE NOTEBOOK)")
+    one.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter, e.g. -p limit=100 (repeatable)",
+    )
+    one.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default: out/NAME OF THE NOTEBOOK)"
+    )
     many = verbs.add_parser("sweep", help="run an experiment notebook with many sets of parameters")
-    many.add_argument("file", type=Path, metavar="FILE.toml", help='notebook = "...", [base] values, [grid] lists of values, [[runs]] tables')
-    many.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: out/NAME OF THE FILE)")
-    many.add_argument("--workers", type=argument(Count), metavar="N", help="runs at once (default: one per CUDA device, else one)")
-    many.add_argument("--ray", metavar="ADDRESS", help='spread the runs over a Ray cluster: its address, "auto", or "local" to start one')
-    for o in (one, many): o.add_argument("--force", action="store_true", help="run again what is finished, and replace other runs in the folder")
+    many.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE.toml",
+        help='notebook = "...", [base] values, [grid] lists of values, [[runs]] tables',
+    )
+    many.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the runs (default: out/NAME OF THE FILE)"
+    )
+    many.add_argument(
+        "--workers",
+        type=argument(Count),
+        metavar="N",
+        help="runs at once (default: one per CUDA device, else one)",
+    )
+    many.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help='spread the runs over a Ray cluster: its address, "auto", or "local" to start one',
+    )
+    for o in (one, many):
+        o.add_argument(
+            "--force",
+            action="store_true",
+            help="run again what is finished, and replace other runs in the folder",
+        )
     table = verbs.add_parser("results", help="the table of the runs in a folder")
     table.add_argument("folder", type=Path, metavar="DIR")
     table.add_argument("--metric", metavar="NAME", help="show only this one of the metrics")
     table.add_argument("--plot", type=Path, metavar="FILE.png", help="draw --metric as a bar chart")
 
-def command(a) -> int: # exit code: 0, or 1 if a run failed
-    "Carry out a parsed `run`, `sweep` or `results`. Raises ExperimentError and MissingExtra for the caller to print."
+
+def command(a) -> int:  # exit code: 0, or 1 if a run failed
+    """Carry out a parsed `run`, `sweep` or `results`.
+
+    Raises ExperimentError and MissingExtra for the caller to print.
+    """
     if a.verb == "run":
-        out = a.out or Path("out")/a.notebook.stem
-        try: run = run_notebook(a.notebook, parse_parameter(*a.parameters, known=read_parameters(a.notebook)), out, a.force, progress=True)
-        except RunFailed as e: print(e, file=sys.stderr); return 1
+        out = a.out or Path("out") / a.notebook.stem
+        try:
+            run = run_notebook(
+                a.notebook,
+                parse_parameter(*a.parameters, known=read_parameters(a.notebook)),
+                out,
+                a.force,
+                progress=True,
+            )
+        except RunFailed as e:
+            print(e, file=sys.stderr)
+            return 1
         print(f"{out}\n" + json.dumps(_row("", run)["metrics"], indent=1))
         return 0
     if a.verb == "sweep":
-        rows = sweep(a.file, a.out or Path("out")/a.file.stem, a.workers, a.ray, a.force)
+        rows = sweep(a.file, a.out or Path("out") / a.file.stem, a.workers, a.ray, a.force)
         print(results_table(rows))
         return int(any(row["state"] != "finished" for row in rows))
-    if a.plot and not a.metric: raise ExperimentError("--plot draws one metric: name it with --metric")
-    if a.plot: refuse_overwrite(a.plot, *(file for name in ("run.json", "metrics.json", "environment.json", "notebook.ipynb") for file in a.folder.rglob(name)))
+    if a.plot and not a.metric:
+        raise ExperimentError("--plot draws one metric: name it with --metric")
+    if a.plot:
+        refuse_overwrite(
+            a.plot,
+            *(
+                file
+                for name in ("run.json", "metrics.json", "environment.json", "notebook.ipynb")
+                for file in a.folder.rglob(name)
+            ),
+        )
     rows = results(a.folder)
     print(results_table(rows, a.metric and [a.metric]))
-    if a.plot: plot_results(rows, a.metric, a.plot)
+    if a.plot:
+        plot_results(rows, a.metric, a.plot)
     return 0

@@ -19,200 +19,347 @@ from ..text.prompt_checks import ATTRIBUTES, PromptError
 from ..core.vocabulary import Vocabulary, list_vocabularies
 
 # %% ../../nbs/app/02_prompt_table.ipynb #4909a89d
-_TITLES = {"color": "colour", "shape_size": "shape, size", "texture_material": "texture, material", "summary": "summary"}
-_RED = "color:#c62828"   # readable on white and on Jupyter's dark ground
+_TITLES = {
+    "color": "colour",
+    "shape_size": "shape, size",
+    "texture_material": "texture, material",
+    "summary": "summary",
+}
+_RED = "color:#c62828"  # readable on white and on Jupyter's dark ground
 
-def _red(problems) -> str: return "".join(f'<div style="{_RED}">{html.escape(o)}</div>' for o in problems)
+
+def _red(problems) -> str:
+    return "".join(f'<div style="{_RED}">{html.escape(o)}</div>' for o in problems)
+
 
 def bank_html(
-    bank:PromptBank,
-    names=None, # classes to show, in this order; default: all of the bank
-    problems:dict={}, # {class: what is wrong}, see `PromptBank.problems`; also of classes that the bank lacks
-) -> str: # an HTML table
-    "A bank as a table to read: name, texts, and problems in red. Raises `PromptError` for a name that has neither texts nor problems."
+    bank: PromptBank,
+    names=None,  # classes to show, in this order; default: all of the bank
+    # {class: what is wrong}, see `PromptBank.problems`; also of classes that the bank lacks
+    problems: dict = {},
+) -> str:  # an HTML table
+    """A bank as a table to read:
+    name, texts, and problems in red. Raises `PromptError` for a name that has neither texts nor problems.
+    """
     rows = ""
     for name in bank.classes if names is None else names:
-        if name not in bank.classes and name not in problems: raise PromptError(f"the bank has no class {name!r}")
+        if name not in bank.classes and name not in problems:
+            raise PromptError(f"the bank has no class {name!r}")
         texts = bank[name] if name in bank.classes else []
-        if isinstance(texts, dict): cell = "".join(f"<div><i>{_TITLES[o]}</i>&ensp;{html.escape(texts[o])}</div>" for o in ATTRIBUTES)
-        else: cell = html.escape(", ".join(texts))
-        rows += f'<tr style="vertical-align:top"><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{cell}{_red(problems.get(name, ()))}</td></tr>'
-    origin = ", ".join(o for o in (f"{bank.kind} of {bank.vocabulary or 'an own vocabulary'}", bank.model and f"by {bank.model}", bank.date) if o)
+        if isinstance(texts, dict):
+            cell = "".join(f"<div><i>{_TITLES[o]}</i>&ensp;{html.escape(texts[o])}</div>" for o in ATTRIBUTES)
+        else:
+            cell = html.escape(", ".join(texts))
+        rows += (
+            f'<tr style="vertical-align:top"><th style="text-align:left">{html.escape(name)}</th><td'
+            f' style="text-align:left">{cell}{_red(problems.get(name, ()))}</td></tr>'
+        )
+    origin = ", ".join(
+        o
+        for o in (
+            f"{bank.kind} of {bank.vocabulary or 'an own vocabulary'}",
+            bank.model and f"by {bank.model}",
+            bank.date,
+        )
+        if o
+    )
     return f'<table><caption style="text-align:left">{html.escape(origin)}</caption>{rows}</table>'
 
 # %% ../../nbs/app/02_prompt_table.ipynb #ced9d974
 class PromptTable:
     """A bank of prompts to read and edit; in a notebook, a cell that ends with it shows the table.
 
-    Raises `PromptError` for a bank that cannot be read, was made for other words, or whose vocabulary is not known."""
-    def __init__(self,
-        bank, # `PromptBank`, its file, or a vocabulary with a shipped one, e.g. "VOC-21"
-        vocabulary=None, # a `Vocabulary`, or what `Vocabulary.of` takes; default: the shipped one that the bank names
-        kind:str="descriptions", # or "subclasses"; only with a vocabulary's name
-        count=None, # text -> number of tokens of the encoder that will read it; None: length is not checked
-        rows:int=5, # classes per page
+    Raises `PromptError` for a bank that cannot be read, was made for other words, or whose vocabulary is
+    not known.
+    """
+
+    def __init__(
+        self,
+        bank,  # `PromptBank`, its file, or a vocabulary with a shipped one, e.g. "VOC-21"
+        # a `Vocabulary`, or what `Vocabulary.of` takes; default: the shipped one that the bank names
+        vocabulary=None,
+        kind: str = "descriptions",  # or "subclasses"; only with a vocabulary's name
+        # text -> number of tokens of the encoder that will read it; None: length is not checked
+        count=None,
+        rows: int = 5,  # classes per page
     ):
-        if rows < 1: raise PromptError(f"rows must be at least 1, got {rows}")
-        if not isinstance(bank, PromptBank): bank = PromptBank.open(bank, kind if str(bank) in list_vocabularies() else None)
-        if vocabulary is None and bank.vocabulary not in list_vocabularies(): raise PromptError("the bank is one of your own vocabulary: pass its words as vocabulary=")
-        self.bank, self.vocabulary, self.count, self.rows = bank, Vocabulary.of(vocabulary or bank.vocabulary), count, rows
-        self.drafts, self._form = {}, None # {class: texts that cannot be stored yet}
+        if rows < 1:
+            raise PromptError(f"rows must be at least 1, got {rows}")
+        if not isinstance(bank, PromptBank):
+            bank = PromptBank.open(bank, kind if str(bank) in list_vocabularies() else None)
+        if vocabulary is None and bank.vocabulary not in list_vocabularies():
+            raise PromptError("the bank is one of your own vocabulary: pass its words as vocabulary=")
+        self.bank, self.vocabulary, self.count, self.rows = (
+            bank,
+            Vocabulary.of(vocabulary or bank.vocabulary),
+            count,
+            rows,
+        )
+        self.drafts, self._form = {}, None  # {class: texts that cannot be stored yet}
         self.check()
-        self.names = [o for o in self.vocabulary.names if o in bank.classes or o in bank.missing(self.vocabulary)]
+        self.names = [
+            o for o in self.vocabulary.names if o in bank.classes or o in bank.missing(self.vocabulary)
+        ]
         self._before = dict(bank.classes)
-        ships = bank.path and Path(str(bank.path)).parent == Path(str(files("ovss_nb.data")))/"prompts"
-        self.path = Path(bank.path) if bank.path and not ships else Path("out/prompts")/f"{file_stem(self.vocabulary.title or '-'.join(self.vocabulary.names))}.{bank.kind}.json"
+        ships = bank.path and Path(str(bank.path)).parent == Path(str(files("ovss_nb.data"))) / "prompts"
+        self.path = (
+            Path(bank.path)
+            if bank.path and not ships
+            else Path("out/prompts")
+            / f"{file_stem(self.vocabulary.title or '-'.join(self.vocabulary.names))}.{bank.kind}.json"
+        )
 
-    def __repr__(self): return f"PromptTable({self.bank.kind} of {self.vocabulary}, {len(self.problems)} with problems)"
+    def __repr__(self):
+        return f"PromptTable({self.bank.kind} of {self.vocabulary}, {len(self.problems)} with problems)"
 
-    def check(self) -> dict[str, list[str]]: # {class: what is wrong}
+    def check(self) -> dict[str, list[str]]:  # {class: what is wrong}
         "Check all texts, and keep the result as `problems`. Raises as `PromptBank.problems` does."
         self.problems = self.bank.problems(self.vocabulary, self.count)
-        for name, texts in self.drafts.items(): self.problems[name] = [f"{o} is empty" for o in self._empty(texts)]
+        for name, texts in self.drafts.items():
+            self.problems[name] = [f"{o} is empty" for o in self._empty(texts)]
         return self.problems
 
     def _empty(self, texts) -> list[str]:
         "Which texts a class lacks before it can be stored."
-        if self.bank.kind == "subclasses": return [] if texts else ["the list"]
+        if self.bank.kind == "subclasses":
+            return [] if texts else ["the list"]
         return [_TITLES[o] for o in ATTRIBUTES if not texts.get(o)]
 
-    def texts(self, name:str): # dict of sentences, or list of subclasses
+    def texts(self, name: str):  # dict of sentences, or list of subclasses
         "The texts of a class as they stand, drafts included; empty ones for a class that has none."
-        if name not in self.names: raise PromptError(f"there is no class {name!r} in {self.vocabulary}")
-        if name in self.drafts: return self.drafts[name]
-        if name in self.bank.classes: return self.bank[name]
+        if name not in self.names:
+            raise PromptError(f"there is no class {name!r} in {self.vocabulary}")
+        if name in self.drafts:
+            return self.drafts[name]
+        if name in self.bank.classes:
+            return self.bank[name]
         return dict.fromkeys(ATTRIBUTES, "") if self.bank.kind == "descriptions" else []
 
-    def edit(self, name:str, texts):
-        "Give a class new texts (of the form that `texts` returns) and check them. Raises `PromptError` for an unknown class."
-        tidy = {o: " ".join(texts.get(o, "").split()) for o in ATTRIBUTES} if self.bank.kind == "descriptions" else [" ".join(o.split()) for o in texts if o.strip()]
-        if tidy == self.texts(name): return
+    def edit(self, name: str, texts):
+        """Give a class new texts (of the form that `texts` returns) and check them.
+
+        Raises `PromptError` for an unknown class.
+        """
+        tidy = (
+            {o: " ".join(texts.get(o, "").split()) for o in ATTRIBUTES}
+            if self.bank.kind == "descriptions"
+            else [" ".join(o.split()) for o in texts if o.strip()]
+        )
+        if tidy == self.texts(name):
+            return
         self._restore(name)
-        if tidy != self.texts(name):   # else typed back to what it was: a reference to a shared text stays one
-            if self._empty(tidy): self.drafts[name] = tidy
-            else: self.bank.fill(self.vocabulary, {name: tidy})
+        # else typed back to what it was: a reference to a shared text stays one
+        if tidy != self.texts(name):
+            if self._empty(tidy):
+                self.drafts[name] = tidy
+            else:
+                self.bank.fill(self.vocabulary, {name: tidy})
         self.check()
 
-    def undo(self, name:str):
+    def undo(self, name: str):
         "Bring a class back to what it was when the table was made or last saved."
-        self.texts(name)   # an unknown name is an error
+        self.texts(name)  # an unknown name is an error
         self._restore(name)
         self.check()
 
-    def _restore(self, name:str):
+    def _restore(self, name: str):
         self.drafts.pop(name, None)
-        if name in self._before: self.bank.classes[name] = self._before[name]
-        else: self.bank.classes.pop(name, None)
+        if name in self._before:
+            self.bank.classes[name] = self._before[name]
+        else:
+            self.bank.classes.pop(name, None)
 
-    def find(self,
-        query:str="", # part of a name, a word of the class or a text; case does not matter
-        problems:bool=False, # only classes with problems
-    ) -> list[str]: # in the vocabulary's order
+    def find(
+        self,
+        query: str = "",  # part of a name, a word of the class or a text; case does not matter
+        problems: bool = False,  # only classes with problems
+    ) -> list[str]:  # in the vocabulary's order
         "Classes to look at."
         query, words = query.strip().casefold(), dict(zip(self.vocabulary.names, self.vocabulary.words))
+
         def everything(name):
             texts = self.texts(name)
-            return "\n".join([name, *words[name], *(texts.values() if isinstance(texts, dict) else texts)]).casefold()
+            return "\n".join(
+                [name, *words[name], *(texts.values() if isinstance(texts, dict) else texts)]
+            ).casefold()
+
         return [o for o in self.names if (not problems or o in self.problems) and query in everything(o)]
 
     def save(self, path=None) -> Path:
-        "Write the bank to a file, by default `path` of the table. Raises `PromptError` with drafts, or where another bank's file would be lost."
+        """Write the bank to a file, by default `path` of the table.
+
+        Raises `PromptError` with drafts, or where another bank's file would be lost.
+        """
         path = Path(path or self.path)
-        if self.drafts: raise PromptError("not saved: " + "; ".join(f"{name}, {' and '.join(self._empty(texts))} empty" for name, texts in self.drafts.items()) + ". Write the text, or undo")
+        if self.drafts:
+            raise PromptError(
+                "not saved: "
+                + "; ".join(
+                    f"{name}, {' and '.join(self._empty(texts))} empty" for name, texts in self.drafts.items()
+                )
+                + ". Write the text, or undo"
+            )
         if path.exists() and not (self.bank.path and Path(str(self.bank.path)).resolve() == path.resolve()):
-            raise PromptError(f"not saved: {path} exists and is another bank. Choose another name, or open that one")
+            raise PromptError(
+                f"not saved: {path} exists and is another bank. Choose another name, or open that one"
+            )
         edited = [o for o in self.bank.classes if self.bank.classes[o] != self._before.get(o)]
-        if edited: self.bank.fill(self.vocabulary, {}, settings={"edited": list(dict.fromkeys([*self.bank.settings.get("edited", ()), *edited]))})
+        if edited:
+            self.bank.fill(
+                self.vocabulary,
+                {},
+                settings={"edited": list(dict.fromkeys([*self.bank.settings.get("edited", ()), *edited]))},
+            )
         self.bank.save(path)
         self.path, self._before = path, dict(self.bank.classes)
         return path
 
 # %% ../../nbs/app/02_prompt_table.ipynb #33a351f7
 @patch
-def show(self:PromptTable,
-    names=None, # classes to show; default: all
-): # `IPython.display.HTML`
+def show(
+    self: PromptTable,
+    names=None,  # classes to show; default: all
+):  # `IPython.display.HTML`
     "The table as HTML that stays in the notebook. Raises `PromptError` for an unknown class."
     names = self.names if names is None else names
-    for name in names: self.texts(name)   # an unknown name is an error
+    for name in names:
+        self.texts(name)  # an unknown name is an error
     seen = replace(self.bank, classes=self.bank.classes | self.drafts)
-    return require("IPython.display", "jupyter").HTML(bank_html(seen, names, {o: () for o in self.names} | self.problems))
+    return require("IPython.display", "jupyter").HTML(
+        bank_html(seen, names, {o: () for o in self.names} | self.problems)
+    )
 
 # %% ../../nbs/app/02_prompt_table.ipynb #6a218e47
 class PromptForm:
     "The widgets of a `PromptTable`; `box` holds them all. Raises `MissingExtra` without the extra `jupyter`."
-    def __init__(self, table:PromptTable):
+
+    def __init__(self, table: PromptTable):
         w = require("ipywidgets", "jupyter")
         self.table, self.first, self.shown, self._filling = table, 0, [], False
         wide = w.Layout(width="100%")
         self.search = w.Text(placeholder="search names and texts", description="search")
         self.only = w.Checkbox(description="only problems", indent=False, layout=w.Layout(width="auto"))
-        self.back, self.on, self.place = w.Button(icon="chevron-left", tooltip="previous page"), w.Button(icon="chevron-right", tooltip="next page"), w.HTML()
-        for o in (self.back, self.on): o.layout.width = "3em"
-        self.file, self.keep, self.status = w.Text(value=str(table.path), description="file"), w.Button(description="Save", icon="save"), w.HTML()
+        self.back, self.on, self.place = (
+            w.Button(icon="chevron-left", tooltip="previous page"),
+            w.Button(icon="chevron-right", tooltip="next page"),
+            w.HTML(),
+        )
+        for o in (self.back, self.on):
+            o.layout.width = "3em"
+        self.file, self.keep, self.status = (
+            w.Text(value=str(table.path), description="file"),
+            w.Button(description="Save", icon="save"),
+            w.HTML(),
+        )
         self.places = []
         for number in range(min(table.rows, len(table.names))):
-            title, wrong, undo = w.HTML(layout=wide), w.HTML(layout=wide), w.Button(description="Undo", icon="undo", layout=w.Layout(width="6em"))
-            fields = {o: w.Textarea(description=_TITLES[o], rows=2) for o in ATTRIBUTES} if table.bank.kind == "descriptions" else {"list": w.Textarea(description="one a line", rows=10)}
+            title, wrong, undo = (
+                w.HTML(layout=wide),
+                w.HTML(layout=wide),
+                w.Button(description="Undo", icon="undo", layout=w.Layout(width="6em")),
+            )
+            fields = (
+                {o: w.Textarea(description=_TITLES[o], rows=2) for o in ATTRIBUTES}
+                if table.bank.kind == "descriptions"
+                else {"list": w.Textarea(description="one a line", rows=10)}
+            )
             for o in fields.values():
                 o.continuous_update, o.layout.width, o.style.description_width = False, "100%", "9em"
                 o.observe(lambda change, number=number: self._edited(number), "value")
             undo.on_click(lambda _, number=number: self._undo(number))
-            self.places.append((title, fields, wrong, w.VBox([w.HBox([title, undo]), *fields.values(), wrong], layout=w.Layout(border_top="1px solid #bbb", padding="4px 0"))))
-        for o in (self.search, self.only): o.observe(lambda change: self.turn(to=0), "value")
+            self.places.append(
+                (
+                    title,
+                    fields,
+                    wrong,
+                    w.VBox(
+                        [w.HBox([title, undo]), *fields.values(), wrong],
+                        layout=w.Layout(border_top="1px solid #bbb", padding="4px 0"),
+                    ),
+                )
+            )
+        for o in (self.search, self.only):
+            o.observe(lambda change: self.turn(to=0), "value")
         self.back.on_click(lambda _: self.turn(-len(self.places)))
         self.on.on_click(lambda _: self.turn(len(self.places)))
         self.keep.on_click(lambda _: self._save())
-        self.box = w.VBox([w.HBox([self.search, self.only, self.back, self.on, self.place]), *(o[-1] for o in self.places), w.HBox([self.file, self.keep, self.status])])
+        self.box = w.VBox(
+            [
+                w.HBox([self.search, self.only, self.back, self.on, self.place]),
+                *(o[-1] for o in self.places),
+                w.HBox([self.file, self.keep, self.status]),
+            ]
+        )
         self.turn(to=0)
 
-    def turn(self, by:int=0, to:int|None=None):
+    def turn(self, by: int = 0, to: int | None = None):
         "Look for classes again and fill the page, `by` places further or from place `to`."
         found, size = self.table.find(self.search.value, self.only.value), max(1, len(self.places))
         first = self.first + by if to is None else to
-        if first < len(found) or to is not None: self.first = max(0, first)
-        self.found, self.shown = len(found), found[self.first:self.first + size]
+        if first < len(found) or to is not None:
+            self.first = max(0, first)
+        self.found, self.shown = len(found), found[self.first : self.first + size]
         self._fill()
 
     def _fill(self):
-        self._filling = True   # what is written here was not typed by anyone
+        self._filling = True  # what is written here was not typed by anyone
         for name, (title, fields, _, box) in zip_longest(self.shown, self.places):
             box.layout.display = "none" if name is None else ""
-            if name is None: continue
-            others = [o for o in self.table.vocabulary.words[self.table.vocabulary.names.index(name)] if o != name]
-            title.value = f"<b>{html.escape(name)}</b>" + (f" <small>{html.escape(', '.join(others))}</small>" if others else "")
+            if name is None:
+                continue
+            others = [
+                o for o in self.table.vocabulary.words[self.table.vocabulary.names.index(name)] if o != name
+            ]
+            title.value = f"<b>{html.escape(name)}</b>" + (
+                f" <small>{html.escape(', '.join(others))}</small>" if others else ""
+            )
             texts = self.table.texts(name)
-            for key, field in fields.items(): field.value = "\n".join(texts) if key == "list" else texts[key]
+            for key, field in fields.items():
+                field.value = "\n".join(texts) if key == "list" else texts[key]
         self._filling = False
         self._mark()
 
     def _mark(self):
-        for name, (_, _, wrong, _) in zip(self.shown, self.places): wrong.value = _red(self.table.problems.get(name, ()))
+        for name, (_, _, wrong, _) in zip(self.shown, self.places):
+            wrong.value = _red(self.table.problems.get(name, ()))
         last = self.first + len(self.shown)
-        self.place.value = (f"{self.first + 1} to {last} of {self.found}" if self.found else "nothing found") + f", {len(self.table.problems)} with problems"
+        self.place.value = (
+            f"{self.first + 1} to {last} of {self.found}" if self.found else "nothing found"
+        ) + f", {len(self.table.problems)} with problems"
         self.back.disabled, self.on.disabled = self.first == 0, last >= self.found
 
-    def _edited(self, number:int):
-        if self._filling: return
+    def _edited(self, number: int):
+        if self._filling:
+            return
         texts = {key: o.value for key, o in self.places[number][1].items()}
         self.table.edit(self.shown[number], texts["list"].splitlines() if "list" in texts else texts)
         self.status.value = ""
         self._mark()
 
-    def _undo(self, number:int):
+    def _undo(self, number: int):
         self.table.undo(self.shown[number])
         self._fill()
 
     def _save(self):
-        try: self.status.value = f"saved to {html.escape(str(self.table.save(self.file.value.strip() or None)))}"
-        except (ValueError, OSError) as e: self.status.value = _red([str(e)])
+        try:
+            self.status.value = (
+                f"saved to {html.escape(str(self.table.save(self.file.value.strip() or None)))}"
+            )
+        except (ValueError, OSError) as e:
+            self.status.value = _red([str(e)])
+
 
 @patch(as_prop=True)
-def form(self:PromptTable) -> PromptForm:
+def form(self: PromptTable) -> PromptForm:
     "The widgets, made when they are first asked for."
-    if self._form is None: self._form = PromptForm(self)
+    if self._form is None:
+        self._form = PromptForm(self)
     return self._form
 
+
 @patch
-def _repr_mimebundle_(self:PromptTable, **kwargs) -> dict:
-    return self.form.box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self), "text/html": self.show(self.form.shown).data}
+def _repr_mimebundle_(self: PromptTable, **kwargs) -> dict:
+    return self.form.box._repr_mimebundle_(**kwargs) | {
+        "text/plain": repr(self),
+        "text/html": self.show(self.form.shown).data,
+    }

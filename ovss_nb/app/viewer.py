@@ -29,68 +29,118 @@ from ..core.vocabulary import Vocabulary, VocabularyWarning, list_vocabularies, 
 
 # %% ../../nbs/app/03_viewer.ipynb #539c4bf2
 def score_at(
-    scores:np.ndarray, # K x h x w
-    size:tuple[int, int], # height and width of the image in pixels
-    y, x, # pixels: numbers, or arrays that broadcast
-    k=slice(None), # classes: all, or an array of indices that broadcasts with `y` and `x`
+    scores: np.ndarray,  # K x h x w
+    size: tuple[int, int],  # height and width of the image in pixels
+    y,
+    x,  # pixels: numbers, or arrays that broadcast
+    k=slice(None),  # classes: all, or an array of indices that broadcasts with `y` and `x`
 ) -> np.ndarray:
     "Scores at pixels, bilinear between places (align_corners=False) as in `upsample_argmax`."
+
     def axis(places, pixels, at):
-        place = ((np.asarray(at) + 0.5)*places/pixels - 0.5).clip(0, places - 1)
+        place = ((np.asarray(at) + 0.5) * places / pixels - 0.5).clip(0, places - 1)
         low = place.astype(int)
         return low, np.minimum(low + 1, places - 1), (place - low).astype(np.float32)
-    scores = np.maximum(scores, -1e4)   # a class that is switched off has -inf, which does not mix
-    (top, bottom, down), (left, right, across) = axis(scores.shape[1], size[0], y), axis(scores.shape[2], size[1], x)
-    def row(o): return scores[k, o, left]*(1 - across) + scores[k, o, right]*across
-    return row(top)*(1 - down) + row(bottom)*down
+
+    scores = np.maximum(scores, -1e4)  # a class that is switched off has -inf, which does not mix
+    (top, bottom, down), (left, right, across) = (
+        axis(scores.shape[1], size[0], y),
+        axis(scores.shape[2], size[1], x),
+    )
+
+    def row(o):
+        return scores[k, o, left] * (1 - across) + scores[k, o, right] * across
+
+    return row(top) * (1 - down) + row(bottom) * down
 
 # %% ../../nbs/app/03_viewer.ipynb #bd55f019
 REFINED = "after refinement"
 
-class Viewer:
-    """A photo, words and a system, to be looked at from all sides; in a notebook, a cell that ends with it shows the widgets.
 
-    Raises `ImageError`, `VocabularyError`, and what `create` raises."""
-    def __init__(self,
-        image, # path, bytes, PIL image, array or tensor
-        words, # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
-        system:str=DEFAULT_SYSTEM, # one of `list_systems()`
-        encoder="lite", # a description for `create_encoder`, or an encoder
-        systems:dict={}, # more to choose from, and their knobs, e.g. {"catseg": dict(weights="catseg.safetensors")}; those that run as installed are there
-        encoders:tuple[str, ...]=("lite", "conse"), # more to choose from
-        limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of the photo's file, see `load_image`
-        **knobs, # of `system`, as `create` takes them
+class Viewer:
+    """A photo, words and a system, to be looked at from all sides; in a notebook, a cell that ends with it
+    shows the widgets.
+
+    Raises `ImageError`, `VocabularyError`, and what `create` raises.
+    """
+
+    def __init__(
+        self,
+        image,  # path, bytes, PIL image, array or tensor
+        words,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
+        system: str = DEFAULT_SYSTEM,  # one of `list_systems()`
+        encoder="lite",  # a description for `create_encoder`, or an encoder
+        # more to choose from, and their knobs, e.g. {"catseg": dict(weights="catseg.safetensors")}; those
+        # that run as installed are there
+        systems: dict = {},
+        encoders: tuple[str, ...] = ("lite", "conse"),  # more to choose from
+        # of the photo's file, see `load_image`
+        limits: tuple[float, float] | str | None = None,
+        bands: tuple[int, ...] | None = None,
+        **knobs,  # of `system`, as `create` takes them
     ):
         self._given = {} if isinstance(encoder, str) else {encoder.name: encoder}
         encoder = encoder if isinstance(encoder, str) else encoder.name
         self.reading = {name: o for name, o in dict(limits=limits, bands=bands).items() if o}
-        self._encoders, self._recipes, self._images, self._told, self._form = dict(self._given), {}, {}, {}, None
+        self._encoders, self._recipes, self._images, self._told, self._form = (
+            dict(self._given),
+            {},
+            {},
+            {},
+            None,
+        )
         self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(knobs.pop("crf", False))
-        self.knobs = {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)} | dict(systems) | {system: knobs}
+        self.knobs = (
+            {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)}
+            | dict(systems)
+            | {system: knobs}
+        )
         self.encoders = tuple(dict.fromkeys((encoder, *encoders)))
         self.change(image=image, words=words, system=system, encoder=encoder, crf=crf)
 
-    def __repr__(self): return f"Viewer({self.system} with {self.encoder}, {self.stage}: {self.result!r})"
+    def __repr__(self):
+        return f"Viewer({self.system} with {self.encoder}, {self.stage}: {self.result!r})"
 
-    def _all_knobs(self, system:str, crf:bool) -> dict:
-        return self.knobs.get(system, {}) | (dict(crf=crf) if system in SYSTEMS and has_knob(system, "crf") else {})
+    def _all_knobs(self, system: str, crf: bool) -> dict:
+        return self.knobs.get(system, {}) | (
+            dict(crf=crf) if system in SYSTEMS and has_knob(system, "crf") else {}
+        )
 
-    def _recipe(self, system:str, encoder:str, crf:bool) -> System:
+    def _recipe(self, system: str, encoder: str, crf: bool) -> System:
         "The system, built when it is first asked for; all systems share the encoders."
         key = system, encoder, crf
         if key not in self._recipes:
-            if encoder not in self._encoders: self._encoders[encoder] = create_encoder(encoder)
+            if encoder not in self._encoders:
+                self._encoders[encoder] = create_encoder(encoder)
             self._recipes[key] = create(system, self._encoders[encoder], **self._all_knobs(system, crf))
         return self._recipes[key]
 
-    def change(self, image=None, words=None, system:str|None=None, encoder:str|None=None, crf:bool|None=None):
-        "Look at something else; what is left out stays as it is. Raises as the constructor does, and then nothing has changed."
-        photo, source, images = (self.photo, self.source, self._images) if image is None else (load_image(image, **self.reading), image, {})
+    def change(
+        self,
+        image=None,
+        words=None,
+        system: str | None = None,
+        encoder: str | None = None,
+        crf: bool | None = None,
+    ):
+        """Look at something else;
+        what is left out stays as it is. Raises as the constructor does, and then nothing has changed.
+        """
+        photo, source, images = (
+            (self.photo, self.source, self._images)
+            if image is None
+            else (load_image(image, **self.reading), image, {})
+        )
         vocabulary = self.vocabulary if words is None else Vocabulary.of(words)
         names = system or self.system, encoder or self.encoder, self.crf if crf is None else crf
         recipe, c = self._recipe(*names), self._recipe(*names).config
-        key = (names[1], c.size, c.keep_aspect, c.longest) if type(recipe).encode_image is System.encode_image else names[:2]
-        if key not in images: images[key] = recipe.encode_image(photo)
+        key = (
+            (names[1], c.size, c.keep_aspect, c.longest)
+            if type(recipe).encode_image is System.encode_image
+            else names[:2]
+        )
+        if key not in images:
+            images[key] = recipe.encode_image(photo)
         with torch.inference_mode():
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", VocabularyWarning)
@@ -99,112 +149,199 @@ class Viewer:
             labels = recipe.labels(images[key], text, list(stages.values())[-1], vocabulary)
         stages = {name: maps.float().cpu().numpy() for name, maps in stages.items()}
         refined = Segmentation(labels, vocabulary.names, scores=list(stages.values())[-1], image=photo)
-        for o in told: warnings.warn_explicit(o.message, o.category, o.filename, o.lineno)
+        for o in told:
+            warnings.warn_explicit(o.message, o.category, o.filename, o.lineno)
         # A system says it once; here it is to be seen as long as the words are there.
         said = [str(o.message) for o in told if issubclass(o.category, VocabularyWarning)]
         self.notes = self._told.setdefault((*names, vocabulary), said)
-        self.photo, self.source, self._images, self.vocabulary, (self.system, self.encoder, self.crf) = photo, source, images, vocabulary, names
+        self.photo, self.source, self._images, self.vocabulary, (self.system, self.encoder, self.crf) = (
+            photo,
+            source,
+            images,
+            vocabulary,
+            names,
+        )
         self.stages, self._results = stages, {REFINED: refined}
         self.choose_stage(self.stage if self.stage in stages else REFINED)
 
-    def choose_stage(self, stage:str):
-        "Show another stage: one of `stages`, or `after refinement`. Raises `ValueError` for one that there is not."
-        if stage not in (*self.stages, REFINED): raise ValueError(f"no stage {stage!r}; there are {', '.join(self.stages)} and {REFINED}")
+    def choose_stage(self, stage: str):
+        """Show another stage:
+        one of `stages`, or `after refinement`. Raises `ValueError` for one that there is not.
+        """
+        if stage not in (*self.stages, REFINED):
+            raise ValueError(f"no stage {stage!r}; there are {', '.join(self.stages)} and {REFINED}")
         self.stage = stage
-        if self._form: self._form.fill()
+        if self._form:
+            self._form.fill()
 
     @property
     def result(self) -> Segmentation:
         "The labels of the stage shown, with its scores."
         if self.stage not in self._results:
             maps = self.stages[self.stage]
-            self._results[self.stage] = Segmentation(upsample_argmax(torch.from_numpy(maps), self.photo.shape[:2]), self.vocabulary.names, scores=maps, image=self.photo)
+            self._results[self.stage] = Segmentation(
+                upsample_argmax(torch.from_numpy(maps), self.photo.shape[:2]),
+                self.vocabulary.names,
+                scores=maps,
+                image=self.photo,
+            )
         return self._results[self.stage]
 
-    def bars(self, x:int, y:int, count:int=5) -> list[tuple[str, float, float]]: # name, score, length of the bar from 0 to 1
+    # name, score, length of the bar from 0 to 1
+    def bars(self, x: int, y: int, count: int = 5) -> list[tuple[str, float, float]]:
         "The best classes at a pixel. Raises `ValueError` for one outside the photo."
         height, width = self.photo.shape[:2]
-        if not (0 <= x < width and 0 <= y < height): raise ValueError(f"({x}, {y}) lies outside the photo of {width} x {height} pixels")
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(f"({x}, {y}) lies outside the photo of {width} x {height} pixels")
         scores = score_at(self.result.scores, (height, width), y, x)
         low, high = min(0, scores.min()), scores.max()
-        return [(self.result.names[k], float(scores[k]), float((scores[k] - low)/max(high - low, 1e-9))) for k in np.argsort(-scores, kind="stable")[:count]]
+        return [
+            (self.result.names[k], float(scores[k]), float((scores[k] - low) / max(high - low, 1e-9)))
+            for k in np.argsort(-scores, kind="stable")[:count]
+        ]
 
 # %% ../../nbs/app/03_viewer.ipynb #5e606b84
-_RAMP = np.stack([np.interp(np.linspace(0, 4, 256), range(5), o) for o in np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]).T], 1).round().astype(np.uint8)
+_RAMP = (
+    np.stack(
+        [
+            np.interp(np.linspace(0, 4, 256), range(5), o)
+            for o in np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]).T
+        ],
+        1,
+    )
+    .round()
+    .astype(np.uint8)
+)
 
-DISPLAYED = 1200   # pixels of the longer side of what a notebook or a browser is given to show
+DISPLAYED = 1200  # pixels of the longer side of what a notebook or a browser is given to show
 
-def _step(size:tuple[int, int], longest:int) -> int:
+
+def _step(size: tuple[int, int], longest: int) -> int:
     "Every how manieth pixel is shown, so that the longer side has at most so many."
-    return -(-max(size)//longest)
+    return -(-max(size) // longest)
+
 
 @patch
-def show(self:Viewer,
-    longest:int|None=None, # pixels of the longer side, at most; default: as the photo
-) -> Image.Image: # RGB, with the legend
-    "The photo under the colours of the stage shown, at the session's `opacity` and without the classes named in `hidden`."
+def show(
+    self: Viewer,
+    longest: int | None = None,  # pixels of the longer side, at most; default: as the photo
+) -> Image.Image:  # RGB, with the legend
+    """The photo under the colours of the stage shown, at the session's `opacity` and without the classes
+    named in `hidden`.
+    """
     result, step = self.result, _step(self.photo.shape[:2], longest or max(self.photo.shape))
     labels, photo = result.labels[::step, ::step], self.photo[::step, ::step]
     sheet = Segmentation(labels, result.names, result.palette).overlay(photo, opacity=self.opacity)
     plain = np.isin(labels, [k for k, name in enumerate(result.names) if name in self.hidden])
-    sheet.paste(Image.fromarray(photo), ((sheet.width - plain.shape[1])//2, 0), Image.fromarray(plain))
+    sheet.paste(Image.fromarray(photo), ((sheet.width - plain.shape[1]) // 2, 0), Image.fromarray(plain))
     return sheet
 
-@patch
-def show_map(self:Viewer,
-    name:str, # one of the classes
-    longest:int|None=None, # pixels of the longer side; default: as the photo
-) -> Image.Image: # RGB
-    "The score map of one class at the stage shown, from its lowest to its highest score. Raises `SegmentationError` for a class that there is not."
-    self.result.mask(name)   # an unknown name is an error
-    maps = np.maximum(self.result.scores[self.result.names.index(name)], -1e4).astype(np.float32)
-    height, width = self.photo.shape[:2]
-    scale = 1 if longest is None else min(1, longest/max(height, width))
-    levels = (maps - maps.min())/max(float(maps.max() - maps.min()), 1e-9)
-    smooth = Image.fromarray(levels).resize((max(1, round(width*scale)), max(1, round(height*scale))), Image.Resampling.BILINEAR)
-    return NotebookImage.of(Image.fromarray(_RAMP[(np.asarray(smooth)*255).round().clip(0, 255).astype(np.uint8)]))
 
 @patch
-def show_point(self:Viewer,
-    x:int, y:int, # pixel of the photo
-    name:str|None=None, # class of the map; default: the one that the pixel has
-) -> Image.Image: # RGB, the map above the bars
-    "What a click shows: a score map with a cross, and the best five classes as bars. Raises as `bars` and `show_map`."
+def show_map(
+    self: Viewer,
+    name: str,  # one of the classes
+    longest: int | None = None,  # pixels of the longer side; default: as the photo
+) -> Image.Image:  # RGB
+    """The score map of one class at the stage shown, from its lowest to its highest score.
+
+    Raises `SegmentationError` for a class that there is not.
+    """
+    self.result.mask(name)  # an unknown name is an error
+    maps = np.maximum(self.result.scores[self.result.names.index(name)], -1e4).astype(np.float32)
+    height, width = self.photo.shape[:2]
+    scale = 1 if longest is None else min(1, longest / max(height, width))
+    levels = (maps - maps.min()) / max(float(maps.max() - maps.min()), 1e-9)
+    smooth = Image.fromarray(levels).resize(
+        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR
+    )
+    return NotebookImage.of(
+        Image.fromarray(_RAMP[(np.asarray(smooth) * 255).round().clip(0, 255).astype(np.uint8)])
+    )
+
+
+@patch
+def show_point(
+    self: Viewer,
+    x: int,
+    y: int,  # pixel of the photo
+    name: str | None = None,  # class of the map; default: the one that the pixel has
+) -> Image.Image:  # RGB, the map above the bars
+    """What a click shows:
+    a score map with a cross, and the best five classes as bars. Raises as `bars` and `show_map`.
+    """
     bars, result = self.bars(x, y), self.result
     heat = self.show_map(name or result.names[result.labels[y, x]])
-    size = min(max(heat.width//32, 12), 40)
-    sheet = NotebookImage.of(Image.new("RGB", (heat.width, heat.height + (2*len(bars) + 1)*size), "white"))
+    size = min(max(heat.width // 32, 12), 40)
+    sheet = NotebookImage.of(
+        Image.new("RGB", (heat.width, heat.height + (2 * len(bars) + 1) * size), "white")
+    )
     sheet.paste(heat)
-    draw, room = ImageDraw.Draw(sheet), heat.width - 6*size
+    draw, room = ImageDraw.Draw(sheet), heat.width - 6 * size
     for shift, colour in ((1, "black"), (0, "white")):
         draw.line((x - size + shift, y + shift, x + size + shift, y + shift), colour, 2)
         draw.line((x + shift, y - size + shift, x + shift, y + size + shift), colour, 2)
-    for top, (label, score, share) in zip(range(heat.height + size, sheet.height, 2*size), bars):
-        draw.rectangle((size, top, size + share*room, top + size*1.3), tuple(int(o) for o in result.palette[result.names.index(label)]))
-        draw_text(draw, (1.3*size, top + size*0.65), label, size, "black", stroke_width=2, stroke_fill="white")
+    for top, (label, score, share) in zip(range(heat.height + size, sheet.height, 2 * size), bars):
+        draw.rectangle(
+            (size, top, size + share * room, top + size * 1.3),
+            tuple(int(o) for o in result.palette[result.names.index(label)]),
+        )
+        draw_text(
+            draw, (1.3 * size, top + size * 0.65), label, size, "black", stroke_width=2, stroke_fill="white"
+        )
         number = f"{score:.3g}"
-        draw_text(draw, (heat.width - size - text_length(number, size), top + size*0.65), number, size, "black")
+        draw_text(
+            draw, (heat.width - size - text_length(number, size), top + size * 0.65), number, size, "black"
+        )
     return sheet
 
 # %% ../../nbs/app/03_viewer.ipynb #734e4f11
-def _as_code(vocabulary:Vocabulary) -> str:
+def _as_code(vocabulary: Vocabulary) -> str:
     "The shortest expression that means this vocabulary."
-    plain = vocabulary.title, list(vocabulary.names), {name: list(words) for name, words in zip(vocabulary.names, vocabulary.words)}
-    for o in plain[0 if vocabulary.title in list_vocabularies() else 1:]:
-        if Vocabulary.of(o) == vocabulary: return repr(o)
-    return "Vocabulary({!r}, {!r}, {!r}, {!r})".format(vocabulary.names, vocabulary.words, vocabulary.background, vocabulary.title)
+    plain = (
+        vocabulary.title,
+        list(vocabulary.names),
+        {name: list(words) for name, words in zip(vocabulary.names, vocabulary.words)},
+    )
+    for o in plain[0 if vocabulary.title in list_vocabularies() else 1 :]:
+        if Vocabulary.of(o) == vocabulary:
+            return repr(o)
+    return "Vocabulary({!r}, {!r}, {!r}, {!r})".format(
+        vocabulary.names, vocabulary.words, vocabulary.background, vocabulary.title
+    )
+
 
 @patch
-def code(self:Viewer) -> str:
-    "Lines of Python that make what is shown: `result` after refinement, `labels` at an earlier stage. A photo without a file is called `photo`, an encoder without a description `encoder`."
-    words, source = _as_code(self.vocabulary), repr(str(self.source)) if isinstance(self.source, (str, os.PathLike)) else "photo"
-    if self.reading: source = f"load_image({source}, {', '.join(f'{name}={o!r}' for name, o in self.reading.items())})"
+def code(self: Viewer) -> str:
+    """Lines of Python that make what is shown:
+    `result` after refinement, `labels` at an earlier stage. A photo without a file is called `photo`, an
+    encoder without a description `encoder`.
+    """
+    words, source = (
+        _as_code(self.vocabulary),
+        (repr(str(self.source)) if isinstance(self.source, (str, os.PathLike)) else "photo"),
+    )
+    if self.reading:
+        source = f"load_image({source}, {', '.join(f'{name}={o!r}' for name, o in self.reading.items())})"
     encoder = "encoder" if self.encoder in self._given else repr(self.encoder)
     knobs = "".join(f", {name}={value!r}" for name, value in self._all_knobs(self.system, self.crf).items())
-    lines = [f"from ovss_nb import create{', load_image'*bool(self.reading)}{', Vocabulary' if words.startswith('Vocabulary(') else ''}", f"system = create({self.system!r}, {encoder}{knobs})"]
-    if self.stage == REFINED: return "\n".join([*lines, f"result = system.segment({source}, {words})"])
-    return "\n".join(["from ovss_nb.components.upsample import upsample_argmax", *lines, f"image, text = system.encode_image({source}), system.encode_text({words})",
-                      f"labels = upsample_argmax(system.stages(image, text)[{self.stage!r}], image.size)"])
+    lines = [
+        (
+            "from ovss_nb import"
+            f" create{', load_image' * bool(self.reading)}{', Vocabulary' if words.startswith('Vocabulary(') else ''}"
+        ),
+        f"system = create({self.system!r}, {encoder}{knobs})",
+    ]
+    if self.stage == REFINED:
+        return "\n".join([*lines, f"result = system.segment({source}, {words})"])
+    return "\n".join(
+        [
+            "from ovss_nb.components.upsample import upsample_argmax",
+            *lines,
+            f"image, text = system.encode_image({source}), system.encode_text({words})",
+            f"labels = upsample_argmax(system.stages(image, text)[{self.stage!r}], image.size)",
+        ]
+    )
 
 # %% ../../nbs/app/03_viewer.ipynb #627af2c7
 _JAVASCRIPT = """
@@ -329,32 +466,69 @@ _CSS = """
 .ovss-map { width: 100% } .ovss-code { padding: 8px; background: var(--jp-layout-color2, #eee); overflow: auto; user-select: all }
 """
 
+
 @lru_cache
 def _canvas_class():
-    "The widget's class, made when it is first asked for, so that pictures need no widgets. Raises `MissingExtra` without the extra `jupyter`."
+    """The widget's class, made when it is first asked for, so that pictures need no widgets.
+
+    Raises `MissingExtra` without the extra `jupyter`.
+    """
     anywidget, t = require("anywidget", "jupyter"), require("traitlets", "jupyter")
-    kinds = dict(photo=t.Bytes(), labels=t.Bytes(), scores=t.Bytes(), heat=t.Bytes(), shape=t.List(), step=t.Int(1), classes=t.List(), hidden=t.List(), opacity=t.Float(0.5),
-                 point=t.List(), asked=t.Unicode(), told=t.Dict(), code=t.Unicode(), message=t.Unicode(), busy=t.Bool())
-    return type("Canvas", (anywidget.AnyWidget,), dict(_esm=_JAVASCRIPT, _css=_CSS) | {name: o.tag(sync=True) for name, o in kinds.items()})
+    kinds = dict(
+        photo=t.Bytes(),
+        labels=t.Bytes(),
+        scores=t.Bytes(),
+        heat=t.Bytes(),
+        shape=t.List(),
+        step=t.Int(1),
+        classes=t.List(),
+        hidden=t.List(),
+        opacity=t.Float(0.5),
+        point=t.List(),
+        asked=t.Unicode(),
+        told=t.Dict(),
+        code=t.Unicode(),
+        message=t.Unicode(),
+        busy=t.Bool(),
+    )
+    return type(
+        "Canvas",
+        (anywidget.AnyWidget,),
+        dict(_esm=_JAVASCRIPT, _css=_CSS) | {name: o.tag(sync=True) for name, o in kinds.items()},
+    )
 
 # %% ../../nbs/app/03_viewer.ipynb #161476f4
 class ViewerForm:
     "The widgets of a `Viewer`; `box` holds them all. Raises `MissingExtra` without the extra `jupyter`."
-    def __init__(self, viewer:Viewer):
+
+    def __init__(self, viewer: Viewer):
         w = require("ipywidgets", "jupyter")
-        self.viewer, self.canvas, self._filling, self._shown = viewer, _canvas_class()(opacity=viewer.opacity, hidden=sorted(viewer.hidden)), False, {}
+        self.viewer, self.canvas, self._filling, self._shown = (
+            viewer,
+            _canvas_class()(opacity=viewer.opacity, hidden=sorted(viewer.hidden)),
+            False,
+            {},
+        )
         wide = w.Layout(width="auto")
         self.photo = w.Text(description="photo", placeholder="path of another photo", continuous_update=False)
-        self.system, self.encoder, self.stage = (w.Dropdown(description=o) for o in ("system", "encoder", "stage"))
-        for o in (self.photo, self.system, self.encoder, self.stage): o.layout.width, o.style.description_width = "235px", "55px"
+        self.system, self.encoder, self.stage = (
+            w.Dropdown(description=o) for o in ("system", "encoder", "stage")
+        )
+        for o in (self.photo, self.system, self.encoder, self.stage):
+            o.layout.width, o.style.description_width = "235px", "55px"
         self.crf = w.Checkbox(description="dense CRF", indent=False, layout=w.Layout(width="100px"))
         self.classes = w.Textarea(rows=14, layout=wide, placeholder="cat\nbird: eagle, sparrow\nelse")
-        self.apply, self.png, self.coco = (w.Button(description=o, layout=wide) for o in ("Apply", "Save PNG", "Save COCO"))
+        self.apply, self.png, self.coco = (
+            w.Button(description=o, layout=wide) for o in ("Apply", "Save PNG", "Save COCO")
+        )
         self.apply.button_style = "primary"
         self.fill()
         self.apply.on_click(lambda _: self._act(self._apply))
         self.photo.observe(lambda change: self._act(viewer.change, image=change["new"].strip()), "value")
-        for name in ("system", "encoder", "crf"): getattr(self, name).observe(lambda change, name=name: self._act(viewer.change, **{name: change["new"]}), "value")
+        for name in ("system", "encoder", "crf"):
+            getattr(self, name).observe(
+                lambda change, name=name: self._act(viewer.change, **{name: change["new"]}), "value"
+            )
         self.stage.observe(lambda change: self._act(viewer.choose_stage, change["new"]), "value")
         self.canvas.observe(lambda change: setattr(viewer, "opacity", change["new"]), "opacity")
         self.canvas.observe(lambda change: setattr(viewer, "hidden", set(change["new"])), "hidden")
@@ -362,42 +536,62 @@ class ViewerForm:
         self.canvas.observe(lambda change: self._tell(), "asked")
         self.png.on_click(lambda _: self._save("labels.png", "image/png"))
         self.coco.on_click(lambda _: self._save("coco.json", "application/json"))
-        hint = w.HTML("<div style='line-height: 1.4'>one class per line, synonyms behind a colon, <code>else</code> for the rest</div>")
-        row = w.HBox([self.photo, self.system, self.encoder, self.stage, self.crf], layout=w.Layout(flex_flow="row wrap"))
-        side = w.VBox([hint, self.classes, self.apply, self.png, self.coco], layout=w.Layout(width="210px", flex="0 0 auto"))
+        hint = w.HTML(
+            "<div style='line-height: 1.4'>one class per line, synonyms behind a colon, <code>else</code> for"
+            " the rest</div>"
+        )
+        row = w.HBox(
+            [self.photo, self.system, self.encoder, self.stage, self.crf],
+            layout=w.Layout(flex_flow="row wrap"),
+        )
+        side = w.VBox(
+            [hint, self.classes, self.apply, self.png, self.coco],
+            layout=w.Layout(width="210px", flex="0 0 auto"),
+        )
         self.canvas.layout.flex = "1 1 0%"
         self.box = w.VBox([row, w.HBox([side, self.canvas])])
 
     def _apply(self):
         old = self.viewer.vocabulary
-        if self.classes.value == write_lines(old): return   # a shipped list keeps its title
+        if self.classes.value == write_lines(old):
+            return  # a shipped list keeps its title
         words = read_lines(self.classes.value)
-        kept = tuple(o for o in words.names if o in old.background or o in words.background)   # a background of another name cannot be seen in the lines
+        # a background of another name cannot be seen in the lines
+        kept = tuple(o for o in words.names if o in old.background or o in words.background)
         self.viewer.change(words=words if kept == words.background else replace(words, background=kept))
 
     def _act(self, action, *choice, **choices):
         "Tell the session, which fills the widgets; after an error they return to what it says."
-        if self._filling: return
+        if self._filling:
+            return
         self.canvas.message, self.canvas.busy = "\n".join(self.viewer.notes), True
-        try: action(*choice, **choices)
+        try:
+            action(*choice, **choices)
         except (ValueError, RuntimeError, OSError, MissingExtra) as e:
             self.fill()
             self.canvas.message = str(e)
-        finally: self.canvas.busy = False
+        finally:
+            self.canvas.busy = False
 
-    def _new(self, name:str) -> bool:
+    def _new(self, name: str) -> bool:
         "Whether something of the session is another one than at the last call."
         old, self._shown[name] = self._shown.get(name), getattr(self.viewer, name)
         return old is not self._shown[name]
 
     def fill(self):
         "Fill all widgets from the session."
-        v, c, self._filling = self.viewer, self.canvas, True   # what is written here was chosen by nobody
+        v, c, self._filling = self.viewer, self.canvas, True  # what is written here was chosen by nobody
         new = self._new("photo")
-        if self._new("vocabulary"): self.classes.value = write_lines(v.vocabulary)
-        if new: self.photo.value = str(v.source) if isinstance(v.source, (str, os.PathLike)) else ""
+        if self._new("vocabulary"):
+            self.classes.value = write_lines(v.vocabulary)
+        if new:
+            self.photo.value = str(v.source) if isinstance(v.source, (str, os.PathLike)) else ""
         self.crf.value = v.crf
-        for field, known, value in ((self.system, v.knobs, v.system), (self.encoder, v.encoders, v.encoder), (self.stage, (*v.stages, REFINED), v.stage)):
+        for field, known, value in (
+            (self.system, v.knobs, v.system),
+            (self.encoder, v.encoders, v.encoder),
+            (self.stage, (*v.stages, REFINED), v.stage),
+        ):
             field.options = tuple(dict.fromkeys((*known, value)))
             field.value = value
         result, (height, width) = v.result, v.photo.shape[:2]
@@ -409,79 +603,137 @@ class ViewerForm:
                 file = BytesIO()
                 Image.fromarray(v.photo[::step, ::step]).save(file, "JPEG", quality=92, subsampling=0)
                 c.photo, c.point = file.getvalue(), []
-            c.shape, c.step, c.labels = list(labels.shape), step, zlib.compress(labels.astype("<u2").tobytes())
-            c.scores = zlib.compress(score_at(result.scores, (height, width), y, x, labels).clip(-6e4, 6e4).astype("<f2").tobytes())
-            c.classes = [dict(name=name, colour=colour, share=share) for (name, share), colour in zip(result.areas().items(), result.palette.tolist())]
+            c.shape, c.step, c.labels = (
+                list(labels.shape),
+                step,
+                zlib.compress(labels.astype("<u2").tobytes()),
+            )
+            c.scores = zlib.compress(
+                score_at(result.scores, (height, width), y, x, labels).clip(-6e4, 6e4).astype("<f2").tobytes()
+            )
+            c.classes = [
+                dict(name=name, colour=colour, share=share)
+                for (name, share), colour in zip(result.areas().items(), result.palette.tolist())
+            ]
             c.code, c.message = v.code(), "\n".join(v.notes)
             self._tell()
         self._filling = False
 
     def _click(self):
         "A new point: show the map of the class that it has."
-        if self._filling: return
-        if self.canvas.asked: self.canvas.asked = ""   # which tells
-        else: self._tell()
+        if self._filling:
+            return
+        if self.canvas.asked:
+            self.canvas.asked = ""  # which tells
+        else:
+            self._tell()
 
     def _tell(self):
         "Say what was clicked, for the labels that are there now."
         v, c = self.viewer, self.canvas
-        if not c.point: c.told = {}; return
+        if not c.point:
+            c.told = {}
+            return
         (x, y), result = c.point, v.result
         name = c.asked if c.asked in result.names else result.names[result.labels[y, x]]
         maps, file = result.scores[result.names.index(name)], BytesIO()
         v.show_map(name, 340).save(file, "PNG")
         c.heat = file.getvalue()
-        c.told = dict(point=[x, y], size=[v.photo.shape[1], v.photo.shape[0]], mapped=name, low=max(float(maps.min()), -1e4), high=max(float(maps.max()), -1e4),
-                      bars=[(o, score, share, result.palette[result.names.index(o)].tolist()) for o, score, share in v.bars(x, y)])
+        c.told = dict(
+            point=[x, y],
+            size=[v.photo.shape[1], v.photo.shape[0]],
+            mapped=name,
+            low=max(float(maps.min()), -1e4),
+            high=max(float(maps.max()), -1e4),
+            bars=[
+                (o, score, share, result.palette[result.names.index(o)].tolist())
+                for o, score, share in v.bars(x, y)
+            ],
+        )
 
-    def _save(self, ending:str, kind:str):
+    def _save(self, ending: str, kind: str):
         source = self.viewer.source
         photo = Path(source).name if isinstance(source, (str, os.PathLike)) else "photo.png"
         file = f"{Path(photo).stem}.{ending}"
         with tempfile.TemporaryDirectory() as folder:
-            if ending.endswith("json"): save_coco({photo: self.viewer.result}, Path(folder)/file)
-            else: self.viewer.result.save_png(Path(folder)/file)
-            data = (Path(folder)/file).read_bytes()
+            if ending.endswith("json"):
+                save_coco({photo: self.viewer.result}, Path(folder) / file)
+            else:
+                self.viewer.result.save_png(Path(folder) / file)
+            data = (Path(folder) / file).read_bytes()
         self.canvas.send(dict(file=file, type=kind), [data])
 
+
 @patch(as_prop=True)
-def form(self:Viewer) -> ViewerForm:
+def form(self: Viewer) -> ViewerForm:
     "The widgets, made when they are first asked for."
-    if self._form is None: self._form = ViewerForm(self)
+    if self._form is None:
+        self._form = ViewerForm(self)
     return self._form
 
+
 @patch
-def _repr_mimebundle_(self:Viewer, **kwargs) -> dict:
+def _repr_mimebundle_(self: Viewer, **kwargs) -> dict:
     file = BytesIO()
     self.show(DISPLAYED).save(file, "JPEG", quality=85)
-    return self.form.box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self), "image/jpeg": base64.b64encode(file.getvalue()).decode()}
+    return self.form.box._repr_mimebundle_(**kwargs) | {
+        "text/plain": repr(self),
+        "image/jpeg": base64.b64encode(file.getvalue()).decode(),
+    }
 
 # %% ../../nbs/app/03_viewer.ipynb #3f7b101c
 def app_notebook(
-    image, # path of the photo
-    words, # as `Viewer` takes them
-    **choices, # system, encoder and knobs of a `Viewer`
-) -> dict: # a notebook, ready for JSON
+    image,  # path of the photo
+    words,  # as `Viewer` takes them
+    **choices,  # system, encoder and knobs of a `Viewer`
+) -> dict:  # a notebook, ready for JSON
     "A notebook of one cell that shows a `Viewer`."
     arguments = "".join(f", {name}={value!r}" for name, value in choices.items())
-    source = [f"import os\n", f"os.chdir({os.getcwd()!r})\n", "from ovss_nb.app.viewer import Viewer\n", "from ovss_nb.core.vocabulary import Vocabulary\n",
-              f"Viewer({str(image)!r}, {_as_code(Vocabulary.of(words))}{arguments})"]
-    return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
-                cells=[dict(cell_type="code", id="viewer", metadata={}, execution_count=None, outputs=[], source=source)])
+    source = [
+        f"import os\n",
+        f"os.chdir({os.getcwd()!r})\n",
+        "from ovss_nb.app.viewer import Viewer\n",
+        "from ovss_nb.core.vocabulary import Vocabulary\n",
+        f"Viewer({str(image)!r}, {_as_code(Vocabulary.of(words))}{arguments})",
+    ]
+    return dict(
+        nbformat=4,
+        nbformat_minor=5,
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+        cells=[
+            dict(cell_type="code", id="viewer", metadata={}, execution_count=None, outputs=[], source=source)
+        ],
+    )
+
 
 def serve(
-    image, # path of the photo
-    words, # as `Viewer` takes them
-    port:int=8866,
-    browser:bool=True, # open it
-    **choices, # system, encoder and knobs of a `Viewer`
-) -> int: # Voila's exit code, once it is stopped
-    "Show a `Viewer` in the browser through Voila. Raises `MissingExtra` without the extra `app`, and `ImageError` for a photo that cannot be read."
-    for module, extra in (("voila", "app"), ("anywidget", "app"), ("ipywidgets", "app")): require(module, extra)
-    load_image(image, **{name: choices.get(name) for name in ("limits", "bands")})   # before a server starts
+    image,  # path of the photo
+    words,  # as `Viewer` takes them
+    port: int = 8866,
+    browser: bool = True,  # open it
+    **choices,  # system, encoder and knobs of a `Viewer`
+) -> int:  # Voila's exit code, once it is stopped
+    """Show a `Viewer` in the browser through Voila.
+
+    Raises `MissingExtra` without the extra `app`, and `ImageError` for a photo that cannot be read.
+    """
+    for module, extra in (("voila", "app"), ("anywidget", "app"), ("ipywidgets", "app")):
+        require(module, extra)
+    # before a server starts
+    load_image(image, **{name: choices.get(name) for name in ("limits", "bands")})
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/"viewer.ipynb"
+        path = Path(folder) / "viewer.ipynb"
         path.write_text(json.dumps(app_notebook(image, words, **choices)), encoding="utf-8")
-        command = [sys.executable, "-m", "voila", str(path), f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
-        try: return subprocess.run(command if browser else [*command, "--no-browser"]).returncode
-        except KeyboardInterrupt: return 0
+        command = [
+            sys.executable,
+            "-m",
+            "voila",
+            str(path),
+            f"--port={port}",
+            "--Voila.ip=127.0.0.1",
+            "--show_tracebacks=True",
+        ]
+        try:
+            return subprocess.run(command if browser else [*command, "--no-browser"]).returncode
+        except KeyboardInterrupt:
+            return 0

@@ -22,316 +22,542 @@ class DatasetError(ValueError):
     "A data set on disk is not as described; the message names the file and the fix."
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #9c9db13f
-def _folder(pattern:str) -> str:
-    "The part of a pattern that is a plain path: the file itself, or the folder in which its `{stem}` files lie."
+def _folder(pattern: str) -> str:
+    """The part of a pattern that is a plain path:
+    the file itself, or the folder in which its `{stem}` files lie.
+    """
     return pattern.partition("{stem}")[0].rstrip("/")
 
-def _one_spelling(name:str) -> str: return unicodedata.normalize("NFC", name)
 
-def _matching(root:Path, pattern:str, stem:str) -> dict[str, list[Path]]:
-    """The files under `root` that match a pattern, by stem, sorted. `stem` is the regular expression of a whole stem; the suffix
-    counts in any case, and `.*` at a pattern's end is any suffix of an image."""
-    folder, (tail, _, suffix) = root/_folder(pattern), pattern.partition("{stem}")[2].rpartition(".")
+def _one_spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _matching(root: Path, pattern: str, stem: str) -> dict[str, list[Path]]:
+    """The files under `root` that match a pattern, by stem, sorted. `stem` is the regular expression of a
+    whole stem; the suffix
+    counts in any case, and `.*` at a pattern's end is any suffix of an image.
+    """
+    folder, (tail, _, suffix) = root / _folder(pattern), pattern.partition("{stem}")[2].rpartition(".")
     suffixes = "|".join(re.escape(o) for o in (IMAGE_SUFFIXES if suffix == "*" else [f".{suffix}"]))
     form = re.compile(f"({stem}){re.escape(tail)}(?i:{suffixes})")
-    found, deep = {}, re.fullmatch(stem, "a/b") or re.fullmatch(stem, "a/b/c")   # only a stem that may hold a slash sends us into subfolders
+    # only a stem that may hold a slash sends us into subfolders
+    found, deep = {}, re.fullmatch(stem, "a/b") or re.fullmatch(stem, "a/b/c")
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder).as_posix()
         for name in names:
             hit = form.fullmatch(_one_spelling(name if inside == "." else f"{inside}/{name}"))
-            if hit and not is_system_file(name): found.setdefault(hit[1], []).append(Path(place)/name)
-        if not deep: folders.clear()
+            if hit and not is_system_file(name):
+                found.setdefault(hit[1], []).append(Path(place) / name)
+        if not deep:
+            folders.clear()
     return {key: sorted(found[key]) for key in sorted(found)}
 
-def _one_each(found:dict[str, list[Path]]) -> dict[str, Path]:
+
+def _one_each(found: dict[str, list[Path]]) -> dict[str, Path]:
     "The file of each stem. Raises `DatasetError` where there are two."
     for stem, paths in found.items():
         if len(paths) > 1:
-            raise DatasetError(f"{paths[0]} and {paths[1].name} have one name without the suffix, so it cannot be told which one {stem!r} is: "
-                               "remove or rename one of them")
+            raise DatasetError(
+                f"{paths[0]} and {paths[1].name} have one name without the suffix, so it cannot be told which"
+                f" one {stem!r} is: remove or rename one of them"
+            )
     return {stem: paths[0] for stem, paths in found.items()}
 
-def _name_hint(images:dict[str, Path], labels:dict[str, Path]) -> str: # empty: there is no such pair
-    "A sentence about the first mask whose name differs from an image's by a tail (`x_mask.png`), a head or its case only."
+
+def _name_hint(images: dict[str, Path], labels: dict[str, Path]) -> str:  # empty: there is no such pair
+    """A sentence about the first mask whose name differs from an image's by a tail (`x_mask.png`), a head or
+    its case only.
+    """
     folded = {stem.casefold(): path for stem, path in images.items()}
     for stem, path in labels.items():
-        if stem in images: continue
+        if stem in images:
+            continue
         name, cuts = stem.casefold(), list(re.finditer(r"[_.\-\s]", stem.casefold()))
-        parts = [name, *(name[:o.start()] for o in reversed(cuts)), *(name[o.end():] for o in cuts)]
+        parts = [name, *(name[: o.start()] for o in reversed(cuts)), *(name[o.end() :] for o in cuts)]
         near = next((folded[o] for o in parts if o in folded), None)
         if near:
-            return f". {path.name} looks like the mask of {near.name}: a mask has the name of its image, here {near.stem}{path.suffix}. Rename the masks"
+            return (
+                f". {path.name} looks like the mask of {near.name}: a mask has the name of its image, here"
+                f" {near.stem}{path.suffix}. Rename the masks"
+            )
     return ""
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #186fc33f
 @dataclass(frozen=True)
 class Layout:
-    "Where one published arrangement of a data set keeps its files, and how its labels are stored. Patterns name the item by `{stem}`."
-    name:str # what people call it
-    images:tuple[str, ...] # patterns of the photographs; the first whose folder exists is used
-    labels:str # pattern of the label files; without `{stem}`, the one file that holds the labels of all images (COCO's JSON)
-    homes:tuple[str, ...] = () # paths that archives bring along, e.g. "VOCdevkit/VOC2012"
-    splits:tuple[str, ...] = () # files that list the split, one image a line; the first that exists is used; empty: every label file counts
-    stem:str = "[^/]+" # regular expression of a whole stem
-    map:LabelMap|None = None # stored value -> class; None: the protocol's own map
-    reader:Callable = read_index_mask # path -> H x W integers as stored; for one file for all: path, number of the image -> the same
-    truth:str = "" # layouts of one protocol with the same `truth` hold the same labels
-    shared:bool = False # the image folder holds other images too, so one without labels says nothing
-    note:str = "" # what to know before quoting a number
+    """Where one published arrangement of a data set keeps its files, and how its labels are stored.
 
-    def roots(self, root) -> list[Path]: # folders that may be this layout's root if `root` was given
+    Patterns name the item by `{stem}`.
+    """
+
+    name: str  # what people call it
+    images: tuple[str, ...]  # patterns of the photographs; the first whose folder exists is used
+    # pattern of the label files; without `{stem}`, the one file that holds the labels of all images (COCO's
+    # JSON)
+    labels: str
+    homes: tuple[str, ...] = ()  # paths that archives bring along, e.g. "VOCdevkit/VOC2012"
+    # files that list the split, one image a line; the first that exists is used; empty: every label file
+    # counts
+    splits: tuple[str, ...] = ()
+    stem: str = "[^/]+"  # regular expression of a whole stem
+    map: LabelMap | None = None  # stored value -> class; None: the protocol's own map
+    # path -> H x W integers as stored; for one file for all: path, number of the image -> the same
+    reader: Callable = read_index_mask
+    truth: str = ""  # layouts of one protocol with the same `truth` hold the same labels
+    shared: bool = False  # the image folder holds other images too, so one without labels says nothing
+    note: str = ""  # what to know before quoting a number
+
+    def roots(self, root) -> list[Path]:  # folders that may be this layout's root if `root` was given
         "`root`, then `root` with ever more of each home appended."
         homes = [PurePosixPath(o).parts for o in self.homes]
-        return [Path(root), *(Path(root).joinpath(*parts[-n:]) for parts in homes for n in range(1, len(parts) + 1))]
+        return [
+            Path(root),
+            *(Path(root).joinpath(*parts[-n:]) for parts in homes for n in range(1, len(parts) + 1)),
+        ]
 
-    def image_pattern(self, root:Path) -> str|None: # None: no such folder
+    def image_pattern(self, root: Path) -> str | None:  # None: no such folder
         "The first of the image patterns whose folder exists under `root`."
-        return next((o for o in self.images if (root/_folder(o)).is_dir()), None)
+        return next((o for o in self.images if (root / _folder(o)).is_dir()), None)
 
-    def label_files(self, root:Path) -> dict[str, Path]: # by stem
+    def label_files(self, root: Path) -> dict[str, Path]:  # by stem
         "The label files under `root`; for one file for all, that file by each image's stem."
-        if "{stem}" in self.labels: return {stem: paths[0] for stem, paths in _matching(root, self.labels, self.stem).items()}
+        if "{stem}" in self.labels:
+            return {stem: paths[0] for stem, paths in _matching(root, self.labels, self.stem).items()}
         pattern = self.image_pattern(root)
-        return dict.fromkeys(_matching(root, pattern, self.stem), root/self.labels) if pattern and (root/self.labels).is_file() else {}
+        return (
+            dict.fromkeys(_matching(root, pattern, self.stem), root / self.labels)
+            if pattern and (root / self.labels).is_file()
+            else {}
+        )
 
-    def missing(self, root:Path) -> list[str]: # empty: the layout lies here
-        "What of this layout is not under `root`; a split file is not counted, its absence gets an error of its own."
+    def missing(self, root: Path) -> list[str]:  # empty: the layout lies here
+        """What of this layout is not under `root`;
+        a split file is not counted, its absence gets an error of its own.
+        """
         lacks = [] if self.image_pattern(root) else [" or ".join(_folder(o) + "/" for o in self.images)]
-        if not (root/_folder(self.labels)).exists(): lacks.append(_folder(self.labels) + ("/" if "{stem}" in self.labels else ""))
+        if not (root / _folder(self.labels)).exists():
+            lacks.append(_folder(self.labels) + ("/" if "{stem}" in self.labels else ""))
         elif not lacks and not self.label_files(root):
-            folder = root/_folder(self.labels)
-            there = sorted(o.name for o in folder.iterdir() if o.is_file() and not is_system_file(o.name)) if folder.is_dir() else []
+            folder = root / _folder(self.labels)
+            there = (
+                sorted(o.name for o in folder.iterdir() if o.is_file() and not is_system_file(o.name))
+                if folder.is_dir()
+                else []
+            )
             suffixes = f"labels in picture files, such as .png or .tif, in {_folder(self.labels)}/"
             wanted = suffixes if self.labels.endswith(".*") else f"files {self.labels.replace('{stem}', '*')}"
             lacks.append(wanted + (f", where {there[0]} lies" if there else ""))
         return lacks
 
-    def find(self, root) -> Path|None: # None: it does not lie there
+    def find(self, root) -> Path | None:  # None: it does not lie there
         "The folder at or below `root` in which this layout lies."
         return next((o for o in self.roots(root) if not self.missing(o)), None)
 
-    def split(self, root:Path) -> list[str]|None: # None: this layout has no split file
-        "The stems that the split file lists, in its order. Raises `DatasetError` if it is not there, or is no text."
-        if not self.splits: return None
-        path = next((root/o for o in self.splits if (root/o).is_file()), None)
+    def split(self, root: Path) -> list[str] | None:  # None: this layout has no split file
+        """The stems that the split file lists, in its order.
+
+        Raises `DatasetError` if it is not there, or is no text.
+        """
+        if not self.splits:
+            return None
+        path = next((root / o for o in self.splits if (root / o).is_file()), None)
         if path is None:
-            raise DatasetError(f"{root} has no split file {' or '.join(self.splits)}: it lists the images that count, one name a line; "
-                               "copy it there from the download")
-        try: lines = [o.split() for o in path.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as e: raise DatasetError(f"{path} cannot be read as a list of image names ({e})") from None
-        names = [_one_spelling(PurePosixPath(o[0]).name) for o in lines if o]   # SegNet's list has whole paths, of image and labels
-        stems = list(dict.fromkeys(o.rpartition(".")[0] if o.lower().endswith(IMAGE_SUFFIXES) else o for o in names))
-        if not stems: raise DatasetError(f"{path} lists no image; copy it again from the download")
+            raise DatasetError(
+                f"{root} has no split file {' or '.join(self.splits)}: it lists the images that count, one"
+                " name a line; copy it there from the download"
+            )
+        try:
+            lines = [o.split() for o in path.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise DatasetError(f"{path} cannot be read as a list of image names ({e})") from None
+        # SegNet's list has whole paths, of image and labels
+        names = [_one_spelling(PurePosixPath(o[0]).name) for o in lines if o]
+        stems = list(
+            dict.fromkeys(o.rpartition(".")[0] if o.lower().endswith(IMAGE_SUFFIXES) else o for o in names)
+        )
+        if not stems:
+            raise DatasetError(f"{path} lists no image; copy it again from the download")
         return stems
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #d91e8ac1
 class LayoutDataset:
-    "Pairs of image and labels of one benchmark in one layout; item i is (stem, H x W x 3 uint8, H x W class indices)."
-    advice = "the file is in another encoding, or belongs to another data set" # ends the error on an unknown label value
+    """Pairs of image and labels of one benchmark in one layout;
+    item i is (stem, H x W x 3 uint8, H x W class indices).
+    """
 
-    def __init__(self,
-        root, # folder in which the layout lies: what `layout.find` gives
-        layout:Layout,
-        protocol, # has `name`, `vocabulary`, `label_map` and `describe()`: a `Protocol`
+    # ends the error on an unknown label value
+    advice = "the file is in another encoding, or belongs to another data set"
+
+    def __init__(
+        self,
+        root,  # folder in which the layout lies: what `layout.find` gives
+        layout: Layout,
+        protocol,  # has `name`, `vocabulary`, `label_map` and `describe()`: a `Protocol`
     ):
         self.root, self.layout, self.protocol = Path(root), layout, protocol
         self.map = layout.map or protocol.label_map
-        self.names, self.classes, self.ignore = list(protocol.vocabulary.names), self.map.classes, self.map.ignore
+        self.names, self.classes, self.ignore = (
+            list(protocol.vocabulary.names),
+            self.map.classes,
+            self.map.ignore,
+        )
         lacks = layout.missing(self.root)
-        if lacks: raise DatasetError(f"{self.root} has no {', no '.join(lacks)}: layout {layout.name!r} needs them")
+        if lacks:
+            raise DatasetError(f"{self.root} has no {', no '.join(lacks)}: layout {layout.name!r} needs them")
         images = _one_each(_matching(self.root, layout.image_pattern(self.root), layout.stem))
-        labels = _one_each(_matching(self.root, layout.labels, layout.stem)) if "{stem}" in layout.labels else layout.label_files(self.root)
+        labels = (
+            _one_each(_matching(self.root, layout.labels, layout.stem))
+            if "{stem}" in layout.labels
+            else layout.label_files(self.root)
+        )
         self.hint = _name_hint(images, labels)
         listed = layout.split(self.root)
         counted = list(labels) if listed is None else listed
         self.stems = [o for o in counted if o in images and o in labels]
-        self.without_image = [o for o in counted if o in labels and o not in images] # stems
-        self.without_labels = [o for o in (sorted(images) if listed is None else listed) if o in images and o not in labels]
-        if listed is None and layout.shared: self.without_labels = []
+        self.without_image = [o for o in counted if o in labels and o not in images]  # stems
+        self.without_labels = [
+            o for o in (sorted(images) if listed is None else listed) if o in images and o not in labels
+        ]
+        if listed is None and layout.shared:
+            self.without_labels = []
         self.without_either = [o for o in listed or () if o not in images and o not in labels]
         if not self.stems:
-            raise DatasetError(f"{self.root} has no image that has labels: {len(images)} in {layout.image_pattern(self.root).replace('{stem}', '*')}, {len(labels)} label files "
-                               f"{layout.labels.replace('{stem}', '*')}" + "".join(f", the first is {o.name}" for o in [*images.values()][:1] + [*labels.values()][:1] if not listed) + (f", and none of the {len(listed)} listed stems is in both, the first is {listed[0]!r}" if listed else "") + self.hint)
+            raise DatasetError(
+                f"{self.root} has no image that has labels: {len(images)} in"
+                f" {layout.image_pattern(self.root).replace('{stem}', '*')}, {len(labels)} label files"
+                f" {layout.labels.replace('{stem}', '*')}"
+                + "".join(
+                    f", the first is {o.name}"
+                    for o in [*images.values()][:1] + [*labels.values()][:1]
+                    if not listed
+                )
+                + (
+                    f", and none of the {len(listed)} listed stems is in both, the first is {listed[0]!r}"
+                    if listed
+                    else ""
+                )
+                + self.hint
+            )
         self.image_paths, self.label_paths = [images[o] for o in self.stems], [labels[o] for o in self.stems]
 
     @property
-    def vocabulary(self) -> Vocabulary: return self.protocol.vocabulary # names, each with the words to segment by
+    # names, each with the words to segment by
+    def vocabulary(self) -> Vocabulary:
+        return self.protocol.vocabulary
 
-    def __len__(self): return len(self.stems)
+    def __len__(self):
+        return len(self.stems)
 
-    def __repr__(self): return f"{type(self).__name__}({self.protocol.name}, {len(self)} pairs, {self.layout.name}, {str(self.root)!r})"
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}({self.protocol.name}, {len(self)} pairs, {self.layout.name},"
+            f" {str(self.root)!r})"
+        )
 
-    def image(self, i:int) -> np.ndarray: # H x W x 3, uint8, RGB
+    def image(self, i: int) -> np.ndarray:  # H x W x 3, uint8, RGB
         "Photograph i. Raises `ImageError`."
         return load_image(self.image_paths[i])
 
-    def image_digest(self, i:int) -> str:
+    def image_digest(self, i: int) -> str:
         "SHA-256 of the bytes of image i, as they are now. Raises `OSError`."
         return file_digest(self.image_paths[i])
 
-    def label_digest(self, i:int) -> str:
-        "SHA-256 of the label file of item i; of one file for all, read again only after it was written. Raises `OSError`."
-        if "{stem}" in self.layout.labels: return file_digest(self.label_paths[i])
+    def label_digest(self, i: int) -> str:
+        """SHA-256 of the label file of item i;
+        of one file for all, read again only after it was written. Raises `OSError`.
+        """
+        if "{stem}" in self.layout.labels:
+            return file_digest(self.label_paths[i])
         state = self.label_paths[i].stat()
         stamp = state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-        if getattr(self, "_common", (None, ""))[0] != stamp: self._common = stamp, file_digest(self.label_paths[i])
+        if getattr(self, "_common", (None, ""))[0] != stamp:
+            self._common = stamp, file_digest(self.label_paths[i])
         return self._common[1]
 
-    def stored(self, i:int) -> np.ndarray: # H x W integers
+    def stored(self, i: int) -> np.ndarray:  # H x W integers
         "The labels of item i as its file holds them. Raises `DatasetError` for a file that cannot be read."
         try:
-            if "{stem}" in self.layout.labels: return self.layout.reader(self.label_paths[i])
+            if "{stem}" in self.layout.labels:
+                return self.layout.reader(self.label_paths[i])
             return self.layout.reader(self.label_paths[i], int(self.stems[i]))
-        except LabelFileError as e: raise DatasetError(str(e)) from e
+        except LabelFileError as e:
+            raise DatasetError(str(e)) from e
 
-    def labels(self, i:int) -> np.ndarray: # H x W class indices, uint8 or uint16
-        "Labels of item i, without decoding the image. Raises `DatasetError` for a damaged file or a value that the label map does not know."
+    def labels(self, i: int) -> np.ndarray:  # H x W class indices, uint8 or uint16
+        """Labels of item i, without decoding the image.
+
+        Raises `DatasetError` for a damaged file or a value that the label map does not know.
+        """
         stored = self.stored(i)
-        try: return self.map.apply(stored)
-        except VocabularyError as e: raise DatasetError(f"{self.label_paths[i]}: {str(e).partition(';')[0]}; {self.advice}") from e
+        try:
+            return self.map.apply(stored)
+        except VocabularyError as e:
+            raise DatasetError(f"{self.label_paths[i]}: {str(e).partition(';')[0]}; {self.advice}") from e
 
-    def __getitem__(self, i:int) -> tuple[str, np.ndarray, np.ndarray]:
-        if not -len(self) <= i < len(self): raise IndexError(i)
+    def __getitem__(self, i: int) -> tuple[str, np.ndarray, np.ndarray]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         labels, image = self.labels(i), self.image(i)
         if image.shape[:2] != labels.shape:
-            raise DatasetError(f"{self.label_paths[i]} is {labels.shape} but its image {self.image_paths[i]} is {image.shape[:2]}: they must have one size")
+            raise DatasetError(
+                f"{self.label_paths[i]} is {labels.shape} but its image {self.image_paths[i]} is"
+                f" {image.shape[:2]}: they must have one size"
+            )
         return self.stems[i], image, labels
 
-    def describe(self) -> dict: # JSON-ready
+    def describe(self) -> dict:  # JSON-ready
         "The facts to print with each score: the protocol's rules, the layout, and how many pairs there are."
-        return self.protocol.describe() | dict(layout=self.layout.name, images=len(self), without_image=len(self.without_image),
-                                               without_labels=len(self.without_labels), without_either=len(self.without_either))
+        return self.protocol.describe() | dict(
+            layout=self.layout.name,
+            images=len(self),
+            without_image=len(self.without_image),
+            without_labels=len(self.without_labels),
+            without_either=len(self.without_either),
+        )
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #480ec694
 FOLDER = Layout("plain folder", ("images/{stem}.*",), "masks/{stem}.*")
 
+
 def is_folder(root) -> bool:
     "True if `root` has the parts of a plain folder: `images/`, `masks/` and `classes.txt`."
-    return all((Path(root)/o).exists() for o in ("images", "masks", "classes.txt"))
+    return all((Path(root) / o).exists() for o in ("images", "masks", "classes.txt"))
 
-def _facts(path:Path) -> dict:
-    "The object that a JSON file holds; empty if there is no such file. Raises `DatasetError` if it holds anything else."
-    if not path.is_file(): return {}
-    try: facts = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as e: raise DatasetError(f"{path} is not readable JSON ({e}); correct or remove it") from None
-    if not isinstance(facts, dict): raise DatasetError(f"{path} must hold a JSON object, not a {type(facts).__name__}; correct or remove it")
+
+def _facts(path: Path) -> dict:
+    """The object that a JSON file holds;
+    empty if there is no such file. Raises `DatasetError` if it holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as e:
+        raise DatasetError(f"{path} is not readable JSON ({e}); correct or remove it") from None
+    if not isinstance(facts, dict):
+        raise DatasetError(
+            f"{path} must hold a JSON object, not a {type(facts).__name__}; correct or remove it"
+        )
     return facts
 
-def folder_facts(root) -> dict: # `ignore`, `first_label`, `classes`, `values`, and what else the file says
-    "What `dataset.json` in a plain folder, or else `sets.json` beside it, says about the folder; empty if neither does."
+
+# `ignore`, `first_label`, `classes`, `values`, and what else the file says
+def folder_facts(root) -> dict:
+    """What `dataset.json` in a plain folder, or else `sets.json` beside it, says about the folder;
+    empty if neither does.
+    """
     root = Path(root).absolute()
-    facts = _facts(root/"dataset.json") or _facts(root.parent/"sets.json").get(root.name, {})
-    if not isinstance(facts, dict): raise DatasetError(f"{root.parent/'sets.json'} must hold an object for {root.name!r}; correct it")
+    facts = _facts(root / "dataset.json") or _facts(root.parent / "sets.json").get(root.name, {})
+    if not isinstance(facts, dict):
+        raise DatasetError(f"{root.parent / 'sets.json'} must hold an object for {root.name!r}; correct it")
     return facts
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #79ed5595
-def _whole(value, what:str, root:Path) -> int:
+def _whole(value, what: str, root: Path) -> int:
     "The value as a whole number from 0. Raises `DatasetError`."
-    if isinstance(value, str) and value.strip().isdecimal(): value = int(value)   # keys of JSON are text
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)  # keys of JSON are text
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise DatasetError(f"{root}: `{what}` must be a whole number from 0, not {value!r}; correct it in dataset.json, or where it is given")
+        raise DatasetError(
+            f"{root}: `{what}` must be a whole number from 0, not {value!r}; correct it in dataset.json, or"
+            " where it is given"
+        )
     return int(value)
 
-def _stored_classes(root:Path, names, count:int, void:int, ignore, first_label, values) -> dict[int, int]:
-    "{mask value: class or `void`} of a plain folder, from what was said about it. Raises `DatasetError` for what cannot be."
-    if values is None: mapping = {_whole(first_label, "first_label", root) + k: k for k in range(count)}
+
+def _stored_classes(root: Path, names, count: int, void: int, ignore, first_label, values) -> dict[int, int]:
+    """{mask value:
+    class or `void`} of a plain folder, from what was said about it. Raises `DatasetError` for what cannot be.
+    """
+    if values is None:
+        mapping = {_whole(first_label, "first_label", root) + k: k for k in range(count)}
     else:
         if not isinstance(values, dict) or first_label:
-            raise DatasetError(f"{root}: `values` must be an object {{mask value: class}}, without `first_label`, not {values!r}; correct it")
-        mapping = {_whole(k, "values", root): void if v is None else _whole(v, "values", root) for k, v in values.items()}
+            raise DatasetError(
+                f"{root}: `values` must be an object {{mask value: class}}, without `first_label`, not"
+                f" {values!r}; correct it"
+            )
+        mapping = {
+            _whole(k, "values", root): void if v is None else _whole(v, "values", root)
+            for k, v in values.items()
+        }
         wrong = next((k for k in mapping.values() if k >= count and k != void), None)
         if wrong is not None:
-            raise DatasetError(f"{root}: `values` names class {wrong}, but classes.txt has 0..{count - 1}; correct it")
-    if ignore == "auto": mapping.setdefault(void, void)
+            raise DatasetError(
+                f"{root}: `values` names class {wrong}, but classes.txt has 0..{count - 1}; correct it"
+            )
+    if ignore == "auto":
+        mapping.setdefault(void, void)
     elif ignore is not None:
         k = mapping.get(_whole(ignore, "ignore", root), void)
         if k != void:
-            raise DatasetError(f"{root}: `ignore` is {ignore}, but {ignore} is also the mask value of class {k}, {names[k]!r}. Give another value or null; "
-                               "to leave out the first class, say background=False")
+            raise DatasetError(
+                f"{root}: `ignore` is {ignore}, but {ignore} is also the mask value of class {k},"
+                f" {names[k]!r}. Give another value or null; to leave out the first class, say"
+                " background=False"
+            )
         mapping[ignore] = void
     return mapping
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #82398bde
-def _question(root:Path, void:int, found:dict[int, int], names:list[str], stored:dict[int, int], absent:list[int]) -> str:
-    "The question what `void` means, with the lines that answer it. `found`: masks by value; `stored`: class by value; `absent`: classes in no mask."
+def _question(
+    root: Path, void: int, found: dict[int, int], names: list[str], stored: dict[int, int], absent: list[int]
+) -> str:
+    """The question what `void` means, with the lines that answer it.
+
+    `found`: masks by value; `stored`: class by value; `absent`: classes in no mask.
+    """
     placed = {value: stored[value] for value in sorted(found) if stored.get(value, void) != void}
     offered = placed | dict(zip([o for o in sorted(found) if o not in placed], absent))
     if absent:
-        said = f"class {absent[0]}, {names[absent[0]]!r}, is in no mask" if len(absent) == 1 else f"{len(absent)} of {len(names)} classes are in no mask, the first is {names[absent[0]]!r}"
-        way = f"{json.dumps(dict(values=offered))} reads {void} as {names[offered[void]]!r}" if len(offered) == len(names) else '"values" gives the class of each mask value'
+        said = (
+            f"class {absent[0]}, {names[absent[0]]!r}, is in no mask"
+            if len(absent) == 1
+            else f"{len(absent)} of {len(names)} classes are in no mask, the first is {names[absent[0]]!r}"
+        )
+        way = (
+            f"{json.dumps(dict(values=offered))} reads {void} as {names[offered[void]]!r}"
+            if len(offered) == len(names)
+            else '"values" gives the class of each mask value'
+        )
     else:
         said = f"classes.txt names {names[0]!r} only, which is value {min(placed, default=0)}"
-        way = f"with two names in classes.txt, background and {names[0]}, {json.dumps(dict(values={0: 0, void: 1}))} reads {void} as {names[0]!r}"
-    return (f"{root/'masks'}: the value {void} is in {found[void]:,} masks, and nobody said what it means. As it stands it is not scored, while {said}. "
-            f"Say it in {root/'dataset.json'}: {way}; {json.dumps(dict(ignore=void))} leaves it out (in Python: `values` or `ignore` of FolderDataset)")
+        way = (
+            f"with two names in classes.txt, background and {names[0]},"
+            f" {json.dumps(dict(values={0: 0, void: 1}))} reads {void} as {names[0]!r}"
+        )
+    return (
+        f"{root / 'masks'}: the value {void} is in {found[void]:,} masks, and nobody said what it means. As it"
+        f" stands it is not scored, while {said}. Say it in {root / 'dataset.json'}: {way};"
+        f" {json.dumps(dict(ignore=void))} leaves it out (in Python: `values` or `ignore` of FolderDataset)"
+    )
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #f6b033c7
 class FolderDataset(LayoutDataset):
-    "A folder with `images/`, `masks/` and `classes.txt`; item i is (stem, H x W x 3 uint8, H x W class indices)."
-    advice = 'say what the values mean in dataset.json, e.g. {"values": {"0": 0, "128": 1}}, set `ignore` or `first_label`, or complete classes.txt'
+    """A folder with `images/`, `masks/` and `classes.txt`;
+    item i is (stem, H x W x 3 uint8, H x W class indices).
+    """
 
-    def __init__(self,
-        root, # folder with images/, masks/ and classes.txt
-        ignore:int|None|str="auto", # mask value that is not scored, or None; "auto": 255, or 65535 where there are more than 255 classes
-        first_label:int=0, # mask value of the first class
-        background:bool=True, # false: the first class is not scored and its name left out
-        classes:int|None=None, # number of scored classes, if fewer than names (PAS-20b); default: all
-        values:dict|None=None, # {mask value: class, or None for one that is not scored}, e.g. {0: 0, 255: 1}; default: value k is class k
-        strict:bool=True, # false: a mask without an image, or a 255 of which nobody said what it means, is no error
+    advice = (
+        'say what the values mean in dataset.json, e.g. {"values": {"0": 0, "128": 1}}, set `ignore` or'
+        " `first_label`, or complete classes.txt"
+    )
+
+    def __init__(
+        self,
+        root,  # folder with images/, masks/ and classes.txt
+        # mask value that is not scored, or None; "auto": 255, or 65535 where there are more than 255 classes
+        ignore: int | None | str = "auto",
+        first_label: int = 0,  # mask value of the first class
+        background: bool = True,  # false: the first class is not scored and its name left out
+        # number of scored classes, if fewer than names (PAS-20b); default: all
+        classes: int | None = None,
+        # {mask value: class, or None for one that is not scored}, e.g. {0: 0, 255: 1}; default: value k is
+        # class k
+        values: dict | None = None,
+        # false: a mask without an image, or a 255 of which nobody said what it means, is no error
+        strict: bool = True,
     ):
         root = Path(root)
         for part in ("images", "masks", "classes.txt"):
-            if not (root/part).exists():
-                raise DatasetError(f"{root} has no {part}: a data set folder holds images/, masks/ and classes.txt")
+            if not (root / part).exists():
+                raise DatasetError(
+                    f"{root} has no {part}: a data set folder holds images/, masks/ and classes.txt"
+                )
         first, title = 0 if background else 1, root.absolute().name
         try:
-            vocabulary = read_vocabulary(root/"classes.txt")
-            names, count = vocabulary.names, len(vocabulary) if classes is None else _whole(classes, "classes", root)
+            vocabulary = read_vocabulary(root / "classes.txt")
+            names, count = (
+                vocabulary.names,
+                (len(vocabulary) if classes is None else _whole(classes, "classes", root)),
+            )
             vocabulary = Vocabulary(vocabulary.names[first:], vocabulary.words[first:], title=title)
-        except VocabularyError as e: raise DatasetError(f"{root/'classes.txt'}: {e}") from None
+        except VocabularyError as e:
+            raise DatasetError(f"{root / 'classes.txt'}: {e}") from None
         if not first < count <= len(names):
-            raise DatasetError(f"{root/'classes.txt'} names {len(names)} classes, but {count} are to be scored; complete it, or correct `classes`")
+            raise DatasetError(
+                f"{root / 'classes.txt'} names {len(names)} classes, but {count} are to be scored; complete it,"
+                " or correct `classes`"
+            )
         void = 255 if count <= 255 else 65535
         stored = _stored_classes(root, names, count, void, ignore, first_label, values)
-        mapping = {value: k if k == void else k - first if k >= first else void for value, k in stored.items()}
-        facts = dict(protocol=None, title=title, names=list(vocabulary.names), classes=count - first, ignore=void,
-                     stored=dict(ignore=ignore, first_label=first_label) | ({} if values is None else dict(values={str(k): v for k, v in values.items()})),
-                     background="class 0 is left out" if first else f"class {vocabulary.background_index}" if vocabulary.background else "none")
-        super().__init__(root, FOLDER, _FolderRules(title, vocabulary, LabelMap(title, count - first, mapping, void), facts))
-        self.guessed = void if ignore == "auto" and values is None else None   # the value that counts as ignored though nobody said so
-        self.stored_classes, self.all_names = stored, list(names[:count])   # with the first class, also where it is not scored
+        mapping = {
+            value: k if k == void else k - first if k >= first else void for value, k in stored.items()
+        }
+        facts = dict(
+            protocol=None,
+            title=title,
+            names=list(vocabulary.names),
+            classes=count - first,
+            ignore=void,
+            stored=dict(ignore=ignore, first_label=first_label)
+            | ({} if values is None else dict(values={str(k): v for k, v in values.items()})),
+            background=(
+                "class 0 is left out"
+                if first
+                else f"class {vocabulary.background_index}"
+                if vocabulary.background
+                else "none"
+            ),
+        )
+        super().__init__(
+            root,
+            FOLDER,
+            _FolderRules(title, vocabulary, LabelMap(title, count - first, mapping, void), facts),
+        )
+        # the value that counts as ignored though nobody said so
+        self.guessed = void if ignore == "auto" and values is None else None
+        # with the first class, also where it is not scored
+        self.stored_classes, self.all_names = stored, list(names[:count])
         if strict:
             self.refuse_lonely_masks()
-            if self.guessed is not None: self._ask()
+            if self.guessed is not None:
+                self._ask()
 
     @classmethod
-    def open(cls, root, background:bool=True, strict:bool=True) -> "FolderDataset":
-        "Open a folder with what its `dataset.json`, or the `sets.json` beside it, says about the mask values. Raises `DatasetError`."
+    def open(cls, root, background: bool = True, strict: bool = True) -> "FolderDataset":
+        """Open a folder with what its `dataset.json`, or the `sets.json` beside it, says about the mask
+        values. Raises `DatasetError`.
+        """
         facts = folder_facts(root)
         known = {key: facts[key] for key in ("ignore", "first_label", "classes", "values") if key in facts}
         return cls(root, background=background, strict=strict, **known)
 
     def refuse_lonely_masks(self):
         "Raise `DatasetError` if a mask has no image."
-        if not self.without_image: return
+        if not self.without_image:
+            return
         name = self.layout.label_files(self.root)[self.without_image[0]].name
-        raise DatasetError(f"{len(self.without_image)} masks have no image, the first is {name}: add its image to {self.root/'images'} or remove the mask" + self.hint)
+        raise DatasetError(
+            f"{len(self.without_image)} masks have no image, the first is {name}: add its image to"
+            f" {self.root / 'images'} or remove the mask" + self.hint
+        )
 
-    def _ask(self, most:int=1000):
-        "Look into at most so many masks, until every class was seen; then raise or warn if `question` has something to ask."
+    def _ask(self, most: int = 1000):
+        """Look into at most so many masks, until every class was seen;
+        then raise or warn if `question` has something to ask.
+        """
         found, legal = {}, set(range(len(self.all_names)))
         for i in sorted({int(o) for o in np.linspace(0, len(self) - 1, min(most, len(self)))}):
-            try: values = np.flatnonzero(np.bincount(self.stored(i).ravel())).tolist()
-            except DatasetError: continue   # a damaged mask is reported by who reads it
-            for value in values: found[value] = found.get(value, 0) + 1
-            if legal <= {self.stored_classes.get(o) for o in found}: break
+            try:
+                values = np.flatnonzero(np.bincount(self.stored(i).ravel())).tolist()
+            except DatasetError:
+                continue  # a damaged mask is reported by who reads it
+            for value in values:
+                found[value] = found.get(value, 0) + 1
+            if legal <= {self.stored_classes.get(o) for o in found}:
+                break
         text, severe = self.question(found)
-        if severe: raise DatasetError(text)
-        if text: warnings.warn(text, stacklevel=4)
+        if severe:
+            raise DatasetError(text)
+        if text:
+            warnings.warn(text, stacklevel=4)
 
-    def question(self,
-        found:dict[int, int], # {mask value: number of masks in which it is}
-    ) -> tuple[str, bool]: # empty: nothing to ask; true: too doubtful to go on
+    def question(
+        self,
+        found: dict[int, int],  # {mask value: number of masks in which it is}
+    ) -> tuple[str, bool]:  # empty: nothing to ask; true: too doubtful to go on
         "What to ask about the value that is ignored though nobody said so, where a class is in no mask."
         there = {self.stored_classes.get(o) for o in found}
         absent = [k for k in range(len(self.all_names)) if k not in there]
@@ -339,15 +565,18 @@ class FolderDataset(LayoutDataset):
         # The first class alone, or one of two, would be the score of a system that finds nothing.
         severe = len(classes) < 2 and (classes <= {0} or len(self.all_names) < 3)
         if self.guessed not in found or None in there or not (absent or severe):
-            return "", False   # None: `labels` refuses such a value
+            return "", False  # None: `labels` refuses such a value
         return _question(self.root, self.guessed, found, self.all_names, self.stored_classes, absent), severe
 
 # %% ../../nbs/benchmarks/03_datasets.ipynb #31ef9cbc
 @dataclass
 class _FolderRules:
     "What a plain folder has instead of a protocol."
-    name:str
-    vocabulary:Vocabulary
-    label_map:LabelMap
-    facts:dict
-    def describe(self) -> dict: return dict(self.facts)
+
+    name: str
+    vocabulary: Vocabulary
+    label_map: LabelMap
+    facts: dict
+
+    def describe(self) -> dict:
+        return dict(self.facts)

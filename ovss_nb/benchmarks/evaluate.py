@@ -32,41 +32,82 @@ from ..core.parallel import WorkerDied, spread
 class EvaluationError(ValueError):
     "An evaluation cannot start or must not go on; the message says why and what to do."
 
-def _folded(labels:np.ndarray, classes:int) -> np.ndarray: return np.minimum(labels, classes - 1)
 
-def _digest(dataset, i:int, part:str) -> str:
-    "Of the image or the labels of item i: of the file's bytes, or, where a data set says nothing about files, of the array. Empty for what cannot be read."
-    try: return getattr(dataset, f"{part}_digest")(i) if hasattr(dataset, f"{part}_digest") else Cache.key(np.asarray(dataset.image(i) if part == "image" else dataset.labels(i)))
-    except (OSError, ValueError): return ""
+def _folded(labels: np.ndarray, classes: int) -> np.ndarray:
+    return np.minimum(labels, classes - 1)
+
+
+def _digest(dataset, i: int, part: str) -> str:
+    """Of the image or the labels of item i:
+    of the file's bytes, or, where a data set says nothing about files, of the array. Empty for what cannot be
+    read.
+    """
+    try:
+        return (
+            getattr(dataset, f"{part}_digest")(i)
+            if hasattr(dataset, f"{part}_digest")
+            else Cache.key(np.asarray(dataset.image(i) if part == "image" else dataset.labels(i)))
+        )
+    except (OSError, ValueError):
+        return ""
+
 
 class _Count:
     "The half that needs no model: truth and label map in, a record for the journal out."
-    def __init__(self, dataset, vocabulary:Vocabulary, boundary:bool, pending:Path|None, predictions:Path|None, digests:bool=False):
-        self.dataset, self.vocabulary, self.boundary, self.pending, self.predictions, self.digests = dataset, vocabulary, boundary, pending, predictions, digests
+
+    def __init__(
+        self,
+        dataset,
+        vocabulary: Vocabulary,
+        boundary: bool,
+        pending: Path | None,
+        predictions: Path | None,
+        digests: bool = False,
+    ):
+        self.dataset, self.vocabulary, self.boundary, self.pending, self.predictions, self.digests = (
+            dataset,
+            vocabulary,
+            boundary,
+            pending,
+            predictions,
+            digests,
+        )
         self.classes = getattr(dataset, "classes", len(dataset.names))
         self.ignore = getattr(dataset, "ignore", None)
         self.background = vocabulary.background_index if self.classes == len(vocabulary) else self.classes - 1
 
-    def named(self, i:int, **more) -> dict:
+    def named(self, i: int, **more) -> dict:
         "A record: the item, and where it is kept for another run, what it was made from."
-        inputs = {part: _digest(self.dataset, i, part) for part in ("image", "labels")} if self.digests else {}
+        inputs = (
+            {part: _digest(self.dataset, i, part) for part in ("image", "labels")} if self.digests else {}
+        )
         return dict(i=i, stem=self.dataset.stems[i], **more) | (dict(inputs=inputs) if inputs else {})
 
-    def bad(self, i:int, reason) -> dict: return self.named(i, bad=str(reason))
+    def bad(self, i: int, reason) -> dict:
+        return self.named(i, bad=str(reason))
 
-    def image(self, i:int) -> np.ndarray|dict:
+    def image(self, i: int) -> np.ndarray | dict:
         "The image, or the record of a file that is none."
-        try: return self.dataset.image(i)
-        except ValueError as e: return self.bad(i, e)
+        try:
+            return self.dataset.image(i)
+        except ValueError as e:
+            return self.bad(i, e)
 
-    def record(self, i:int, labels:np.ndarray, best:int) -> dict:
-        "What the journal says about image `i`: pairs of classes with pixel counts, boundary counts, and whether `best` is in the image."
+    def record(self, i: int, labels: np.ndarray, best: int) -> dict:
+        """What the journal says about image `i`:
+        pairs of classes with pixel counts, boundary counts, and whether `best` is in the image.
+        """
         try:
             truth = self.dataset.labels(i)
-            if truth.shape != labels.shape: raise ValueError(f"the mask of {self.dataset.stems[i]} is {truth.shape}, its image {labels.shape}: they must have one size")
-        except ValueError as e: return self.bad(i, e)
+            if truth.shape != labels.shape:
+                raise ValueError(
+                    f"the mask of {self.dataset.stems[i]} is {truth.shape}, its image {labels.shape}: they"
+                    " must have one size"
+                )
+        except ValueError as e:
+            return self.bad(i, e)
         if self.predictions:
-            path = self.predictions/f"{self.dataset.stems[i]}.png"
+            path = self.predictions / f"{self.dataset.stems[i]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Segmentation(labels, self.vocabulary.names).save_png(path)
         labels = _folded(labels, self.classes)
@@ -76,313 +117,530 @@ class _Count:
             rows = boundary_counts(truth, labels, self.classes, self.ignore)
             record["boundary"] = [[int(k), *rows[k].tolist()] for k in rows.any(1).nonzero()[0]]
         objects = {true for true, _, _ in pairs} - {self.background}
-        if best >= 0 and objects: record["tag"] = min(best, self.classes - 1) in objects
+        if best >= 0 and objects:
+            record["tag"] = min(best, self.classes - 1) in objects
         return record
 
-    def keep(self, i:int, labels:np.ndarray, best:int):
+    def keep(self, i: int, labels: np.ndarray, best: int):
         "Put a label map where a counting process, or the next attempt after a kill, finds it."
         image = _digest(self.dataset, i, "image") if self.digests else ""
-        with atomic_path(self.pending/f"{i}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, labels=labels.astype(np.uint8 if len(self.vocabulary) <= 256 else np.uint16), best=best, image=image)
+        with atomic_path(self.pending / f"{i}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file,
+                labels=labels.astype(np.uint8 if len(self.vocabulary) <= 256 else np.uint16),
+                best=best,
+                image=image,
+            )
 
-    def is_kept(self, i:int) -> bool:
+    def is_kept(self, i: int) -> bool:
         "Whether the label map of this image, as it is now, is there."
-        path = self.pending/f"{i}.npz"
-        if not path.exists(): return False
-        with np.load(path) as file: return str(file["image"]) == (_digest(self.dataset, i, "image") if self.digests else "")
+        path = self.pending / f"{i}.npz"
+        if not path.exists():
+            return False
+        with np.load(path) as file:
+            return str(file["image"]) == (_digest(self.dataset, i, "image") if self.digests else "")
 
-    def kept(self, i:int) -> dict:
-        with np.load(self.pending/f"{i}.npz") as file: return self.record(i, file["labels"], int(file["best"]))
+    def kept(self, i: int) -> dict:
+        with np.load(self.pending / f"{i}.npz") as file:
+            return self.record(i, file["labels"], int(file["best"]))
+
 
 class _Judge:
     "Both halves: the system with its words, and the counting."
-    def __init__(self, system, count:_Count):
+
+    def __init__(self, system, count: _Count):
         self.system, self.count = system, count
 
     def describe(self) -> dict:
-        return self.system.describe() if hasattr(self.system, "describe") else dict(system=type(self.system).__name__)
+        return (
+            self.system.describe()
+            if hasattr(self.system, "describe")
+            else dict(system=type(self.system).__name__)
+        )
 
     def predict(self, image) -> tuple[np.ndarray, int]:
         "H x W labels, and the best image-level class, or -1."
         encoded, words = self.system.encode_image(image), self.count.vocabulary
         labels = self.system.segment(encoded, words).labels
-        if not hasattr(self.system, "class_scores"): return labels, -1
+        if not hasattr(self.system, "class_scores"):
+            return labels, -1
         scores = self.system.class_scores(encoded, self.system.encode_text(words)).clone()
-        if words.background_index is not None: scores[words.background_index] = -float("inf")
+        if words.background_index is not None:
+            scores[words.background_index] = -float("inf")
         return labels, int(scores.argmax())
 
-    def prediction(self, i:int) -> str|None: # None for a system that looks at the image
+    def prediction(self, i: int) -> str | None:  # None for a system that looks at the image
         return self.system.digest(self.count.dataset.stems[i]) if hasattr(self.system, "digest") else None
 
-    def __call__(self, i:int) -> dict:
-        if hasattr(self.system, "read"):   # predictions on disk need no image
+    def __call__(self, i: int) -> dict:
+        if hasattr(self.system, "read"):  # predictions on disk need no image
             digest = self.prediction(i)
-            try: record = self.count.record(i, self.system.read(self.count.dataset.stems[i], self.count.vocabulary), -1)
-            except EvaluationError as e: record = self.count.bad(i, e)
-            if "inputs" in record: record["inputs"]["prediction"] = digest
+            try:
+                record = self.count.record(
+                    i, self.system.read(self.count.dataset.stems[i], self.count.vocabulary), -1
+                )
+            except EvaluationError as e:
+                record = self.count.bad(i, e)
+            if "inputs" in record:
+                record["inputs"]["prediction"] = digest
             return record
         image = self.count.image(i)
         return image if isinstance(image, dict) else self.count.record(i, *self.predict(image))
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #50615f7c
-def _start(journal:Journal, header:dict):
+def _start(journal: Journal, header: dict):
     "Compare `header` with the one that is there, or write it."
     header = json.loads(json.dumps(header))
     if journal.header is not None and journal.header != header:
-        raise EvaluationError(f"{journal.path.parent} holds another evaluation ({difference(journal.header, header)}): choose another run_dir, or remove that one")
+        raise EvaluationError(
+            f"{journal.path.parent} holds another evaluation ({difference(journal.header, header)}): choose"
+            " another run_dir, or remove that one"
+        )
     journal.begin(header)
 
-def _saved_digest(folder:Path, stem:str) -> str:
+
+def _saved_digest(folder: Path, stem: str) -> str:
     "Of the file of a prediction; empty if there is none."
-    try: return file_digest(folder/f"{stem}.png")
-    except OSError: return ""
+    try:
+        return file_digest(folder / f"{stem}.png")
+    except OSError:
+        return ""
 
-def _latest(journal:Journal) -> dict[int, dict]: return {record["i"]: record for record in journal.records}
 
-def _still_true(journal:Journal, count:_Count, judge:"_Judge|None") -> dict[int, dict]:
-    "The latest record of each item whose image, labels and stored prediction are what they were. Hashing waits for the disk, so several files are read at once."
+def _latest(journal: Journal) -> dict[int, dict]:
+    return {record["i"]: record for record in journal.records}
+
+
+def _still_true(journal: Journal, count: _Count, judge: "_Judge|None") -> dict[int, dict]:
+    """The latest record of each item whose image, labels and stored prediction are what they were.
+
+    Hashing waits for the disk, so several files are read at once.
+    """
     latest = _latest(journal)
+
     def holds(record):
         i, inputs = record["i"], record.get("inputs", {})
-        if count.predictions and "bad" not in record and record.get("saved") != _saved_digest(count.predictions, record["stem"]): return False
-        if "prediction" in inputs and (judge is None or judge.prediction(i) != inputs["prediction"]): return False   # a worker will look, which costs no model
+        if (
+            count.predictions
+            and "bad" not in record
+            and record.get("saved") != _saved_digest(count.predictions, record["stem"])
+        ):
+            return False
+        # a worker will look, which costs no model
+        if "prediction" in inputs and (judge is None or judge.prediction(i) != inputs["prediction"]):
+            return False
         return all(inputs.get(part) == _digest(count.dataset, i, part) for part in ("image", "labels"))
-    with ThreadPoolExecutor(8) as pool: kept = list(pool.map(holds, latest.values()))
+
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(pool.map(holds, latest.values()))
     return {i: record for (i, record), true in zip(latest.items(), kept) if true}
 
-def read_records(run_dir:str|Path) -> list[dict]:
+
+def read_records(run_dir: str | Path) -> list[dict]:
     "The records of an evaluation, one per image, in the order of the set."
-    latest = _latest(Journal(Path(run_dir)/"images.jsonl"))   # an item that changed has more than one
+    latest = _latest(Journal(Path(run_dir) / "images.jsonl"))  # an item that changed has more than one
     return [latest[i] for i in sorted(latest)]
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #7416997d
 @dataclass
 class Evaluation:
     "What an evaluation found: exact counts, and the files that were bad."
-    facts:dict # system, data, vocabulary: what the numbers belong to
-    names:list[str] # K names of the scored classes
-    confusion:Confusion
-    boundary:np.ndarray|None = None # K x 3 hits, truth and prediction within the boundary bands, where asked for
-    images_per_class:np.ndarray = None # K
-    images:int = 0
-    tags:list[int] = field(default_factory=lambda: [0, 0]) # right, asked
-    bad:dict[int, dict] = field(default_factory=dict) # position in the set: stem and reason
 
-    def add(self, record:dict):
+    facts: dict  # system, data, vocabulary: what the numbers belong to
+    names: list[str]  # K names of the scored classes
+    confusion: Confusion
+    # K x 3 hits, truth and prediction within the boundary bands, where asked for
+    boundary: np.ndarray | None = None
+    images_per_class: np.ndarray = None  # K
+    images: int = 0
+    tags: list[int] = field(default_factory=lambda: [0, 0])  # right, asked
+    bad: dict[int, dict] = field(default_factory=dict)  # position in the set: stem and reason
+
+    def add(self, record: dict):
         "Count one record."
-        if "bad" in record: self.bad[record["i"]] = dict(stem=record["stem"], reason=record["bad"]); return
+        if "bad" in record:
+            self.bad[record["i"]] = dict(stem=record["stem"], reason=record["bad"])
+            return
         self.images += 1
         pairs = np.array(record["pairs"], np.int64).reshape(-1, 3)
         np.add.at(self.confusion.counts, (pairs[:, 0], pairs[:, 1]), pairs[:, 2])
         self.images_per_class[np.unique(pairs[:, 0])] += 1
-        if "tag" in record: self.tags[0] += record["tag"]; self.tags[1] += 1
+        if "tag" in record:
+            self.tags[0] += record["tag"]
+            self.tags[1] += 1
         if "boundary" in record:
-            for k, *row in record["boundary"]: self.boundary[k] += row
+            for k, *row in record["boundary"]:
+                self.boundary[k] += row
 
     @property
-    def tag_accuracy(self) -> float|None: return self.tags[0]/self.tags[1] if self.tags[1] else None
+    def tag_accuracy(self) -> float | None:
+        return self.tags[0] / self.tags[1] if self.tags[1] else None
 
     def warn_of_one_class(self):
         "Warn if the truth holds a single class of several: a mean over it says nothing about the others."
         there = np.flatnonzero(self.confusion.counts.sum(1))
         if len(there) == 1 < len(self.names):
-            warnings.warn(f"of {len(self.names)} classes only {self.names[there[0]]!r} occurs in the truth that was scored, so the mean IoU is that of one class: "
-                          "check what the mask values mean with `ovss-nb data check` (Python: ovss_nb.benchmarks.protocols.check)", stacklevel=3)
+            warnings.warn(
+                f"of {len(self.names)} classes only {self.names[there[0]]!r} occurs in the truth that was"
+                " scored, so the mean IoU is that of one class: check what the mask values mean with"
+                " `ovss-nb data check` (Python: ovss_nb.benchmarks.protocols.check)",
+                stacklevel=3,
+            )
 
     def metrics(self) -> dict:
         "Everything, ready for JSON; independent of the order in which images were counted."
         number = lambda o: None if np.isnan(o) else float(o)
         threshold = self.facts.get("system", {}).get("config", {}).get("background_threshold")
-        found = dict(images=self.images, bad_images=len(self.bad), background_threshold=threshold) | self.confusion.summary() | dict(tag_accuracy=self.tag_accuracy)
+        found = (
+            dict(images=self.images, bad_images=len(self.bad), background_threshold=threshold)
+            | self.confusion.summary()
+            | dict(tag_accuracy=self.tag_accuracy)
+        )
         if self.boundary is not None:
-            found |= dict(boundary_miou_present=number(mean_iou(*self.boundary.T)), boundary_iou=list(map(number, boundary_iou(self.boundary))))
-        found |= {key: dict(zip(self.names, found[key])) for key in ("iou", "accuracy", "boundary_iou") if key in found}
-        return found | dict(images_per_class=dict(zip(self.names, self.images_per_class.tolist())), bad=[self.bad[i] for i in sorted(self.bad)], **self.facts)
+            found |= dict(
+                boundary_miou_present=number(mean_iou(*self.boundary.T)),
+                boundary_iou=list(map(number, boundary_iou(self.boundary))),
+            )
+        found |= {
+            key: dict(zip(self.names, found[key]))
+            for key in ("iou", "accuracy", "boundary_iou")
+            if key in found
+        }
+        return found | dict(
+            images_per_class=dict(zip(self.names, self.images_per_class.tolist())),
+            bad=[self.bad[i] for i in sorted(self.bad)],
+            **self.facts,
+        )
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #7b85e1a3
-_held = {}   # in a reader process: what it was given to read and count with
+_held = {}  # in a reader process: what it was given to read and count with
 
-# Found by import, because a function sent to another process from a notebook takes a copy of its globals along.
+
+# Found by import, because a function sent to another process from a notebook takes a copy of its globals
+# along.
 def _hold(count):
     import_module("ovss_nb.benchmarks.evaluate")._held["count"] = count
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
+
 def _follow(parent):
     # A reader whose caller was killed would wait for ever.
-    while os.getppid() == parent: time.sleep(0.5)
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(1)
 
-def _image_ahead(i): return import_module("ovss_nb.benchmarks.evaluate")._held["count"].image(i)
-def _count_behind(i): return import_module("ovss_nb.benchmarks.evaluate")._held["count"].kept(i)
 
-def _overlapped(judge:_Judge, items:list[int], readers:int) -> Iterator[dict]:
+def _image_ahead(i):
+    return import_module("ovss_nb.benchmarks.evaluate")._held["count"].image(i)
+
+
+def _count_behind(i):
+    return import_module("ovss_nb.benchmarks.evaluate")._held["count"].kept(i)
+
+
+def _overlapped(judge: _Judge, items: list[int], readers: int) -> Iterator[dict]:
     "Records of `items`, with reading and counting in `readers` processes beside the model."
     count, waiting, images, behind = judge.count, iter(items), deque(), deque()
-    with ProcessPoolExecutor(readers, initializer=_hold, initargs=(count,), env=dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")) as pool:
+    with ProcessPoolExecutor(
+        readers, initializer=_hold, initargs=(count,), env=dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    ) as pool:
+
         def read_ahead():
-            for i in islice(waiting, max(0, 2*readers - len(images))): images.append((i, pool.submit(_image_ahead, i)))
+            for i in islice(waiting, max(0, 2 * readers - len(images))):
+                images.append((i, pool.submit(_image_ahead, i)))
+
         try:
             read_ahead()
             while images:
                 i, image = images.popleft()
                 read_ahead()
                 image = image.result()
-                if isinstance(image, dict): yield image; continue
+                if isinstance(image, dict):
+                    yield image
+                    continue
                 count.keep(i, *judge.predict(image))
                 behind.append(pool.submit(_count_behind, i))
-                while behind and (behind[0].done() or len(behind) > 2*readers): yield behind.popleft().result()
-            while behind: yield behind.popleft().result()
+                while behind and (behind[0].done() or len(behind) > 2 * readers):
+                    yield behind.popleft().result()
+            while behind:
+                yield behind.popleft().result()
         except BrokenProcessPool as e:
-            raise EvaluationError("a process that reads images died, perhaps for lack of memory: run again to go on, with fewer readers") from e
-        finally: pool.shutdown(wait=True, kill_workers=True)
+            raise EvaluationError(
+                "a process that reads images died, perhaps for lack of memory: run again to go on, with fewer"
+                " readers"
+            ) from e
+        finally:
+            pool.shutdown(wait=True, kill_workers=True)
+
 
 class _Shard:
     "What a worker builds: its own system; what it is asked: an image, or None for the description alone."
-    def __init__(self, build:Callable, count:_Count): self.build, self.count = build, count
+
+    def __init__(self, build: Callable, count: _Count):
+        self.build, self.count = build, count
+
     def __call__(self):
         judge = _Judge(self.build(), self.count)
         description = judge.describe()
         return lambda i: (description, None if i is None else judge(i))
 
-def _check_threshold(data:dict, system:dict):
+
+def _check_threshold(data: dict, system: dict):
     "A protocol that states a background threshold is only scored with that threshold."
     rule, used = data.get("background"), system.get("config", {}).get("background_threshold")
     wanted = rule.get("threshold") if isinstance(rule, dict) else None
     if wanted is not None and wanted != used:
-        raise EvaluationError(f"the protocol decides the background by a threshold of {wanted}, the system by {used}: create it with background_threshold={wanted}")
+        raise EvaluationError(
+            f"the protocol decides the background by a threshold of {wanted}, the system by {used}: create it"
+            f" with background_threshold={wanted}"
+        )
+
 
 @partial(checked_arguments, error=EvaluationError)
 def evaluate(
-    system, # from `create`; with `workers` a callable that builds one, e.g. `partial(create, "maskclip")`
-    dataset, # `names`, `stems`, `image(i)`, `labels(i)`: see the chapter Datasets
-    vocabulary=None, # default: the data set's own
-    run_dir:str|Path|None=None, # journal, metrics.json and predictions go here; a run that stopped goes on
-    limit:Index|None=None, # at most so many images, spread over the set
-    readers:Index=0, # processes that read images ahead of the model and count behind it
-    workers:Index=0, # processes with a system of their own
-    ray:str|None=None, # "local" or the address of a Ray cluster: the workers are its actors
-    devices:list|None=None, # CUDA devices that the workers share out
-    threads:Count=1, # threads per worker; the same for any number of workers, since it can change the last bit of a float
-    boundary:bool=False, # also count boundary IoU: some tens of milliseconds per image
-    save_predictions:bool=False, # label maps as PNG in run_dir/predictions
-    max_bad:Share=0.01, # share of unreadable items above which the run fails
-    progress:bool=True,
+    # from `create`; with `workers` a callable that builds one, e.g. `partial(create, "maskclip")`
+    system,
+    dataset,  # `names`, `stems`, `image(i)`, `labels(i)`: see the chapter Datasets
+    vocabulary=None,  # default: the data set's own
+    # journal, metrics.json and predictions go here; a run that stopped goes on
+    run_dir: str | Path | None = None,
+    limit: Index | None = None,  # at most so many images, spread over the set
+    readers: Index = 0,  # processes that read images ahead of the model and count behind it
+    workers: Index = 0,  # processes with a system of their own
+    ray: str | None = None,  # "local" or the address of a Ray cluster: the workers are its actors
+    devices: list | None = None,  # CUDA devices that the workers share out
+    # threads per worker; the same for any number of workers, since it can change the last bit of a float
+    threads: Count = 1,
+    boundary: bool = False,  # also count boundary IoU: some tens of milliseconds per image
+    save_predictions: bool = False,  # label maps as PNG in run_dir/predictions
+    max_bad: Share = 0.01,  # share of unreadable items above which the run fails
+    progress: bool = True,
 ) -> Evaluation:
-    """Segment every image of a labelled set and count. A run that goes on, or was finished, judges again what has changed: images, labels, stored predictions.
+    """Segment every image of a labelled set and count. A run that goes on, or was finished, judges again what
+    has changed: images, labels, stored predictions.
 
-    Raises `EvaluationError` for a vocabulary that does not fit, a `run_dir` that holds another run or is in use, or too many bad files.
+    Raises `EvaluationError` for a vocabulary that does not fit, a `run_dir` that holds another run or is
+    in use, or too many bad files.
+
     """
-    if vocabulary is None: vocabulary = getattr(dataset, "vocabulary", None) or Vocabulary(list(dataset.names), list(dataset.names))
+    if vocabulary is None:
+        vocabulary = getattr(dataset, "vocabulary", None) or Vocabulary(
+            list(dataset.names), list(dataset.names)
+        )
     vocabulary = Vocabulary.of(vocabulary)
     classes = getattr(dataset, "classes", len(dataset.names))
     if len(vocabulary) != len(dataset.names):
-        raise EvaluationError(f"the vocabulary has {len(vocabulary)} names, the data set {len(dataset.names)}: give the vocabulary in the data set's order, with or without background as there")
-    if not len(dataset): raise EvaluationError("the data set is empty")
-    if save_predictions and run_dir is None: raise EvaluationError("predictions are saved in the run_dir: give one")
+        raise EvaluationError(
+            f"the vocabulary has {len(vocabulary)} names, the data set {len(dataset.names)}: give the"
+            " vocabulary in the data set's order, with or without background as there"
+        )
+    if not len(dataset):
+        raise EvaluationError("the data set is empty")
+    if save_predictions and run_dir is None:
+        raise EvaluationError("predictions are saved in the run_dir: give one")
     if isinstance(system, type) or not hasattr(system, "segment") and not hasattr(system, "read"):
-        if not callable(system): raise EvaluationError(f"a system, or a callable that builds one, is needed, not {system!r}")
+        if not callable(system):
+            raise EvaluationError(f"a system, or a callable that builds one, is needed, not {system!r}")
         build = system
-        if not workers: system = build()
-    elif workers: raise EvaluationError("workers build their own system: pass a callable, e.g. partial(create, 'maskclip'), not a system")
-    picked = list(range(len(dataset))) if not limit or limit >= len(dataset) else sorted({int(o) for o in np.linspace(0, len(dataset) - 1, limit).round()})
+        if not workers:
+            system = build()
+    elif workers:
+        raise EvaluationError(
+            "workers build their own system: pass a callable, e.g. partial(create, 'maskclip'), not a system"
+        )
+    picked = (
+        list(range(len(dataset)))
+        if not limit or limit >= len(dataset)
+        else sorted({int(o) for o in np.linspace(0, len(dataset) - 1, limit).round()})
+    )
     stems = hashlib.sha256("\n".join(dataset.stems[i] for i in picked).encode()).hexdigest()
-    facts = dict(data=dataset.describe() if hasattr(dataset, "describe") else {}, vocabulary=dict(title=vocabulary.title, names=list(vocabulary.names)))
+    facts = dict(
+        data=dataset.describe() if hasattr(dataset, "describe") else {},
+        vocabulary=dict(title=vocabulary.title, names=list(vocabulary.names)),
+    )
     lock = scratch = None
     if run_dir is not None:
         files = [*getattr(dataset, "image_paths", ())[:1], *getattr(dataset, "label_paths", ())[:1]]
         refuse_overwrite(run_dir, getattr(dataset, "root", None), *(o.parent for o in files))
-        if save_predictions: refuse_overwrite(Path(run_dir)/"predictions", getattr(system, "folder", None), *(o.parent for o in files))
-        run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir/"images.lock")   # `.lock` may be held by who runs this notebook
-        try: lock.acquire(timeout=0)
-        except Timeout: raise EvaluationError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
-    else: scratch = tempfile.TemporaryDirectory()
+        if save_predictions:
+            refuse_overwrite(
+                Path(run_dir) / "predictions", getattr(system, "folder", None), *(o.parent for o in files)
+            )
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / "images.lock")  # `.lock` may be held by who runs this notebook
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EvaluationError(
+                f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
+            ) from None
+    else:
+        scratch = tempfile.TemporaryDirectory()
     home = run_dir or Path(scratch.name)
     journal = bar = None
     try:
-        journal = Journal(run_dir/"images.jsonl" if run_dir else None)
-        pending = home/"pending"; pending.mkdir(exist_ok=True)
-        count = _Count(dataset, vocabulary, boundary, pending, home/"predictions" if save_predictions else None, digests=run_dir is not None)
-        names = list(vocabulary.names) if classes == len(vocabulary) else [*vocabulary.names[:classes - 1], "background"]
-        found = Evaluation(facts, names, Confusion(classes, count.ignore), np.zeros((classes, 3), np.int64) if boundary else None, np.zeros(classes, int))
+        journal = Journal(run_dir / "images.jsonl" if run_dir else None)
+        pending = home / "pending"
+        pending.mkdir(exist_ok=True)
+        count = _Count(
+            dataset,
+            vocabulary,
+            boundary,
+            pending,
+            home / "predictions" if save_predictions else None,
+            digests=run_dir is not None,
+        )
+        names = (
+            list(vocabulary.names)
+            if classes == len(vocabulary)
+            else [*vocabulary.names[: classes - 1], "background"]
+        )
+        found = Evaluation(
+            facts,
+            names,
+            Confusion(classes, count.ignore),
+            np.zeros((classes, 3), np.int64) if boundary else None,
+            np.zeros(classes, int),
+        )
+
         def start(description):
             _check_threshold(facts["data"], description)
-            asked = dict(words=[list(o) for o in vocabulary.words], background=list(vocabulary.background), scored=[classes, count.ignore])
-            _start(journal, facts | dict(system=description, images=len(picked), stems=stems, boundary=boundary) | asked)
+            asked = dict(
+                words=[list(o) for o in vocabulary.words],
+                background=list(vocabulary.background),
+                scored=[classes, count.ignore],
+            )
+            _start(
+                journal,
+                facts | dict(system=description, images=len(picked), stems=stems, boundary=boundary) | asked,
+            )
+
         judge = None
         if not workers:
             judge = _Judge(system, count)
-            facts["system"] = judge.describe(); start(facts["system"])
+            facts["system"] = judge.describe()
+            start(facts["system"])
         before, done = _latest(journal), _still_true(journal, count, judge)
-        for record in done.values(): found.add(record)
-        if changed := [i for i, record in before.items() if i not in done and (judge or "prediction" not in record.get("inputs", {}))]:
-            warnings.warn(f"{len(changed)} items in {run_dir} are judged again: their image, labels or prediction has changed", stacklevel=2)
-            (run_dir/"metrics.json").unlink(missing_ok=True)   # it is true no more
-        bar = tqdm(total=len(picked), initial=len(done), desc=facts["system"].get("system") if judge else "workers", disable=not progress, unit="image")
+        for record in done.values():
+            found.add(record)
+        if changed := [
+            i
+            for i, record in before.items()
+            if i not in done and (judge or "prediction" not in record.get("inputs", {}))
+        ]:
+            warnings.warn(
+                f"{len(changed)} items in {run_dir} are judged again: their image, labels or prediction has"
+                " changed",
+                stacklevel=2,
+            )
+            (run_dir / "metrics.json").unlink(missing_ok=True)  # it is true no more
+        bar = tqdm(
+            total=len(picked),
+            initial=len(done),
+            desc=facts["system"].get("system") if judge else "workers",
+            disable=not progress,
+            unit="image",
+        )
         remaining, shown = [i for i in picked if i not in done], 0.0
 
         def results() -> Iterator[dict]:
             if not workers:
-                kept = [i for i in remaining if count.is_kept(i)]   # labelled before a kill, not yet counted
+                # labelled before a kill, not yet counted
+                kept = [i for i in remaining if count.is_kept(i)]
                 yield from map(count.kept, kept)
                 unseen = sorted(set(remaining) - set(kept))
-                if readers and unseen: yield from _overlapped(judge, unseen, min(readers, len(unseen)))
-                else: yield from map(judge, unseen)
+                if readers and unseen:
+                    yield from _overlapped(judge, unseen, min(readers, len(unseen)))
+                else:
+                    yield from map(judge, unseen)
                 return
             asked, fatal = remaining or [None], []
-            for position, result, error in spread(_Shard(build, count), asked, workers, ray=ray, devices=devices, threads=threads):
+            for position, result, error in spread(
+                _Shard(build, count), asked, workers, ray=ray, devices=devices, threads=threads
+            ):
                 # Kept back until some worker has said what system this is: the journal begins with that.
-                if isinstance(error, WorkerDied) and asked[position] is not None: fatal.append(count.bad(asked[position], error)); continue
-                if error: raise error
+                if isinstance(error, WorkerDied) and asked[position] is not None:
+                    fatal.append(count.bad(asked[position], error))
+                    continue
+                if error:
+                    raise error
                 facts["system"], record = result
                 start(facts["system"])
-                if record is not None: yield record
+                if record is not None:
+                    yield record
             yield from fatal
 
         for record in results():
-            if before.get(record["i"]) != json.loads(json.dumps(record)): journal.append(record)
+            if before.get(record["i"]) != json.loads(json.dumps(record)):
+                journal.append(record)
             found.add(record)
-            (pending/f"{record['i']}.npz").unlink(missing_ok=True)
+            (pending / f"{record['i']}.npz").unlink(missing_ok=True)
             bar.update()
-            if progress and time.monotonic() - shown > 0.5: bar.set_postfix(mIoU=f"{100*found.confusion.miou():.1f}", bad=len(found.bad)); shown = time.monotonic()
-            if len(found.bad) > max_bad*len(picked): break
-        if len(found.bad) > max_bad*len(picked):
-            named = "; ".join(f"{o['stem']}: {o['reason']}" for o in [found.bad[i] for i in sorted(found.bad)][:3])
-            raise EvaluationError(f"{len(found.bad)} of {len(picked)} items are bad, more than the share max_bad={max_bad} allows. Mend them, or allow more. The first: {named}")
+            if progress and time.monotonic() - shown > 0.5:
+                bar.set_postfix(mIoU=f"{100 * found.confusion.miou():.1f}", bad=len(found.bad))
+                shown = time.monotonic()
+            if len(found.bad) > max_bad * len(picked):
+                break
+        if len(found.bad) > max_bad * len(picked):
+            named = "; ".join(
+                f"{o['stem']}: {o['reason']}" for o in [found.bad[i] for i in sorted(found.bad)][:3]
+            )
+            raise EvaluationError(
+                f"{len(found.bad)} of {len(picked)} items are bad, more than the share max_bad={max_bad}"
+                f" allows. Mend them, or allow more. The first: {named}"
+            )
         if run_dir:
-            with atomic_path(run_dir/"metrics.json") as temporary: temporary.write_text(json.dumps(found.metrics(), indent=1, allow_nan=False), encoding="utf-8")
+            with atomic_path(run_dir / "metrics.json") as temporary:
+                temporary.write_text(json.dumps(found.metrics(), indent=1, allow_nan=False), encoding="utf-8")
             shutil.rmtree(pending)
         found.warn_of_one_class()
         return found
     finally:
-        if bar is not None: bar.close()
-        if journal: journal.close()
-        if lock: lock.release()
-        if scratch: scratch.cleanup()
+        if bar is not None:
+            bar.close()
+        if journal:
+            journal.close()
+        if lock:
+            lock.release()
+        if scratch:
+            scratch.cleanup()
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #08bcfa3f
 class StoredPredictions:
     "Label maps saved by `evaluate(..., save_predictions=True)`, in the place of a system."
-    def __init__(self,
-        folder:str|Path, # the `predictions` folder of a run
+
+    def __init__(
+        self,
+        folder: str | Path,  # the `predictions` folder of a run
     ):
         self.folder = Path(folder)
-        if not self.folder.is_dir(): raise EvaluationError(f"{folder} is no folder of predictions: evaluate with save_predictions=True")
+        if not self.folder.is_dir():
+            raise EvaluationError(
+                f"{folder} is no folder of predictions: evaluate with save_predictions=True"
+            )
 
     def describe(self) -> dict:
         "What made the predictions, as far as the run beside them says."
-        made_by = Journal(self.folder.parent/"images.jsonl").header
+        made_by = Journal(self.folder.parent / "images.jsonl").header
         return dict(system="StoredPredictions", made_by=(made_by or {}).get("system"))
 
-    def digest(self, stem:str) -> str:
+    def digest(self, stem: str) -> str:
         "SHA-256 of a prediction's file; empty if there is none."
         return _saved_digest(self.folder, stem)
 
-    def read(self, stem:str, vocabulary:Vocabulary) -> np.ndarray:
+    def read(self, stem: str, vocabulary: Vocabulary) -> np.ndarray:
         "H x W labels of one image. Raises EvaluationError if there are none, or under other names."
-        path = self.folder/f"{stem}.png"
-        if not path.exists(): raise EvaluationError(f"no prediction for {stem}")
-        try: stored = Segmentation.from_png(path)
-        except ValueError as e: raise EvaluationError(str(e)) from e
-        if stored.names != tuple(vocabulary.names): raise EvaluationError(f"{path} was predicted under other names: {difference(dict(enumerate(stored.names)), dict(enumerate(vocabulary.names)))}")
+        path = self.folder / f"{stem}.png"
+        if not path.exists():
+            raise EvaluationError(f"no prediction for {stem}")
+        try:
+            stored = Segmentation.from_png(path)
+        except ValueError as e:
+            raise EvaluationError(str(e)) from e
+        if stored.names != tuple(vocabulary.names):
+            raise EvaluationError(
+                f"{path} was predicted under other names:"
+                f" {difference(dict(enumerate(stored.names)), dict(enumerate(vocabulary.names)))}"
+            )
         return stored.labels

@@ -20,151 +20,213 @@ from .label_maps import label_map
 from ..core.vocabulary import load_vocabulary
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #d73aeb2d
-MAX_BYTES = 2**30   # no label file of any benchmark comes near: instances_train2017.json has 0.45 GB
+MAX_BYTES = 2**30  # no label file of any benchmark comes near: instances_train2017.json has 0.45 GB
+
 
 class LabelFileError(ValueError):
     "A file of labels cannot be used; the message names the file and the fix."
 
-def _read_bytes(path, suffixes:tuple[str, ...]) -> bytes:
+
+def _read_bytes(path, suffixes: tuple[str, ...]) -> bytes:
     "The content of the file, whose name must end with one of `suffixes`."
     if not os.fspath(path).lower().endswith(suffixes):
         raise LabelFileError(f"{path} does not end with {' or '.join(suffixes)}: pass the file of labels")
     try:
-        if not os.path.exists(path): raise LabelFileError(f"{path} does not exist: check the path, or complete the download")
-        if not os.path.isfile(path): raise LabelFileError(f"{path} is not a file: pass one file of labels")
-        if os.path.getsize(path) > MAX_BYTES: raise LabelFileError(f"{path} has more than {MAX_BYTES:,} bytes: that is no label file, check the path")
+        if not os.path.exists(path):
+            raise LabelFileError(f"{path} does not exist: check the path, or complete the download")
+        if not os.path.isfile(path):
+            raise LabelFileError(f"{path} is not a file: pass one file of labels")
+        if os.path.getsize(path) > MAX_BYTES:
+            raise LabelFileError(
+                f"{path} has more than {MAX_BYTES:,} bytes: that is no label file, check the path"
+            )
         return Path(path).read_bytes()
-    except LabelFileError: raise
-    except (OSError, ValueError) as e: raise LabelFileError(f"{path} cannot be read ({e}): check its permissions") from e
+    except LabelFileError:
+        raise
+    except (OSError, ValueError) as e:
+        raise LabelFileError(f"{path} cannot be read ({e}): check its permissions") from e
+
 
 def _damaged(path, why) -> LabelFileError:
     "The error for a file whose content does not hold together."
     return LabelFileError(f"{path} is damaged ({why}): copy or download it again")
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #9004b7bb
-def _check_png(data:bytes, path):
+def _check_png(data: bytes, path):
     "Raise `LabelFileError` unless all chunks are whole and the end marker is there."
     view, at = memoryview(data), 8
     while at + 12 <= len(data):
-        size, kind = struct.unpack(">I4s", view[at:at + 8])
+        size, kind = struct.unpack(">I4s", view[at : at + 8])
         end = at + 8 + size
-        if end + 4 > len(data): break
-        if zlib.crc32(view[at + 4:end]) != int.from_bytes(view[end:end + 4], "big"):
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise _damaged(path, f"wrong checksum at byte {at}")
-        if kind == b"IEND": return
+        if kind == b"IEND":
+            return
         at = end + 4
     raise _damaged(path, "the end is missing")
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #0ac9a287
 _SUFFIXES = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
 
+
 def _decode(path, formats=("PNG", "TIFF")) -> tuple[Image.Image, int]:
     "The decoded Pillow image, in the mode of the file, and its bits per sample."
     data = _read_bytes(path, tuple(o for f in formats for o in _SUFFIXES[f]))
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n": _check_png(data, path)
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            _check_png(data, path)
         with Image.open(BytesIO(data), formats=formats) as image:
             if not Path(path).name.lower().endswith(_SUFFIXES[image.format]):
-                raise LabelFileError(f"{path} holds a {image.format} file: rename it to end with {_SUFFIXES[image.format][0]}")
+                raise LabelFileError(
+                    f"{path} holds a {image.format} file: rename it to end with {_SUFFIXES[image.format][0]}"
+                )
             if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise LabelFileError(f"{path} announces {image.height} x {image.width} pixels, more than {MAX_PIXELS:,} or none: "
-                                     "check where it comes from")
+                raise LabelFileError(
+                    f"{path} announces {image.height} x {image.width} pixels, more than {MAX_PIXELS:,} or"
+                    " none: check where it comes from"
+                )
             if getattr(image, "n_frames", 1) > 1:
-                raise LabelFileError(f"{path} holds {image.n_frames} pictures: save the one with the labels by itself")
+                raise LabelFileError(
+                    f"{path} holds {image.n_frames} pictures: save the one with the labels by itself"
+                )
             if image.format == "TIFF" and image.tag_v2.get(262) == 0:
                 raise LabelFileError(f"{path} stores inverted values (white is zero): save it again as PNG")
             image.load()
             return image, data[24] if image.format == "PNG" else 8
-    except LabelFileError: raise
+    except LabelFileError:
+        raise
     except Image.UnidentifiedImageError:
-        raise LabelFileError(f"{path} is not a {' or '.join(formats)} file of labels (it begins with {data[:8]!r}): "
-                             "take the original, without conversion") from None
+        raise LabelFileError(
+            f"{path} is not a {' or '.join(formats)} file of labels (it begins with {data[:8]!r}): "
+            "take the original, without conversion"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise LabelFileError(f"{path}: {e}; check where it comes from") from None
-    except (*PILLOW_ERRORS, MemoryError, Warning) as e: raise _damaged(path, e) from e
+    except (*PILLOW_ERRORS, MemoryError, Warning) as e:
+        raise _damaged(path, e) from e
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #2d54abc0
 def read_index_mask(
-    path, # 8- or 16-bit PNG, palette PNG, TIFF or BMP with one whole number per pixel
-) -> np.ndarray: # H x W, uint8 or uint16
-    "The class numbers as stored. Raises `LabelFileError` for colours, fractions, damage, or any other kind of file."
+    path,  # 8- or 16-bit PNG, palette PNG, TIFF or BMP with one whole number per pixel
+) -> np.ndarray:  # H x W, uint8 or uint16
+    """The class numbers as stored.
+
+    Raises `LabelFileError` for colours, fractions, damage, or any other kind of file.
+    """
     suffix = Path(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES and not any(suffix in o for o in _SUFFIXES.values()):
-        raise LabelFileError(f"{path} does not end with .png, .tif, .tiff or .bmp: other formats change or renumber class numbers. Save the mask as PNG, from its source")
+        raise LabelFileError(
+            f"{path} does not end with .png, .tif, .tiff or .bmp: other formats change or renumber class"
+            " numbers. Save the mask as PNG, from its source"
+        )
     image, bits = _decode(path, ("BMP",) if suffix == ".bmp" else ("PNG", "TIFF"))
-    values = np.array(image)   # never convert("L"): it replaces the numbers of a palette PNG by the brightness of their colours
+    # never convert("L"): it replaces the numbers of a palette PNG by the brightness of their colours
+    values = np.array(image)
     if image.mode in ("1", "L") and (bits < 8 or image.mode == "1"):
-        raise LabelFileError(f"{path} has {bits if bits < 8 else 1}-bit grey levels, which do not tell class 1 from 255: "
-                             "save it with 8 bits per pixel, e.g. Image.fromarray(mask.astype(np.uint8)).save(path)")
-    if image.mode in ("L", "P"): return values
+        raise LabelFileError(
+            f"{path} has {bits if bits < 8 else 1}-bit grey levels, which do not tell class 1 from 255: "
+            "save it with 8 bits per pixel, e.g. Image.fromarray(mask.astype(np.uint8)).save(path)"
+        )
+    if image.mode in ("L", "P"):
+        return values
     if image.mode.startswith("I"):
         if values.min() < 0 or values.max() > 65535:
             raise LabelFileError(f"{path} holds {values.min()}..{values.max()}: labels must lie in 0..65535")
         return values.astype(np.uint16)
-    if image.mode == "F": raise LabelFileError(f"{path} holds fractions: save whole class numbers")
-    channels = values[..., :1 if image.mode == "LA" else 3]
+    if image.mode == "F":
+        raise LabelFileError(f"{path} holds fractions: save whole class numbers")
+    channels = values[..., : 1 if image.mode == "LA" else 3]
     if image.mode in ("RGB", "RGBA", "LA") and (channels == channels[..., :1]).all():
-        raise LabelFileError(f"{path} holds colours ({image.mode}), though all of them are grey: save one channel, "
-                             "e.g. Image.fromarray(np.asarray(image)[..., 0]).save(path)")
-    raise LabelFileError(f"{path} holds colours ({image.mode}), not class numbers: it is a picture of the labels. Take the file that holds numbers, "
-                         "or for CamVid and ADE20K_2021_17_01 their own readers")
+        raise LabelFileError(
+            f"{path} holds colours ({image.mode}), though all of them are grey: save one channel, "
+            "e.g. Image.fromarray(np.asarray(image)[..., 0]).save(path)"
+        )
+    raise LabelFileError(
+        f"{path} holds colours ({image.mode}), not class numbers: it is a picture of the labels. Take the"
+        " file that holds numbers, or for CamVid and ADE20K_2021_17_01 their own readers"
+    )
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #17cb6851
-def _mat_elements(data:bytes, order:str):
+def _mat_elements(data: bytes, order: str):
     "The (type, bytes) of the elements in `data`; ValueError if a length does not fit. `order` is `<` or `>`."
     at = 0
     while at < len(data):
-        if at + 8 > len(data): raise ValueError("an element is cut")
+        if at + 8 > len(data):
+            raise ValueError("an element is cut")
         kind, size = struct.unpack_from(order + "II", data, at)
         begin = at + 8
-        if kind >> 16: kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4   # up to four bytes lie in the tag itself
-        if begin + size > len(data) or begin == at + 4 and size > 4: raise ValueError("an element is longer than the file")
-        yield kind, data[begin:begin + size]
+        # up to four bytes lie in the tag itself
+        if kind >> 16:
+            kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4
+        if begin + size > len(data) or begin == at + 4 and size > 4:
+            raise ValueError("an element is longer than the file")
+        yield kind, data[begin : begin + size]
         at = begin + size
-        if kind != 15: at += -at % 8   # 15 is a compressed element: not padded
+        if kind != 15:
+            at += -at % 8  # 15 is a compressed element: not padded
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #2f124276
 _MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 
-def _mat_matrix(data:bytes, order:str) -> tuple[str, np.ndarray|None]:
+
+def _mat_matrix(data: bytes, order: str) -> tuple[str, np.ndarray | None]:
     "Name and numbers of one matrix element; None if it is not a real matrix of two dimensions."
     parts = _mat_elements(data, order)
     (_, flags), (_, size), (_, name) = (next(parts, (0, b"")) for _ in range(3))
     flags, shape = np.frombuffer(flags, order + "u4"), np.frombuffer(size, order + "i4").tolist()
     name = bytes(name).decode("latin-1")
-    if not len(flags) or not 6 <= flags[0] & 255 <= 15 or flags[0] & 0x800 or len(shape) != 2: return name, None
+    if not len(flags) or not 6 <= flags[0] & 255 <= 15 or flags[0] & 0x800 or len(shape) != 2:
+        return name, None
     kind, numbers = next(parts, (0, b""))
     values = np.frombuffer(numbers, order + _MAT_NUMBERS[kind]) if kind in _MAT_NUMBERS else None
     if values is None or min(shape) < 1 or shape[0] * shape[1] != len(values):
         raise ValueError(f"{name} does not have the {shape} numbers it announces")
     return name, values.reshape(shape, order="F")
 
+
 def read_matlab_labels(
-    path, # a .mat file of version 5 (up to MATLAB's `-v7`) with the variable `LabelMap`
-) -> np.ndarray: # H x W, uint16
-    "The class numbers as stored, in Pascal Context 1..459. Raises `LabelFileError` for damage, another version, or another content."
+    path,  # a .mat file of version 5 (up to MATLAB's `-v7`) with the variable `LabelMap`
+) -> np.ndarray:  # H x W, uint16
+    """The class numbers as stored, in Pascal Context 1..459.
+
+    Raises `LabelFileError` for damage, another version, or another content.
+    """
     data, names, found = _read_bytes(path, (".mat",)), [], None
-    if data[124:128] == b"\0\2IM": raise LabelFileError(f"{path} is a MATLAB 7.3 file: save it in MATLAB with save(..., '-v7')")
+    if data[124:128] == b"\0\2IM":
+        raise LabelFileError(f"{path} is a MATLAB 7.3 file: save it in MATLAB with save(..., '-v7')")
     order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(data[124:128])
     if not data.startswith(b"MATLAB") or not order:
-        raise LabelFileError(f"{path} is not a MATLAB file of version 5, it begins with {data[:8]!r}: take the original")
+        raise LabelFileError(
+            f"{path} is not a MATLAB file of version 5, it begins with {data[:8]!r}: take the original"
+        )
     try:
         for kind, content in _mat_elements(data[128:], order):
             if kind == 15:
                 unpack = zlib.decompressobj()
-                content = unpack.decompress(content, 2**27)   # a photograph of 64 megapixels
-                if not unpack.eof: raise ValueError("its compressed part is cut, or too large")
-                if len(content) < 8: raise ValueError("its compressed part is empty")
+                content = unpack.decompress(content, 2**27)  # a photograph of 64 megapixels
+                if not unpack.eof:
+                    raise ValueError("its compressed part is cut, or too large")
+                if len(content) < 8:
+                    raise ValueError("its compressed part is empty")
                 kind, content = next(_mat_elements(content, order))
-            if kind != 14: raise ValueError(f"unknown element {kind}")
+            if kind != 14:
+                raise ValueError(f"unknown element {kind}")
             name, values = _mat_matrix(content, order)
             names.append(name)
-            if name == "LabelMap": found = values
-    except (ValueError, zlib.error, struct.error, MemoryError, OverflowError) as e: raise _damaged(path, e) from e
+            if name == "LabelMap":
+                found = values
+    except (ValueError, zlib.error, struct.error, MemoryError, OverflowError) as e:
+        raise _damaged(path, e) from e
     if found is None:
-        raise LabelFileError(f"{path} has no matrix LabelMap, only {', '.join(names) or 'nothing'}: take the files of Pascal Context's 459 classes")
-    with np.errstate(invalid="ignore"): whole = found.astype(np.uint16)
-    if not (whole == found).all():   # negative, too large, a fraction or NaN
+        raise LabelFileError(
+            f"{path} has no matrix LabelMap, only {', '.join(names) or 'nothing'}: take the files of Pascal"
+            " Context's 459 classes"
+        )
+    with np.errstate(invalid="ignore"):
+        whole = found.astype(np.uint16)
+    if not (whole == found).all():  # negative, too large, a fraction or NaN
         raise LabelFileError(f"{path}: LabelMap must hold whole numbers in 0..65535: take the original")
     return np.ascontiguousarray(whole)
 
@@ -178,36 +240,81 @@ def _ade20k_table() -> np.ndarray:
     table[numbers] = np.arange(len(numbers))
     return table
 
+
 def read_ade20k_full(
-    path, # `*_seg.png` of ADE20K_2021_17_01
-) -> np.ndarray: # H x W, uint16: 0..846 in the order of `ADE-847`, 65535 where no class of these is
-    "The labels of the 847-class benchmark from a raw file. Raises `LabelFileError` for damage, or a file in another encoding."
+    path,  # `*_seg.png` of ADE20K_2021_17_01
+) -> np.ndarray:  # H x W, uint16: 0..846 in the order of `ADE-847`, 65535 where no class of these is
+    """The labels of the 847-class benchmark from a raw file.
+
+    Raises `LabelFileError` for damage, or a file in another encoding.
+    """
     if not Path(path).name.lower().endswith("_seg.png"):
-        raise LabelFileError(f"{path} does not end with _seg.png: in this release the labels are the *_seg.png files")
+        raise LabelFileError(
+            f"{path} does not end with _seg.png: in this release the labels are the *_seg.png files"
+        )
     image, bits = _decode(path, ("PNG",))
     if image.mode != "RGB" or bits != 8:
-        raise LabelFileError(f"{path} is not an RGB picture but {image.mode}: if it holds class numbers, read_index_mask reads it")
+        raise LabelFileError(
+            f"{path} is not an RGB picture but {image.mode}: if it holds class numbers, read_index_mask"
+            " reads it"
+        )
     red, green, _ = np.moveaxis(np.array(image), 2, 0)
     if (red % 10).any():
-        raise LabelFileError(f"{path} has colours that stand for no class (red is not a multiple of ten): take the *_seg.png of ADE20K_2021_17_01")
+        raise LabelFileError(
+            f"{path} has colours that stand for no class (red is not a multiple of ten): take the *_seg.png"
+            " of ADE20K_2021_17_01"
+        )
     return _ade20k_table()[red // 10 * np.uint16(256) + green]
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #33cbe25c
 CAMVID_COLOURS = {
-    "Animal": (64, 128, 64), "Archway": (192, 0, 128), "Bicyclist": (0, 128, 192), "Bridge": (0, 128, 64), "Building": (128, 0, 0),
-    "Car": (64, 0, 128), "CartLuggagePram": (64, 0, 192), "Child": (192, 128, 64), "Column_Pole": (192, 192, 128), "Fence": (64, 64, 128),
-    "LaneMkgsDriv": (128, 0, 192), "LaneMkgsNonDriv": (192, 0, 64), "Misc_Text": (128, 128, 64), "MotorcycleScooter": (192, 0, 192),
-    "OtherMoving": (128, 64, 64), "ParkingBlock": (64, 192, 128), "Pedestrian": (64, 64, 0), "Road": (128, 64, 128),
-    "RoadShoulder": (128, 128, 192), "Sidewalk": (0, 0, 192), "SignSymbol": (192, 128, 128), "Sky": (128, 128, 128),
-    "SUVPickupTruck": (64, 128, 192), "TrafficCone": (0, 0, 64), "TrafficLight": (0, 64, 64), "Train": (192, 64, 128),
-    "Tree": (128, 128, 0), "Truck_Bus": (192, 128, 192), "Tunnel": (64, 0, 64), "VegetationMisc": (192, 192, 0), "Void": (0, 0, 0), "Wall": (64, 192, 0)}
+    "Animal": (64, 128, 64),
+    "Archway": (192, 0, 128),
+    "Bicyclist": (0, 128, 192),
+    "Bridge": (0, 128, 64),
+    "Building": (128, 0, 0),
+    "Car": (64, 0, 128),
+    "CartLuggagePram": (64, 0, 192),
+    "Child": (192, 128, 64),
+    "Column_Pole": (192, 192, 128),
+    "Fence": (64, 64, 128),
+    "LaneMkgsDriv": (128, 0, 192),
+    "LaneMkgsNonDriv": (192, 0, 64),
+    "Misc_Text": (128, 128, 64),
+    "MotorcycleScooter": (192, 0, 192),
+    "OtherMoving": (128, 64, 64),
+    "ParkingBlock": (64, 192, 128),
+    "Pedestrian": (64, 64, 0),
+    "Road": (128, 64, 128),
+    "RoadShoulder": (128, 128, 192),
+    "Sidewalk": (0, 0, 192),
+    "SignSymbol": (192, 128, 128),
+    "Sky": (128, 128, 128),
+    "SUVPickupTruck": (64, 128, 192),
+    "TrafficCone": (0, 0, 64),
+    "TrafficLight": (0, 64, 64),
+    "Train": (192, 64, 128),
+    "Tree": (128, 128, 0),
+    "Truck_Bus": (192, 128, 192),
+    "Tunnel": (64, 0, 64),
+    "VegetationMisc": (192, 192, 0),
+    "Void": (0, 0, 0),
+    "Wall": (64, 192, 0),
+}
 
 CAMVID_CLASSES = {
-    "sky": ["Sky"], "building": ["Building", "Archway", "Bridge", "Tunnel", "Wall"], "pole": ["Column_Pole", "TrafficCone"],
-    "road": ["Road", "LaneMkgsDriv", "LaneMkgsNonDriv"], "pavement": ["Sidewalk", "ParkingBlock", "RoadShoulder"],
-    "tree": ["Tree", "VegetationMisc"], "signsymbol": ["SignSymbol", "Misc_Text", "TrafficLight"], "fence": ["Fence"],
-    "car": ["Car", "OtherMoving", "SUVPickupTruck", "Train", "Truck_Bus"], "pedestrian": ["Pedestrian", "Animal", "CartLuggagePram", "Child"],
-    "bicyclist": ["Bicyclist", "MotorcycleScooter"]}
+    "sky": ["Sky"],
+    "building": ["Building", "Archway", "Bridge", "Tunnel", "Wall"],
+    "pole": ["Column_Pole", "TrafficCone"],
+    "road": ["Road", "LaneMkgsDriv", "LaneMkgsNonDriv"],
+    "pavement": ["Sidewalk", "ParkingBlock", "RoadShoulder"],
+    "tree": ["Tree", "VegetationMisc"],
+    "signsymbol": ["SignSymbol", "Misc_Text", "TrafficLight"],
+    "fence": ["Fence"],
+    "car": ["Car", "OtherMoving", "SUVPickupTruck", "Train", "Truck_Bus"],
+    "pedestrian": ["Pedestrian", "Animal", "CartLuggagePram", "Child"],
+    "bicyclist": ["Bicyclist", "MotorcycleScooter"],
+}
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #e33bdca2
 def _camvid_codes() -> tuple[np.ndarray, np.ndarray]:
@@ -216,13 +323,20 @@ def _camvid_codes() -> tuple[np.ndarray, np.ndarray]:
     rows = sorted((r << 16 | g << 8 | b, classes[name]) for name, (r, g, b) in CAMVID_COLOURS.items())
     return np.array([o[0] for o in rows]), np.array([o[1] for o in rows], np.uint8)
 
+
 def read_camvid_colours(
-    path, # `*_L.png` of CamVid with its 32 colours
-) -> np.ndarray: # H x W, uint8: 0..10 in the order of `CAMVID_CLASSES`, 255 = void
-    "The labels of the 11-class benchmark. Raises `LabelFileError` if more than a thousandth of the pixels has a colour of none of the 32."
+    path,  # `*_L.png` of CamVid with its 32 colours
+) -> np.ndarray:  # H x W, uint8: 0..10 in the order of `CAMVID_CLASSES`, 255 = void
+    """The labels of the 11-class benchmark.
+
+    Raises `LabelFileError` if more than a thousandth of the pixels has a colour of none of the 32.
+    """
     image, bits = _decode(path, ("PNG",))
     if image.mode != "RGB" or bits != 8:
-        raise LabelFileError(f"{path} is not an RGB picture but {image.mode}: if it holds class numbers, read_index_mask reads it")
+        raise LabelFileError(
+            f"{path} is not an RGB picture but {image.mode}: if it holds class numbers, read_index_mask"
+            " reads it"
+        )
     red, green, blue = np.moveaxis(np.array(image).astype(np.int64), 2, 0)
     codes, classes = _camvid_codes()
     colours = red << 16 | green << 8 | blue
@@ -230,8 +344,10 @@ def read_camvid_colours(
     foreign = codes[at] != colours
     if foreign.mean() > 1e-3:
         strange = ", ".join(map(str, np.array(image)[foreign][0]))
-        raise LabelFileError(f"{path}: {foreign.mean():.1%} of the pixels have none of CamVid's 32 colours, the first is ({strange}): "
-                             "take the original PNG, neither recompressed nor resized")
+        raise LabelFileError(
+            f"{path}: {foreign.mean():.1%} of the pixels have none of CamVid's 32 colours, the first is"
+            f" ({strange}): take the original PNG, neither recompressed nor resized"
+        )
     return np.where(foreign, np.uint8(255), classes[at])
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #a75f9ded
@@ -239,25 +355,44 @@ def _coco_classes() -> dict[int, int]:
     "COCO's category ids 1..90 (with gaps) -> 1..80."
     return {value + 1: k for value, k in label_map("COCO-Object-81").mapping.items() if k}
 
+
 @lru_cache(maxsize=2)
-def _coco_file(path:str, size:int, modified:int, changed:int) -> dict[int, dict]:
+def _coco_file(path: str, size: int, modified: int, changed: int) -> dict[int, dict]:
     classes, vocabulary = _coco_classes(), load_vocabulary("COCO-Object-81")
-    try: content = json.loads(_read_bytes(path, (".json",)))
-    except LabelFileError: raise
-    except (ValueError, RecursionError, MemoryError) as e: raise _damaged(path, e) from e
-    def fail(what): raise LabelFileError(f"{path}: {what}. Take the original instances_*.json of COCO")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
+    try:
+        content = json.loads(_read_bytes(path, (".json",)))
+    except LabelFileError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise _damaged(path, e) from e
+
+    def fail(what):
+        raise LabelFileError(f"{path}: {what}. Take the original instances_*.json of COCO")
+
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    ):
         fail("it has no lists `images` and `annotations`")
     for o in content.get("categories") or []:
-        k = classes.get(o.get("id")) if isinstance(o, dict) and isinstance(o.get("id"), int) else fail(f"{o!r} is no category")
+        k = (
+            classes.get(o.get("id"))
+            if isinstance(o, dict) and isinstance(o.get("id"), int)
+            else fail(f"{o!r} is no category")
+        )
         if k and str(o.get("name")).lower() not in vocabulary.words[k]:
             fail(f"category {o['id']} is {o.get('name')!r}, in COCO it is {vocabulary.names[k]!r}")
     pictures = {}
     for o in content["images"]:
-        whole = isinstance(o, dict) and all(type(o.get(key)) is int and o[key] > 0 for key in ("height", "width")) and type(o.get("id")) is int
+        whole = (
+            isinstance(o, dict)
+            and all(type(o.get(key)) is int and o[key] > 0 for key in ("height", "width"))
+            and type(o.get("id")) is int
+        )
         if not whole or o["height"] * o["width"] > MAX_PIXELS:
             fail(f"an entry of `images` lacks an id or a sane size: {str(o)[:80]}")
-        pictures[o["id"]] = dict(file_name=str(o.get("file_name", "")), height=o["height"], width=o["width"], objects=[])
+        pictures[o["id"]] = dict(
+            file_name=str(o.get("file_name", "")), height=o["height"], width=o["width"], objects=[]
+        )
     for o in content["annotations"]:
         if not isinstance(o, dict) or type(o.get("image_id")) is not int or o["image_id"] not in pictures:
             fail(f"an annotation belongs to no image: {str(o)[:80]}")
@@ -266,30 +401,48 @@ def _coco_file(path:str, size:int, modified:int, changed:int) -> dict[int, dict]
         pictures[o["image_id"]]["objects"].append((classes[o["category_id"]], o.get("segmentation")))
     return pictures
 
+
 def read_coco_instances(
-    path, # instances_*.json
-) -> dict[int, dict]: # {image id: {file_name, height, width, objects: [(class 1..80, segmentation), ...]}}; shared, do not change it
-    "The objects of every picture. The last two files stay in memory. Raises `LabelFileError` if the file is damaged or not COCO's."
-    try: facts = os.stat(path)
-    except (OSError, ValueError) as e: raise LabelFileError(f"{path} cannot be read ({e}): check the path, or complete the download") from None
+    path,  # instances_*.json
+    # {image id: {file_name, height, width, objects: [(class 1..80, segmentation), ...]}}; shared, do not
+    # change it
+) -> dict[int, dict]:
+    """The objects of every picture.
+
+    The last two files stay in memory. Raises `LabelFileError` if the file is damaged or not COCO's.
+    """
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError) as e:
+        raise LabelFileError(
+            f"{path} cannot be read ({e}): check the path, or complete the download"
+        ) from None
     return _coco_file(os.fspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 # %% ../../nbs/benchmarks/02_label_files.ipynb #af062bee
 def coco_instance_labels(
-    annotations, # path of instances_*.json, or what `read_coco_instances` returned
-    image_id:int, # COCO's number of the picture, e.g. 139 for 000000000139.jpg
-) -> np.ndarray: # H x W, uint8: 0 = background, 1..80 in the order of `COCO-Object-81`
-    "The labels of one picture, drawn from its objects; the first listed object wins. Raises `LabelFileError`, naming the object at fault."
+    annotations,  # path of instances_*.json, or what `read_coco_instances` returned
+    image_id: int,  # COCO's number of the picture, e.g. 139 for 000000000139.jpg
+) -> np.ndarray:  # H x W, uint8: 0 = background, 1..80 in the order of `COCO-Object-81`
+    """The labels of one picture, drawn from its objects;
+    the first listed object wins. Raises `LabelFileError`, naming the object at fault.
+    """
     pictures = annotations if isinstance(annotations, dict) else read_coco_instances(annotations)
     where = "These annotations" if isinstance(annotations, dict) else annotations
     if image_id not in pictures:
-        raise LabelFileError(f"{where}: no picture has the id {image_id!r}. Use the annotations of the same split, e.g. instances_val2017.json")
+        raise LabelFileError(
+            f"{where}: no picture has the id {image_id!r}. Use the annotations of the same split, e.g."
+            " instances_val2017.json"
+        )
     picture = pictures[image_id]
     labels = np.zeros((picture["height"], picture["width"]), np.uint8)
     for position, (k, segmentation) in enumerate(picture["objects"]):
-        try: inside = _object_mask(segmentation, *labels.shape)
+        try:
+            inside = _object_mask(segmentation, *labels.shape)
         except (ValueError, TypeError, OverflowError, MemoryError) as e:
-            raise LabelFileError(f"{where}: object {position} of picture {image_id} is damaged ({e}). "
-                                 "Take the original instances_*.json of COCO") from e
+            raise LabelFileError(
+                f"{where}: object {position} of picture {image_id} is damaged ({e}). "
+                "Take the original instances_*.json of COCO"
+            ) from e
         labels[inside & (labels == 0)] = k
     return labels

@@ -14,53 +14,84 @@ from ..core.vocabulary import VocabularyError, _unknown
 @dataclass(frozen=True)
 class LabelMap:
     "How a data set's stored label values become class indices of one shipped vocabulary."
-    vocabulary:str # name of the shipped vocabulary, e.g. "VOC-20"
-    classes:int # number of classes that are scored
-    mapping:dict = field(hash=False, repr=False) # stored value -> class index or `ignore`; every legal value is listed
-    ignore:int = 255 # the value of pixels that do not count; 65535 where there are more than 255 classes
 
-    def apply(self,
-        labels:np.ndarray, # H x W integers as stored in the file
-    ) -> np.ndarray: # H x W class indices, uint8, or uint16 where `ignore` is 65535
-        "Turn stored labels into class indices. Raises `VocabularyError` for a value outside the map, or for what is no label image."
+    vocabulary: str  # name of the shipped vocabulary, e.g. "VOC-20"
+    classes: int  # number of classes that are scored
+    # stored value -> class index or `ignore`; every legal value is listed
+    mapping: dict = field(hash=False, repr=False)
+    # the value of pixels that do not count; 65535 where there are more than 255 classes
+    ignore: int = 255
+
+    def apply(
+        self,
+        labels: np.ndarray,  # H x W integers as stored in the file
+    ) -> np.ndarray:  # H x W class indices, uint8, or uint16 where `ignore` is 65535
+        """Turn stored labels into class indices.
+
+        Raises `VocabularyError` for a value outside the map, or for what is no label image.
+        """
         labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu": raise VocabularyError(f"{self.vocabulary}: labels must be integers, got {labels.dtype}")
-        if labels.ndim == 3: raise VocabularyError(f"{self.vocabulary}: labels of shape {labels.shape} look like colours; "
-            "read the file with np.array(Image.open(path)), without convert")
-        table = np.full(max(self.mapping) + 2, -1)   # the last slot stands for all values outside the table, also negative ones
+        if labels.dtype.kind not in "iu":
+            raise VocabularyError(f"{self.vocabulary}: labels must be integers, got {labels.dtype}")
+        if labels.ndim == 3:
+            raise VocabularyError(
+                f"{self.vocabulary}: labels of shape {labels.shape} look like colours; "
+                "read the file with np.array(Image.open(path)), without convert"
+            )
+        # the last slot stands for all values outside the table, also negative ones
+        table = np.full(max(self.mapping) + 2, -1)
         table[list(self.mapping)] = list(self.mapping.values())
         found = table[labels.astype(np.int64).clip(-1, len(table) - 1)]
         if (found < 0).any():
-            raise VocabularyError(f"{self.vocabulary}: unknown label value {', '.join(map(str, np.unique(labels[found < 0])[:5]))}; "
-                "is the file in another encoding?")
+            raise VocabularyError(
+                f"{self.vocabulary}: unknown label value"
+                f" {', '.join(map(str, np.unique(labels[found < 0])[:5]))}; is the file in another encoding?"
+            )
         return found.astype(np.uint8 if self.ignore == 255 else np.uint16)
 
 # %% ../../nbs/benchmarks/01_label_maps.ipynb #11ef050a
 def _label_maps() -> dict[str, LabelMap]:
     "The records of all shipped vocabularies, by name."
-    unused = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}   # COCO ids, counted from 1
+    unused = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}  # COCO ids, counted from 1
     stuff = {number - 1: k for k, number in enumerate(o for o in range(1, 183) if o not in unused)}
-    road_scene = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]   # Cityscapes label ids, in train-id order
+    # Cityscapes label ids, in train-id order
+    road_scene = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     shift = lambda count: {k + 1: k for k in range(count)}
     same = lambda count: {k: k for k in range(count)}
-    return {o.vocabulary: o for o in [
-        LabelMap("VOC-20", 20, {0: 255, 255: 255} | shift(20)),
-        LabelMap("VOC-21", 21, {255: 255} | same(21)),
-        LabelMap("PAS-20b", 21, {0: 20, 255: 255} | shift(20)),
-        LabelMap("PC-59", 59, {0: 255, 255: 255} | shift(59)),
-        LabelMap("PC-60", 60, {255: 255} | same(60)),
-        LabelMap("PC-459", 459, {459: 65535, 65535: 65535} | same(459), ignore=65535),
-        LabelMap("ADE-150", 150, {0: 255} | shift(150)),
-        LabelMap("ADE-847", 847, {65535: 65535} | same(847), ignore=65535),
-        LabelMap("COCO-Stuff-171", 171, {255: 255} | stuff),
-        LabelMap("COCO-Object-81", 81, {255: 0} | {value: k + 1 if k < 80 else 0 for value, k in stuff.items()}),
-        LabelMap("Cityscapes-19", 19, {value: 255 for value in range(34)} | {value: k for k, value in enumerate(road_scene)})]}
+    return {
+        o.vocabulary: o
+        for o in [
+            LabelMap("VOC-20", 20, {0: 255, 255: 255} | shift(20)),
+            LabelMap("VOC-21", 21, {255: 255} | same(21)),
+            LabelMap("PAS-20b", 21, {0: 20, 255: 255} | shift(20)),
+            LabelMap("PC-59", 59, {0: 255, 255: 255} | shift(59)),
+            LabelMap("PC-60", 60, {255: 255} | same(60)),
+            LabelMap("PC-459", 459, {459: 65535, 65535: 65535} | same(459), ignore=65535),
+            LabelMap("ADE-150", 150, {0: 255} | shift(150)),
+            LabelMap("ADE-847", 847, {65535: 65535} | same(847), ignore=65535),
+            LabelMap("COCO-Stuff-171", 171, {255: 255} | stuff),
+            LabelMap(
+                "COCO-Object-81", 81, {255: 0} | {value: k + 1 if k < 80 else 0 for value, k in stuff.items()}
+            ),
+            LabelMap(
+                "Cityscapes-19",
+                19,
+                {value: 255 for value in range(34)} | {value: k for k, value in enumerate(road_scene)},
+            ),
+        ]
+    }
+
 
 LABEL_MAPS = _label_maps()
 
+
 def label_map(
-    name:str, # a shipped vocabulary, e.g. "ADE-150"
+    name: str,  # a shipped vocabulary, e.g. "ADE-150"
 ) -> LabelMap:
-    "How the data set of a shipped vocabulary stores its labels. Raises `VocabularyError` for a name it does not know."
-    if name not in LABEL_MAPS: raise _unknown("label map", name, LABEL_MAPS)
+    """How the data set of a shipped vocabulary stores its labels.
+
+    Raises `VocabularyError` for a name it does not know.
+    """
+    if name not in LABEL_MAPS:
+        raise _unknown("label map", name, LABEL_MAPS)
     return LABEL_MAPS[name]

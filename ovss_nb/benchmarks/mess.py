@@ -16,51 +16,92 @@ from .label_maps import LabelMap
 from ..core.vocabulary import Vocabulary, is_background
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #58e747c6
-def mess_sets() -> list[dict]: # name, registered, domain, images, background, home, photographs, labels, source, note, classes
-    "What MESS says about its data sets; `registered` is the name under which MESS's results are stored, `home` the folder of the download."
+# name, registered, domain, images, background, home, photographs, labels, source, note, classes
+def mess_sets() -> list[dict]:
+    """What MESS says about its data sets;
+    `registered` is the name under which MESS's results are stored, `home` the folder of the download.
+    """
     return json.loads(files("ovss_nb.data").joinpath("mess.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #0ebf1500
 @dataclass(frozen=True)
 class MessLayout(Layout):
     "A layout that is only found in the folder that MESS puts it into, since the data sets look alike inside."
-    def roots(self, root) -> list[Path]: # folders that may be this layout's root if `root` was given
+
+    def roots(self, root) -> list[Path]:  # folders that may be this layout's root if `root` was given
         "`root` if it has the folder's name, and the folder of that name inside `root`."
         return [o for o in super().roots(root) if os.path.basename(os.path.abspath(o)) == self.homes[0]]
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #54a0348c
-def _mess_map(name:str, classes:int) -> LabelMap:
+def _mess_map(name: str, classes: int) -> LabelMap:
     "Class indices; 255 is ignored, except where there are only two classes: there it is an unconverted mask."
     return LabelMap(name, classes, {k: k for k in range(classes)} | ({255: 255} if classes > 2 else {}))
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #6a74f09b
-def _mess_name(name:str) -> str: return "MESS-" + name.replace(" ", "-")
+def _mess_name(name: str) -> str:
+    return "MESS-" + name.replace(" ", "-")
 
-def mess_records() -> dict[str, dict]: # name of the protocol -> arguments of `Protocol`
+
+def mess_records() -> dict[str, dict]:  # name of the protocol -> arguments of `Protocol`
     "The protocols of MESS, as data."
     records = {}
     for o in mess_sets():
         name, k, classes = _mess_name(o["name"]), o["background"], tuple(o["classes"])
         words = () if k is None else (classes[k],)
-        vocabulary = Vocabulary(classes, background=tuple(w for w in words if is_background(w) or w in ("others", "unlabeled")), title=name)
+        vocabulary = Vocabulary(
+            classes,
+            background=tuple(w for w in words if is_background(w) or w in ("others", "unlabeled")),
+            title=name,
+        )
         map = _mess_map(name, len(classes))
-        layout = MessLayout(f"{o['home']}/ (MESS)", (o["photographs"],), o["labels"], (o["home"],), shared=o["name"] == "CWFID")   # CWFID: all 60 pictures in one
-        records[name] = dict(name=name, vocabulary=vocabulary, label_map=map, expected=tuple(o["images"]), family="mess", resize="shortest:640:2560",
-                             other_resizes={"CAT-Seg": "windows:640:384"}, source=o["source"], layouts=(layout,), folders=((name, map),), background=k, words=words,
-                             aliases=(o["registered"],), note=f"Domain: {o['domain']}. {o['note']}".strip())
+        # CWFID: all 60 pictures in one
+        layout = MessLayout(
+            f"{o['home']}/ (MESS)",
+            (o["photographs"],),
+            o["labels"],
+            (o["home"],),
+            shared=o["name"] == "CWFID",
+        )
+        records[name] = dict(
+            name=name,
+            vocabulary=vocabulary,
+            label_map=map,
+            expected=tuple(o["images"]),
+            family="mess",
+            resize="shortest:640:2560",
+            other_resizes={"CAT-Seg": "windows:640:384"},
+            source=o["source"],
+            layouts=(layout,),
+            folders=((name, map),),
+            background=k,
+            words=words,
+            aliases=(o["registered"],),
+            note=f"Domain: {o['domain']}. {o['note']}".strip(),
+        )
     return records
 
 # %% ../../nbs/benchmarks/04_mess.ipynb #17435b28
 def mess_means(
-    scores:Mapping, # name of the protocol -> score; all 25
-) -> dict[str, float]: # the five domains, then "mean"
-    "MESS's means over domains and over the 22 data sets. Raises `ValueError` if scores are missing: a mean over some of them is no MESS score."
+    scores: Mapping,  # name of the protocol -> score; all 25
+) -> dict[str, float]:  # the five domains, then "mean"
+    """MESS's means over domains and over the 22 data sets.
+
+    Raises `ValueError` if scores are missing: a mean over some of them is no MESS score.
+    """
     sets = mess_sets()
     missing = [name for o in sets if (name := _mess_name(o["name"])) not in scores]
-    if missing: raise ValueError(f"MESS's mean needs all of its data sets, there is no score for {', '.join(missing)}")
-    mean, domains = lambda values: sum(values)/len(values), {}
-    for o in sets:   # PAXRay's parts come together: the first of them stands for all
-        if not o["name"].startswith("PAXRay-"): domains.setdefault(o["domain"], []).append(scores[_mess_name(o["name"])])
+    if missing:
+        raise ValueError(
+            f"MESS's mean needs all of its data sets, there is no score for {', '.join(missing)}"
+        )
+    mean, domains = lambda values: sum(values) / len(values), {}
+    for o in sets:  # PAXRay's parts come together: the first of them stands for all
+        if not o["name"].startswith("PAXRay-"):
+            domains.setdefault(o["domain"], []).append(scores[_mess_name(o["name"])])
         elif o["name"] == "PAXRay-Lungs":
-            domains[o["domain"]].append(mean([scores[_mess_name(x["name"])] for x in sets if x["name"].startswith("PAXRay-")]))
-    return {domain: mean(values) for domain, values in domains.items()} | {"mean": mean([v for values in domains.values() for v in values])}
+            domains[o["domain"]].append(
+                mean([scores[_mess_name(x["name"])] for x in sets if x["name"].startswith("PAXRay-")])
+            )
+    return {domain: mean(values) for domain, values in domains.items()} | {
+        "mean": mean([v for values in domains.values() for v in values])
+    }

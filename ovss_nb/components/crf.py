@@ -14,75 +14,111 @@ from ..core.options import Index, NotNegative, Positive, check_options
 # %% ../../nbs/components/02_crf.ipynb #c2bcbb31
 @dataclass(frozen=True)
 class CRFConfig:
-    "Widths and strengths of a dense CRF; the defaults are those of PnP-OVSS (SYSTEMS 6.5 step 5 and section 7)."
-    gaussian_sxy:Positive = 3 # width of the smoothness term, pixels
-    gaussian_compat:NotNegative = 7 # its strength
-    bilateral_sxy:Positive = 50 # width of the appearance term, pixels
-    bilateral_srgb:Positive = 5 # and in colour, levels of 0..255
-    bilateral_compat:NotNegative = 10 # its strength
-    iterations:Index = 10 # mean-field steps
+    """Widths and strengths of a dense CRF;
+    the defaults are those of PnP-OVSS (SYSTEMS 6.5 step 5 and section 7).
+    """
 
-    def __post_init__(self): check_options(self)
+    gaussian_sxy: Positive = 3  # width of the smoothness term, pixels
+    gaussian_compat: NotNegative = 7  # its strength
+    bilateral_sxy: Positive = 50  # width of the appearance term, pixels
+    bilateral_srgb: Positive = 5  # and in colour, levels of 0..255
+    bilateral_compat: NotNegative = 10  # its strength
+    iterations: Index = 10  # mean-field steps
+
+    def __post_init__(self):
+        check_options(self)
+
 
 PNP_CRF = CRFConfig()
 SIMSEG_CRF = CRFConfig(gaussian_compat=3, bilateral_sxy=40, bilateral_srgb=13, iterations=3)
 
+
 def crf_available() -> bool:
     "Whether the extra `crf` (pydensecrf2) is installed."
-    try: require("pydensecrf.densecrf", "crf")
-    except MissingExtra: return False
+    try:
+        require("pydensecrf.densecrf", "crf")
+    except MissingExtra:
+        return False
     return True
 
 # %% ../../nbs/components/02_crf.ipynb #9352af31
 def surviving_classes(
-    probabilities:np.ndarray, # K x H x W
-    top:int=1, # a class must be among this many best at one pixel at least
-) -> np.ndarray: # increasing class indices
+    probabilities: np.ndarray,  # K x H x W
+    top: int = 1,  # a class must be among this many best at one pixel at least
+) -> np.ndarray:  # increasing class indices
     "The classes that are among the `top` best somewhere."
-    if not 1 <= top: raise ValueError(f"top must be at least 1, got {top}")
-    if top >= len(probabilities): return np.arange(len(probabilities))
-    return np.unique(probabilities.argmax(0) if top == 1 else np.argpartition(-probabilities, top-1, axis=0)[:top])
+    if not 1 <= top:
+        raise ValueError(f"top must be at least 1, got {top}")
+    if top >= len(probabilities):
+        return np.arange(len(probabilities))
+    return np.unique(
+        probabilities.argmax(0) if top == 1 else np.argpartition(-probabilities, top - 1, axis=0)[:top]
+    )
 
-def _check_crf(image:np.ndarray, probabilities:np.ndarray):
+
+def _check_crf(image: np.ndarray, probabilities: np.ndarray):
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError("the CRF needs the image as a uint8 numpy array, H x W x 3")
     if not isinstance(probabilities, np.ndarray) or probabilities.shape[-2:] != image.shape[:2]:
-        raise ValueError(f"the CRF needs probabilities as a numpy array of the image's size {image.shape[:2]}; upsample them first (and .cpu().numpy() for a tensor)")
-    if not (probabilities.min() >= 0 and probabilities.max() <= 1): raise ValueError("the CRF needs probabilities in [0, 1] without NaN; apply softmax or min_max first")
+        raise ValueError(
+            f"the CRF needs probabilities as a numpy array of the image's size {image.shape[:2]}; upsample"
+            " them first (and .cpu().numpy() for a tensor)"
+        )
+    if not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        raise ValueError("the CRF needs probabilities in [0, 1] without NaN; apply softmax or min_max first")
+
 
 def dense_crf(
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    probabilities:np.ndarray, # K x H x W in [0, 1]
-    config:CRFConfig=PNP_CRF, # widths, strengths, iterations
-    top:int|None=1, # leave out classes that are nowhere among the `top` best; None keeps all
-) -> np.ndarray: # K x H x W float32; zeros for the classes left out
-    """Joint dense CRF over the classes that survive: unary -log(p + 1e-8), Gaussian and bilateral Potts terms, mean field.
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    probabilities: np.ndarray,  # K x H x W in [0, 1]
+    config: CRFConfig = PNP_CRF,  # widths, strengths, iterations
+    top: int | None = 1,  # leave out classes that are nowhere among the `top` best; None keeps all
+) -> np.ndarray:  # K x H x W float32; zeros for the classes left out
+    """Joint dense CRF over the classes that survive: unary -log(p + 1e-8), Gaussian and bilateral Potts
+    terms, mean field.
 
-    Returns new probabilities that sum to one over the classes. Raises MissingExtra without pydensecrf2, ValueError for other shapes, types or ranges.
+    Returns new probabilities that sum to one over the classes. Raises MissingExtra without pydensecrf2,
+    ValueError for other shapes, types or ranges.
     Source: Krähenbühl and Koltun 2011; SYSTEMS section 7.
+
     """
     densecrf = require("pydensecrf.densecrf", "crf")
     _check_crf(image, probabilities)
-    if probabilities.ndim != 3: raise ValueError(f"probabilities must be K x H x W, got {probabilities.shape}")
+    if probabilities.ndim != 3:
+        raise ValueError(f"probabilities must be K x H x W, got {probabilities.shape}")
     kept = np.arange(len(probabilities)) if top is None else surviving_classes(probabilities, top)
     refined = np.zeros(probabilities.shape, np.float32)
-    if len(kept) == 1: refined[kept] = 1; return refined
+    if len(kept) == 1:
+        refined[kept] = 1
+        return refined
     height, width = image.shape[:2]
     field = densecrf.DenseCRF2D(width, height, len(kept))
-    field.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities[kept].astype(np.float32) + 1e-8), dtype=np.float32).reshape(len(kept), -1))
+    field.setUnaryEnergy(
+        np.ascontiguousarray(
+            -np.log(probabilities[kept].astype(np.float32) + 1e-8), dtype=np.float32
+        ).reshape(len(kept), -1)
+    )
     field.addPairwiseGaussian(sxy=config.gaussian_sxy, compat=config.gaussian_compat)
-    field.addPairwiseBilateral(sxy=config.bilateral_sxy, srgb=config.bilateral_srgb, rgbim=np.array(image, order="C"), compat=config.bilateral_compat)
+    field.addPairwiseBilateral(
+        sxy=config.bilateral_sxy,
+        srgb=config.bilateral_srgb,
+        rgbim=np.array(image, order="C"),
+        compat=config.bilateral_compat,
+    )
     refined[kept] = np.asarray(field.inference(config.iterations)).reshape(len(kept), height, width)
     return refined
 
 # %% ../../nbs/components/02_crf.ipynb #cad0ecba
 def binary_crf(
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    probability:np.ndarray, # H x W in [0, 1]: how likely a pixel belongs to the class
-    config:CRFConfig=SIMSEG_CRF,
-) -> np.ndarray: # bool H x W
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    probability: np.ndarray,  # H x W in [0, 1]: how likely a pixel belongs to the class
+    config: CRFConfig = SIMSEG_CRF,
+) -> np.ndarray:  # bool H x W
     "Dense CRF with the two labels [1-p, p] (SimSeg, SYSTEMS 5.4 step 5). Raises like `dense_crf`."
-    if probability.ndim != 2: raise ValueError(f"probability must be H x W, got {probability.shape}; use dense_crf for several classes")
+    if probability.ndim != 2:
+        raise ValueError(
+            f"probability must be H x W, got {probability.shape}; use dense_crf for several classes"
+        )
     _check_crf(image, probability)
-    rest, wanted = dense_crf(image, np.stack([1-probability, probability]), config, top=None)
+    rest, wanted = dense_crf(image, np.stack([1 - probability, probability]), config, top=None)
     return wanted > rest

@@ -13,52 +13,104 @@ from torch.nn import functional as F
 
 # %% ../../nbs/components/08_fusion.ipynb #b30018d1
 def sample_regions(
-    features:torch.Tensor, # B x C x h x w
-    regions, # N x 4, the same for all, or B x N x 4: top, left, bottom, right, as shares of the map's height and width from 0 to 1
-    grid:tuple[int, int], # height and width of the result, in places
-    mode:str="bilinear", # or "bicubic", "nearest"
-) -> torch.Tensor: # (B*N) x C x grid: all regions of the first image, then of the second
-    """Read regions at the centres of a grid's places; the region (0, 0, 1, 1) is `F.interpolate` without aligned corners.
+    features: torch.Tensor,  # B x C x h x w
+    # N x 4, the same for all, or B x N x 4: top, left, bottom, right, as shares of the map's height and width
+    # from 0 to 1
+    regions,
+    grid: tuple[int, int],  # height and width of the result, in places
+    mode: str = "bilinear",  # or "bicubic", "nearest"
+) -> torch.Tensor:  # (B*N) x C x grid: all regions of the first image, then of the second
+    """Read regions at the centres of a grid's places; the region (0, 0, 1, 1) is `F.interpolate` without
+    aligned corners.
 
-    Raises `ValueError` for a region that is empty or leaves the map, or for another mode."""
-    if mode not in ("bilinear", "bicubic", "nearest"): raise ValueError(f"mode must be 'bilinear', 'bicubic' or 'nearest', not {mode!r}")
+    Raises `ValueError` for a region that is empty or leaves the map, or for another mode.
+    """
+    if mode not in ("bilinear", "bicubic", "nearest"):
+        raise ValueError(f"mode must be 'bilinear', 'bicubic' or 'nearest', not {mode!r}")
     regions = torch.as_tensor(regions, dtype=torch.float32, device=features.device)
-    if regions.ndim == 2: regions = regions.expand(len(features), *regions.shape)
-    if regions.ndim != 3 or regions.shape[::2] != (len(features), 4) or regions.min() < 0 or regions.max() > 1 or (regions[..., :2] >= regions[..., 2:]).any():
-        raise ValueError(f"regions must be rows of (top, left, bottom, right) with 0 <= top < bottom <= 1 and 0 <= left < right <= 1, for all maps or for each of {len(features)}, got {regions.tolist()}")
-    def places(start, end, count): return 2*(start + (end - start)*(torch.arange(count, device=features.device) + 0.5)/count) - 1   # -1 and 1 are the map's edges
+    if regions.ndim == 2:
+        regions = regions.expand(len(features), *regions.shape)
+    if (
+        regions.ndim != 3
+        or regions.shape[::2] != (len(features), 4)
+        or regions.min() < 0
+        or regions.max() > 1
+        or (regions[..., :2] >= regions[..., 2:]).any()
+    ):
+        raise ValueError(
+            "regions must be rows of (top, left, bottom, right) with 0 <= top < bottom <= 1 and 0 <= left <"
+            f" right <= 1, for all maps or for each of {len(features)}, got {regions.tolist()}"
+        )
+
+    # -1 and 1 are the map's edges
+    def places(start, end, count):
+        return 2 * (start + (end - start) * (torch.arange(count, device=features.device) + 0.5) / count) - 1
+
     top, left, bottom, right = regions.flatten(0, 1).T[..., None]
-    rows, columns = places(top, bottom, grid[0]), places(left, right, grid[1])   # B*N x places
-    points = torch.stack([columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1)
-    return F.grid_sample(features.repeat_interleave(regions.shape[1], 0), points.to(features.dtype), mode, "border", align_corners=False)
+    rows, columns = places(top, bottom, grid[0]), places(left, right, grid[1])  # B*N x places
+    points = torch.stack(
+        [columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1
+    )
+    return F.grid_sample(
+        features.repeat_interleave(regions.shape[1], 0),
+        points.to(features.dtype),
+        mode,
+        "border",
+        align_corners=False,
+    )
 
 # %% ../../nbs/components/08_fusion.ipynb #ece35246
 class FeatureFusion(nn.Module):
-    """F = w Fc + (1 - w) Fs (LM-3), with Fs projected, resized and brought to the length of Fc (LM-2; SYSTEMS 2.3).
+    """F = w Fc + (1 - w) Fs (LM-3), with Fs projected, resized and brought to the length of Fc (LM-2; SYSTEMS
+    2.3).
 
-    With w fixed to 1 it has no parameters, returns Fc itself, and does not ask for Fs. Raises `ValueError` for unknown options and maps that do not fit."""
-    def __init__(self,
-        dim:int, # channels of the first map, Fc
-        other:int=256, # channels of the second map
-        weight:str|float="scalar", # w: learned, "scalar" or "channel"; or a number from 0 to 1, fixed
-        initial:float=0.5, # where a learned w starts, above 0 and below 1
-        project:bool=True, # translate the second map by a 1 x 1 convolution and a layer norm; without, its channels must be `dim`
-        normalise:str="match", # "match" brings each second vector to the length of the first, "unit" both to 1, "none" neither
-        resize:str="bilinear", # or "bicubic", "nearest"; see `sample_regions`
+    With w fixed to 1 it has no parameters, returns Fc itself, and does not ask for Fs. Raises `ValueError`
+    for unknown options and maps that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,  # channels of the first map, Fc
+        other: int = 256,  # channels of the second map
+        # w: learned, "scalar" or "channel"; or a number from 0 to 1, fixed
+        weight: str | float = "scalar",
+        initial: float = 0.5,  # where a learned w starts, above 0 and below 1
+        # translate the second map by a 1 x 1 convolution and a layer norm; without, its channels must be
+        # `dim`
+        project: bool = True,
+        # "match" brings each second vector to the length of the first, "unit" both to 1, "none" neither
+        normalise: str = "match",
+        resize: str = "bilinear",  # or "bicubic", "nearest"; see `sample_regions`
     ):
         super().__init__()
-        if isinstance(weight, str) and weight not in ("scalar", "channel"): raise ValueError(f"weight must be 'scalar', 'channel' or a number, not {weight!r}")
-        if not isinstance(weight, str) and not 0 <= weight <= 1: raise ValueError(f"a fixed weight lies between 0 and 1, not at {weight}")
-        if not 0 < initial < 1: raise ValueError(f"a learned weight starts above 0 and below 1, not at {initial}")
-        if normalise not in ("match", "unit", "none"): raise ValueError(f"normalise must be 'match', 'unit' or 'none', not {normalise!r}")
-        if resize not in ("bilinear", "bicubic", "nearest"): raise ValueError(f"resize must be 'bilinear', 'bicubic' or 'nearest', not {resize!r}")
-        if not project and other != dim: raise ValueError(f"maps of {other} and {dim} channels cannot be added without a projection: leave project=True")
-        self.fixed, self.normalise, self.resize = None if isinstance(weight, str) else float(weight), normalise, resize
-        if self.fixed is None: self.theta = nn.Parameter(torch.full((dim, 1, 1) if weight == "channel" else (), torch.tensor(initial).logit().item()))
-        if self.fixed != 1 and project: self.project, self.norm = nn.Conv2d(other, dim, 1), nn.LayerNorm(dim)
+        if isinstance(weight, str) and weight not in ("scalar", "channel"):
+            raise ValueError(f"weight must be 'scalar', 'channel' or a number, not {weight!r}")
+        if not isinstance(weight, str) and not 0 <= weight <= 1:
+            raise ValueError(f"a fixed weight lies between 0 and 1, not at {weight}")
+        if not 0 < initial < 1:
+            raise ValueError(f"a learned weight starts above 0 and below 1, not at {initial}")
+        if normalise not in ("match", "unit", "none"):
+            raise ValueError(f"normalise must be 'match', 'unit' or 'none', not {normalise!r}")
+        if resize not in ("bilinear", "bicubic", "nearest"):
+            raise ValueError(f"resize must be 'bilinear', 'bicubic' or 'nearest', not {resize!r}")
+        if not project and other != dim:
+            raise ValueError(
+                f"maps of {other} and {dim} channels cannot be added without a projection: leave project=True"
+            )
+        self.fixed, self.normalise, self.resize = (
+            None if isinstance(weight, str) else float(weight),
+            normalise,
+            resize,
+        )
+        if self.fixed is None:
+            self.theta = nn.Parameter(
+                torch.full((dim, 1, 1) if weight == "channel" else (), torch.tensor(initial).logit().item())
+            )
+        if self.fixed != 1 and project:
+            self.project, self.norm = nn.Conv2d(other, dim, 1), nn.LayerNorm(dim)
 
     @property
-    def weight(self) -> torch.Tensor|float:
+    def weight(self) -> torch.Tensor | float:
         "w: a number if fixed, else a tensor without dimensions, or dim x 1 x 1."
         return self.theta.sigmoid() if self.fixed is None else self.fixed
 
@@ -67,18 +119,37 @@ class FeatureFusion(nn.Module):
         "Whether the second map counts at all."
         return self.fixed != 1
 
-    def forward(self,
-        first:torch.Tensor, # Fc, B x dim x h x w
-        second:torch.Tensor|Callable|None=None, # B' x other x h' x w', or a function without arguments that gives it; None if w is 1
-        regions=None, # N x 4 or B' x N x 4 with B = B'*N: what of each second map a first map shows, see `sample_regions`; default: all of it
-    ) -> torch.Tensor: # B x dim x h x w
-        if not self.asks: return first
+    def forward(
+        self,
+        first: torch.Tensor,  # Fc, B x dim x h x w
+        # B' x other x h' x w', or a function without arguments that gives it; None if w is 1
+        second: torch.Tensor | Callable | None = None,
+        # N x 4 or B' x N x 4 with B = B'*N: what of each second map a first map shows, see `sample_regions`;
+        # default: all of it
+        regions=None,
+    ) -> torch.Tensor:  # B x dim x h x w
+        if not self.asks:
+            return first
         second = second() if callable(second) else second
-        if second is None: raise ValueError("the second map counts, since w is not fixed to 1: pass the features of the second encoder, or weight=1.0")
-        # Projection and norm of a place need no neighbours, and cost least on the smaller map: the original one, when it is cut into windows.
-        if hasattr(self, "project"): second = self.norm(self.project(second).movedim(1, -1)).movedim(-1, 1)
-        second = sample_regions(second, [(0, 0, 1, 1)] if regions is None else regions, tuple(first.shape[-2:]), self.resize)
-        if second.shape != first.shape: raise ValueError(f"the first map is {tuple(first.shape)}, the second becomes {tuple(second.shape)}: are there as many regions as views?")
-        if self.normalise == "match": second = F.normalize(second, dim=1)*first.norm(dim=1, keepdim=True)
-        elif self.normalise == "unit": first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-        return self.weight*first + (1 - self.weight)*second
+        if second is None:
+            raise ValueError(
+                "the second map counts, since w is not fixed to 1: pass the features of the second encoder,"
+                " or weight=1.0"
+            )
+        # Projection and norm of a place need no neighbours, and cost least on the smaller map: the original
+        # one, when it is cut into windows.
+        if hasattr(self, "project"):
+            second = self.norm(self.project(second).movedim(1, -1)).movedim(-1, 1)
+        second = sample_regions(
+            second, [(0, 0, 1, 1)] if regions is None else regions, tuple(first.shape[-2:]), self.resize
+        )
+        if second.shape != first.shape:
+            raise ValueError(
+                f"the first map is {tuple(first.shape)}, the second becomes {tuple(second.shape)}: are there"
+                " as many regions as views?"
+            )
+        if self.normalise == "match":
+            second = F.normalize(second, dim=1) * first.norm(dim=1, keepdim=True)
+        elif self.normalise == "unit":
+            first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
+        return self.weight * first + (1 - self.weight) * second

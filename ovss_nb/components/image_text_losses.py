@@ -13,96 +13,147 @@ from torch.nn import functional as F
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #20b2e8b0
 def log_mean_exp(
-    scores:torch.Tensor, # B x P x K, one score per patch and noun
-    sharpness:float=1.0, # near 0: the mean over patches; large: the maximum
-) -> torch.Tensor: # B x K
-    "Pool scores over patches, the multiple-instance learning of Pinheiro and Collobert (2015, equation 6); raises `ValueError` unless `sharpness` > 0."
-    if not sharpness > 0: raise ValueError(f"sharpness={sharpness} must be above 0; 1e-3 is nearly the mean")
-    return (torch.logsumexp(scores*sharpness, -2) - math.log(scores.shape[-2]))/sharpness
+    scores: torch.Tensor,  # B x P x K, one score per patch and noun
+    sharpness: float = 1.0,  # near 0: the mean over patches; large: the maximum
+) -> torch.Tensor:  # B x K
+    """Pool scores over patches, the multiple-instance learning of Pinheiro and Collobert (2015, equation 6);
+    raises `ValueError` unless `sharpness` > 0.
+    """
+    if not sharpness > 0:
+        raise ValueError(f"sharpness={sharpness} must be above 0; 1e-3 is nearly the mean")
+    return (torch.logsumexp(scores * sharpness, -2) - math.log(scores.shape[-2])) / sharpness
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #453bf8f4
 def noun_loss(
-    scores:torch.Tensor, # B x K pooled scores
-    targets:torch.Tensor, # B x K, how surely the noun is in the image; 0: not named
-    weights:torch.Tensor|None=None, # K, of the nouns; only their proportions matter
-    unmentioned:torch.Tensor|None=None, # K, true for nouns whose silence proves nothing; they are no negatives over the nouns
-) -> tuple[torch.Tensor, torch.Tensor]: # over the nouns of an image, over the images of a noun
-    """Each named noun against the nouns not named, and each image of a noun against the images without it, two scalars; 0 if nothing is named.
+    scores: torch.Tensor,  # B x K pooled scores
+    targets: torch.Tensor,  # B x K, how surely the noun is in the image; 0: not named
+    weights: torch.Tensor | None = None,  # K, of the nouns; only their proportions matter
+    # K, true for nouns whose silence proves nothing; they are no negatives over the nouns
+    unmentioned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # over the nouns of an image, over the images of a noun
+    """Each named noun against the nouns not named, and each image of a noun against the images without it,
+    two scalars; 0 if nothing is named.
 
-    Raises `ValueError` for shapes that do not fit."""
+    Raises `ValueError` for shapes that do not fit.
+    """
     if scores.ndim != 2 or scores.shape != targets.shape:
-        raise ValueError(f"scores and targets must both be B x K, got {tuple(scores.shape)} and {tuple(targets.shape)}")
-    scores = scores.float()   # under AMP they come as bf16, too coarse for a logarithm
-    weight = targets.float() if weights is None else targets*weights
+        raise ValueError(
+            f"scores and targets must both be B x K, got {tuple(scores.shape)} and {tuple(targets.shape)}"
+        )
+    scores = scores.float()  # under AMP they come as bf16, too coarse for a logarithm
+    weight = targets.float() if weights is None else targets * weights
     absent = targets <= 0
     total = weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
     def against(negatives, dim):
         others = scores.masked_fill(~negatives, -torch.inf).logsumexp(dim, keepdim=True)
-        return (F.softplus(others - scores)*weight).sum()/total
+        return (F.softplus(others - scores) * weight).sum() / total
+
     return against(absent if unmentioned is None else absent & ~unmentioned, 1), against(absent, 0)
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #c9f86712
 def caption_contrast(
-    image:torch.Tensor, # B x d unit vectors
-    text:torch.Tensor, # B x d unit vectors; caption i belongs to image i
-    scale:float|torch.Tensor, # factor of the cosines, one over the temperature
-    same:torch.Tensor|None=None, # B x B, true where an image and a caption belong together; these are no negatives (the diagonal is the positive anyway)
-) -> torch.Tensor: # scalar
-    "Symmetric InfoNCE between images and captions (CLIP, Radford et al. 2021); raises `ValueError` for shapes that do not fit."
-    if image.ndim != 2 or image.shape != text.shape: raise ValueError(f"image and text must both be B x d, got {tuple(image.shape)} and {tuple(text.shape)}")
-    logits, diagonal = (scale*(image @ text.T)).float(), torch.arange(len(image), device=image.device)
+    image: torch.Tensor,  # B x d unit vectors
+    text: torch.Tensor,  # B x d unit vectors; caption i belongs to image i
+    scale: float | torch.Tensor,  # factor of the cosines, one over the temperature
+    # B x B, true where an image and a caption belong together; these are no negatives (the diagonal is the
+    # positive anyway)
+    same: torch.Tensor | None = None,
+) -> torch.Tensor:  # scalar
+    """Symmetric InfoNCE between images and captions (CLIP, Radford et al.
+
+    2021); raises `ValueError` for shapes that do not fit.
+    """
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(
+            f"image and text must both be B x d, got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    logits, diagonal = (scale * (image @ text.T)).float(), torch.arange(len(image), device=image.device)
     if same is not None:
-        if same.shape != logits.shape: raise ValueError(f"same must be {tuple(logits.shape)}, one entry per image and caption, got {tuple(same.shape)}")
+        if same.shape != logits.shape:
+            raise ValueError(
+                f"same must be {tuple(logits.shape)}, one entry per image and caption, got"
+                f" {tuple(same.shape)}"
+            )
         logits = logits.masked_fill(same.bool() & (diagonal[:, None] != diagonal), -torch.inf)
-    return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal))/2
+    return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #00e8cf4f
 def distillation(
-    embeddings:torch.Tensor, # ... x d
-    target:torch.Tensor, # ... x d, the teacher's; no gradient flows into it
-    weights:torch.Tensor|None=None, # ..., not negative; only their proportions matter
-) -> torch.Tensor: # scalar, 0 to 2
-    "Weighted mean of one minus the cosine to the teacher's vectors; 0 if all weights are. Raises `ValueError` for shapes that do not fit."
-    if embeddings.shape != target.shape: raise ValueError(f"embeddings and target must have one shape, got {tuple(embeddings.shape)} and {tuple(target.shape)}")
+    embeddings: torch.Tensor,  # ... x d
+    target: torch.Tensor,  # ... x d, the teacher's; no gradient flows into it
+    weights: torch.Tensor | None = None,  # ..., not negative; only their proportions matter
+) -> torch.Tensor:  # scalar, 0 to 2
+    """Weighted mean of one minus the cosine to the teacher's vectors;
+    0 if all weights are. Raises `ValueError` for shapes that do not fit.
+    """
+    if embeddings.shape != target.shape:
+        raise ValueError(
+            f"embeddings and target must have one shape, got {tuple(embeddings.shape)} and"
+            f" {tuple(target.shape)}"
+        )
     distance = 1 - F.cosine_similarity(embeddings.float(), target.detach().float(), dim=-1)
-    if weights is None: return distance.mean()
-    if weights.shape != distance.shape: raise ValueError(f"weights must be {tuple(distance.shape)}, one per vector, got {tuple(weights.shape)}")
-    return (distance*weights).sum()/weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    if weights is None:
+        return distance.mean()
+    if weights.shape != distance.shape:
+        raise ValueError(
+            f"weights must be {tuple(distance.shape)}, one per vector, got {tuple(weights.shape)}"
+        )
+    return (distance * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #cbc0c3e8
 def score_distillation(
-    scores:torch.Tensor, # ... x K logits
-    target_scores:torch.Tensor, # ... x K, the teacher's logits, scaled as sharply as wanted; no gradient flows into them
-) -> torch.Tensor: # scalar, nats
-    "Kullback-Leibler divergence from the teacher's softmax over the last dimension to ours, averaged over all others (Hinton et al. 2015)."
+    scores: torch.Tensor,  # ... x K logits
+    # ... x K, the teacher's logits, scaled as sharply as wanted; no gradient flows into them
+    target_scores: torch.Tensor,
+) -> torch.Tensor:  # scalar, nats
+    """Kullback-Leibler divergence from the teacher's softmax over the last dimension to ours, averaged over
+    all others (Hinton et al. 2015).
+    """
     if scores.shape != target_scores.shape:
-        raise ValueError(f"scores and target_scores must have one shape, got {tuple(scores.shape)} and {tuple(target_scores.shape)}")
+        raise ValueError(
+            f"scores and target_scores must have one shape, got {tuple(scores.shape)} and"
+            f" {tuple(target_scores.shape)}"
+        )
     ours, theirs = scores.float().log_softmax(-1), target_scores.detach().float().log_softmax(-1)
     return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #974a90a4
 def matching_loss(
-    logits:torch.Tensor, # N x 2 (no, yes), or N (yes)
-    labels:torch.Tensor, # N, 1 or true where image and text belong together
-) -> torch.Tensor: # scalar
-    "Cross-entropy of match against no match (ITM; ALBEF, Li et al. 2021); raises `ValueError` for other shapes."
+    logits: torch.Tensor,  # N x 2 (no, yes), or N (yes)
+    labels: torch.Tensor,  # N, 1 or true where image and text belong together
+) -> torch.Tensor:  # scalar
+    """Cross-entropy of match against no match (ITM;
+    ALBEF, Li et al. 2021); raises `ValueError` for other shapes.
+    """
     if logits.shape not in ((len(labels),), (len(labels), 2)):
         raise ValueError(f"logits must be N or N x 2 for {len(labels)} labels, got {tuple(logits.shape)}")
-    if logits.ndim == 1: return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+    if logits.ndim == 1:
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
     return F.cross_entropy(logits.float(), labels.long())
 
 # %% ../../nbs/components/13_image_text_losses.ipynb #6d7a1ecb
 @torch.no_grad()
 def hard_negatives(
-    similarity:torch.Tensor, # B x B logits, the right partner on the diagonal
-    same:torch.Tensor|None=None, # B x B, true where a pair belongs together all the same
-    generator:torch.Generator|None=None, # on the device of `similarity`
-) -> torch.Tensor: # B column indices
-    "Draw a wrong partner for each row by the softmax of its similarities (ALBEF, Li et al. 2021); raises `ValueError` if a row has none."
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]: raise ValueError(f"similarity must be B x B, got {tuple(similarity.shape)}")
+    similarity: torch.Tensor,  # B x B logits, the right partner on the diagonal
+    same: torch.Tensor | None = None,  # B x B, true where a pair belongs together all the same
+    generator: torch.Generator | None = None,  # on the device of `similarity`
+) -> torch.Tensor:  # B column indices
+    """Draw a wrong partner for each row by the softmax of its similarities (ALBEF, Li et al.
+
+    2021); raises `ValueError` if a row has none.
+    """
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(f"similarity must be B x B, got {tuple(similarity.shape)}")
     right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    if same is not None: right = right | same.bool()
+    if same is not None:
+        right = right | same.bool()
     if right.all(1).any():
         row = int(right.all(1).nonzero()[0])
-        raise ValueError(f"Row {row} has no wrong partner among {len(similarity)}: take larger batches, or fewer captions of one image")
-    return torch.multinomial(similarity.float().masked_fill(right, -torch.inf).softmax(1), 1, generator=generator)[:, 0]
+        raise ValueError(
+            f"Row {row} has no wrong partner among {len(similarity)}: take larger batches, or fewer captions"
+            " of one image"
+        )
+    return torch.multinomial(
+        similarity.float().masked_fill(right, -torch.inf).softmax(1), 1, generator=generator
+    )[:, 0]

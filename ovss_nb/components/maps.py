@@ -12,86 +12,113 @@ from scipy import ndimage
 
 # %% ../../nbs/components/03_maps.ipynb #08c7cba1
 def min_max(
-    maps:torch.Tensor, # ... x h x w
-) -> torch.Tensor: # the same shape
-    "Scale each map to [0, 1] by its own minimum and maximum; a constant map becomes zeros (SYSTEMS 5.4 and 6.5)."
+    maps: torch.Tensor,  # ... x h x w
+) -> torch.Tensor:  # the same shape
+    """Scale each map to [0, 1] by its own minimum and maximum;
+    a constant map becomes zeros (SYSTEMS 5.4 and 6.5).
+    """
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (maps-low)/(high-low), torch.zeros_like(maps))
+    return torch.where(high > low, (maps - low) / (high - low), torch.zeros_like(maps))
 
 # %% ../../nbs/components/03_maps.ipynb #7e8451f7
 def threshold(
-    maps:torch.Tensor, # ... x h x w
-    value:float, # in (0, 1], on the min-max scale
-) -> torch.Tensor: # bool, the same shape
-    "Where each map, scaled by `min_max`, reaches `value`; a constant map reaches it nowhere (PnP-OVSS, SYSTEMS 6.5 step 1)."
-    if not 0 < value <= 1: raise ValueError(f"the threshold lies on the min-max scale, above 0 and at most 1; got {value}")
+    maps: torch.Tensor,  # ... x h x w
+    value: float,  # in (0, 1], on the min-max scale
+) -> torch.Tensor:  # bool, the same shape
+    """Where each map, scaled by `min_max`, reaches `value`;
+    a constant map reaches it nowhere (PnP-OVSS, SYSTEMS 6.5 step 1).
+    """
+    if not 0 < value <= 1:
+        raise ValueError(f"the threshold lies on the min-max scale, above 0 and at most 1; got {value}")
     return min_max(maps) >= value
 
 # %% ../../nbs/components/03_maps.ipynb #f4f15667
 def _band(
-    rows:np.ndarray, # consecutive pixels of an axis
-    pixels:int, # its length
-    kernel:np.ndarray, # 2r + 1 weights
-) -> tuple[int, np.ndarray]: # the first pixel that they see, and rows x seen weights
-    "The weights with which some pixels of a blurred axis see its pixels; beyond its ends the axis goes on as in a mirror."
-    places = (rows[:, None] + np.arange(len(kernel)) - len(kernel)//2) % (2*pixels)
-    places = np.minimum(places, 2*pixels - 1 - places)
+    rows: np.ndarray,  # consecutive pixels of an axis
+    pixels: int,  # its length
+    kernel: np.ndarray,  # 2r + 1 weights
+) -> tuple[int, np.ndarray]:  # the first pixel that they see, and rows x seen weights
+    """The weights with which some pixels of a blurred axis see its pixels;
+    beyond its ends the axis goes on as in a mirror.
+    """
+    places = (rows[:, None] + np.arange(len(kernel)) - len(kernel) // 2) % (2 * pixels)
+    places = np.minimum(places, 2 * pixels - 1 - places)
     low = places.min()
     width = places.max() + 1 - low
-    index = (rows - rows[0])[:, None]*width + places - low
-    weights = np.bincount(index.ravel(), np.broadcast_to(kernel, index.shape).ravel(), len(rows)*width)
+    index = (rows - rows[0])[:, None] * width + places - low
+    weights = np.bincount(index.ravel(), np.broadcast_to(kernel, index.shape).ravel(), len(rows) * width)
     return int(low), weights.reshape(len(rows), width)
 
-def _blurred(maps:torch.Tensor, kernel:np.ndarray, rows:int=256) -> torch.Tensor:
+
+def _blurred(maps: torch.Tensor, kernel: np.ndarray, rows: int = 256) -> torch.Tensor:
     "Blur along the last but one axis, so many rows at a time."
     pixels, found = maps.shape[-2], []
     for first in range(0, pixels, rows):
         low, weights = _band(np.arange(first, min(first + rows, pixels)), pixels, kernel)
-        found.append(torch.as_tensor(weights).to(maps) @ maps[..., low:low + weights.shape[1], :])
+        found.append(torch.as_tensor(weights).to(maps) @ maps[..., low : low + weights.shape[1], :])
     return torch.cat(found, -2)
 
+
 def gaussian_blur(
-    maps:torch.Tensor, # ... x h x w
-    sigma:float, # standard deviation in pixels
-) -> torch.Tensor: # the same shape
-    "Blur each map with a Gaussian, as `scipy.ndimage.gaussian_filter` does with its defaults (PnP-OVSS, SYSTEMS 6.5 step 4)."
-    if not sigma > 0: raise ValueError(f"sigma must be above 0 pixels, got {sigma}")
-    kernel = np.zeros(2*int(4*sigma + 0.5) + 1)
-    kernel[len(kernel)//2] = 1
+    maps: torch.Tensor,  # ... x h x w
+    sigma: float,  # standard deviation in pixels
+) -> torch.Tensor:  # the same shape
+    """Blur each map with a Gaussian, as `scipy.ndimage.gaussian_filter` does with its defaults (PnP-OVSS,
+    SYSTEMS 6.5 step 4).
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma must be above 0 pixels, got {sigma}")
+    kernel = np.zeros(2 * int(4 * sigma + 0.5) + 1)
+    kernel[len(kernel) // 2] = 1
     kernel = ndimage.gaussian_filter1d(kernel, sigma, mode="constant")
     return _blurred(_blurred(maps, kernel).mT, kernel).mT
 
 # %% ../../nbs/components/03_maps.ipynb #c572808e
 def add_background(
-    scores:torch.Tensor, # K x h x w
-    threshold:float, # the score that another class must exceed
-    index:int=0, # position of the background among the K+1 classes
-) -> torch.Tensor: # (K+1) x h x w
-    "Insert a constant background map at `index`, which wins where no class exceeds `threshold` (ties go to the lower index)."
-    if not 0 <= index <= len(scores): raise ValueError(f"the background goes to a position between 0 and {len(scores)}, got {index}")
+    scores: torch.Tensor,  # K x h x w
+    threshold: float,  # the score that another class must exceed
+    index: int = 0,  # position of the background among the K+1 classes
+) -> torch.Tensor:  # (K+1) x h x w
+    """Insert a constant background map at `index`, which wins where no class exceeds `threshold` (ties go to
+    the lower index).
+    """
+    if not 0 <= index <= len(scores):
+        raise ValueError(f"the background goes to a position between 0 and {len(scores)}, got {index}")
     return torch.cat([scores[:index], torch.full_like(scores[:1], threshold), scores[index:]])
 
 # %% ../../nbs/components/03_maps.ipynb #f51fc001
-def _morphology(mask:np.ndarray, size:int, iterations:int, largest:bool) -> np.ndarray:
-    if mask.dtype != bool or mask.ndim != 2: raise ValueError(f"expected a boolean H x W mask, got {mask.dtype} {mask.shape}; compare it with a threshold first")
-    if size < 1 or size % 2 == 0 or iterations < 0: raise ValueError(f"size must be odd and iterations at least 0, got size={size}, iterations={iterations}")
-    size = iterations*(size-1) + 1
+def _morphology(mask: np.ndarray, size: int, iterations: int, largest: bool) -> np.ndarray:
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(
+            f"expected a boolean H x W mask, got {mask.dtype} {mask.shape}; compare it with a threshold first"
+        )
+    if size < 1 or size % 2 == 0 or iterations < 0:
+        raise ValueError(
+            f"size must be odd and iterations at least 0, got size={size}, iterations={iterations}"
+        )
+    size = iterations * (size - 1) + 1
     # Outside counts as unset for the maximum and as set for the minimum, so it never decides.
     pick, outside = (ndimage.maximum_filter, 0) if largest else (ndimage.minimum_filter, 1)
     return pick(mask.view(np.uint8), size=size, mode="constant", cval=outside).view(bool)
 
+
 def dilate(
-    mask:np.ndarray, # bool H x W
-    size:int=7, # odd side of the square, in pixels
-    iterations:int=1, # passes
-) -> np.ndarray: # bool H x W
-    "Grow a mask: a pixel is set if any pixel of the square around it is (OpenCV's `dilate`; SYSTEMS 5.4 step 6)."
+    mask: np.ndarray,  # bool H x W
+    size: int = 7,  # odd side of the square, in pixels
+    iterations: int = 1,  # passes
+) -> np.ndarray:  # bool H x W
+    """Grow a mask:
+    a pixel is set if any pixel of the square around it is (OpenCV's `dilate`; SYSTEMS 5.4 step 6).
+    """
     return _morphology(mask, size, iterations, True)
 
+
 def erode(
-    mask:np.ndarray, # bool H x W
-    size:int=7, # odd side of the square, in pixels
-    iterations:int=1, # passes
-) -> np.ndarray: # bool H x W
-    "Shrink a mask: a pixel stays set if the whole square around it is, as far as it lies in the image (OpenCV's `erode`)."
+    mask: np.ndarray,  # bool H x W
+    size: int = 7,  # odd side of the square, in pixels
+    iterations: int = 1,  # passes
+) -> np.ndarray:  # bool H x W
+    """Shrink a mask:
+    a pixel stays set if the whole square around it is, as far as it lies in the image (OpenCV's `erode`).
+    """
     return _morphology(mask, size, iterations, False)

@@ -14,83 +14,133 @@ from torch.nn import functional as F
 
 # %% ../../nbs/components/10_mask_classification.ipynb #85124df3
 def sine_positions(
-    height:int, width:int, # of the grid, in places
-    channels:int, # a multiple of 4
-    device:torch.device|str|None=None,
-) -> torch.Tensor: # 1 x channels x height x width
-    "Normalised sine positions (DETR; temperature 10000, scale 2 pi), rows in the first half of the channels. Raises `ValueError` for channels that cannot be shared out."
-    if channels % 4 or channels < 4: raise ValueError(f"sines and cosines of rows and columns need a multiple of 4 channels, not {channels}")
-    wavelengths = 10000**(torch.arange(channels//4, device=device)*4/channels)
-    def waves(count):   # count x channels/2: sine and cosine of each wavelength in turn
-        angles = (torch.arange(1, count + 1, device=device)/(count + 1e-6)*2*torch.pi)[:, None]/wavelengths
+    height: int,
+    width: int,  # of the grid, in places
+    channels: int,  # a multiple of 4
+    device: torch.device | str | None = None,
+) -> torch.Tensor:  # 1 x channels x height x width
+    """Normalised sine positions (DETR;
+    temperature 10000, scale 2 pi), rows in the first half of the channels. Raises `ValueError` for channels
+    that cannot be shared out.
+    """
+    if channels % 4 or channels < 4:
+        raise ValueError(
+            f"sines and cosines of rows and columns need a multiple of 4 channels, not {channels}"
+        )
+    wavelengths = 10000 ** (torch.arange(channels // 4, device=device) * 4 / channels)
+
+    def waves(count):  # count x channels/2: sine and cosine of each wavelength in turn
+        angles = (torch.arange(1, count + 1, device=device) / (count + 1e-6) * 2 * torch.pi)[
+            :, None
+        ] / wavelengths
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
     rows, columns = waves(height)[:, None].expand(-1, width, -1), waves(width)[None].expand(height, -1, -1)
     return torch.cat([rows, columns], -1).movedim(-1, 0)[None]
 
 # %% ../../nbs/components/10_mask_classification.ipynb #7f416586
-def mlp(inside:int, hidden:int, outside:int, layers:int=3) -> nn.Sequential:
+def mlp(inside: int, hidden: int, outside: int, layers: int = 3) -> nn.Sequential:
     "Linear layers with ReLUs between them: ... x inside -> ... x outside."
-    sizes = [inside, *[hidden]*(layers - 1), outside]
+    sizes = [inside, *[hidden] * (layers - 1), outside]
     return nn.Sequential(*[o for a, b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
 
 # %% ../../nbs/components/10_mask_classification.ipynb #ae1a7a17
 def mask_pool(
-    features:torch.Tensor, # B x C x H x W
-    mask_logits:torch.Tensor, # B x N x H x W, above 0 where the mask is
-) -> torch.Tensor: # B x N x C
-    "Mean of the features under each mask (EB-3); zeros for an empty mask, no gradient into masks. Raises `ValueError` for maps of different size."
-    if features.shape[-2:] != mask_logits.shape[-2:]: raise ValueError(f"features are {tuple(features.shape[-2:])}, masks {tuple(mask_logits.shape[-2:])}: resize one of them")
+    features: torch.Tensor,  # B x C x H x W
+    mask_logits: torch.Tensor,  # B x N x H x W, above 0 where the mask is
+) -> torch.Tensor:  # B x N x C
+    """Mean of the features under each mask (EB-3);
+    zeros for an empty mask, no gradient into masks. Raises `ValueError` for maps of different size.
+    """
+    if features.shape[-2:] != mask_logits.shape[-2:]:
+        raise ValueError(
+            f"features are {tuple(features.shape[-2:])}, masks {tuple(mask_logits.shape[-2:])}: resize one of"
+            " them"
+        )
     inside = (mask_logits.detach() > 0).to(features.dtype)
-    return torch.einsum("bchw,bnhw->bnc", features, inside)/inside.sum((2, 3)).clamp(min=1)[..., None]   # a tiny summand in its place gets lost on the way to ONNX
+    # a tiny summand in its place gets lost on the way to ONNX
+    return torch.einsum("bchw,bnhw->bnc", features, inside) / inside.sum((2, 3)).clamp(min=1)[..., None]
 
 # %% ../../nbs/components/10_mask_classification.ipynb #6a4b6922
 def sos_bias(
-    bias:torch.Tensor, # B x heads (or 1) x N x Hb x Wb
-    grid:tuple[int, int], # of the encoder's places
-    resize:str="max", # "max" (adaptive pooling; EBSeg) or "bilinear" (SAN)
-) -> torch.Tensor: # B x heads (or 1) x N x (h*w), as `propose` takes it
-    "The bias of N queries at the encoder's places; raises `ValueError` for another `resize` or a bias without five dimensions."
-    if resize not in ("max", "bilinear"): raise ValueError(f"resize must be 'max' or 'bilinear', not {resize!r}")
-    if bias.ndim != 5: raise ValueError(f"the bias must be B x heads x N x H x W, got {tuple(bias.shape)}; one for all heads is B x 1 x N x H x W")
+    bias: torch.Tensor,  # B x heads (or 1) x N x Hb x Wb
+    grid: tuple[int, int],  # of the encoder's places
+    resize: str = "max",  # "max" (adaptive pooling; EBSeg) or "bilinear" (SAN)
+) -> torch.Tensor:  # B x heads (or 1) x N x (h*w), as `propose` takes it
+    """The bias of N queries at the encoder's places;
+    raises `ValueError` for another `resize` or a bias without five dimensions.
+    """
+    if resize not in ("max", "bilinear"):
+        raise ValueError(f"resize must be 'max' or 'bilinear', not {resize!r}")
+    if bias.ndim != 5:
+        raise ValueError(
+            f"the bias must be B x heads x N x H x W, got {tuple(bias.shape)}; one for all heads is B x 1 x N"
+            " x H x W"
+        )
     maps = bias.flatten(0, 1)
-    maps = F.adaptive_max_pool2d(maps, grid) if resize == "max" else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+    maps = (
+        F.adaptive_max_pool2d(maps, grid)
+        if resize == "max"
+        else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+    )
     return maps.flatten(2).unflatten(0, bias.shape[:2])
 
 # %% ../../nbs/components/10_mask_classification.ipynb #0b565bf8
-def _attention(block:nn.Module) -> nn.MultiheadAttention:
-    if isinstance(found := getattr(block, "attn", None), nn.MultiheadAttention): return found
-    raise ValueError(f"{type(block).__name__} is no transformer block of open_clip's with torch's attention. Take an encoder such as lite or clip:ViT-B-16/openai")
+def _attention(block: nn.Module) -> nn.MultiheadAttention:
+    if isinstance(found := getattr(block, "attn", None), nn.MultiheadAttention):
+        return found
+    raise ValueError(
+        f"{type(block).__name__} is no transformer block of open_clip's with torch's attention. Take an"
+        " encoder such as lite or clip:ViT-B-16/openai"
+    )
 
-def _heads(block:nn.Module, x:torch.Tensor, parts:str="qkv") -> tuple[torch.Tensor, ...]:
-    "Queries, keys, values (those of `parts`, neighbours in that order) of B x N x C tokens after the first norm, each B x heads x N x C/heads."
+
+def _heads(block: nn.Module, x: torch.Tensor, parts: str = "qkv") -> tuple[torch.Tensor, ...]:
+    """Queries, keys, values (those of `parts`, neighbours in that order) of B x N x C tokens after the first
+    norm, each B x heads x N x C/heads.
+    """
     attention = _attention(block)
-    rows = slice("qkv".index(parts[0])*attention.embed_dim, ("qkv".index(parts[-1]) + 1)*attention.embed_dim)
+    rows = slice(
+        "qkv".index(parts[0]) * attention.embed_dim, ("qkv".index(parts[-1]) + 1) * attention.embed_dim
+    )
     x = F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
     return tuple(o.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for o in x.chunk(len(parts), -1))
 
-def _attend(block:nn.Module, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, bias:torch.Tensor|None=None) -> torch.Tensor:
+
+def _attend(
+    block: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     "Attention of queries to keys and values by heads, projected and scaled, B x N x C."
     mixed = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     return block.ls_1(block.attn.out_proj(mixed.transpose(1, 2).flatten(2)))
 
-def _digest(block:nn.Module, x:torch.Tensor) -> torch.Tensor: return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+def _digest(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
 
 def block_attention(
-    block:nn.Module, # of an open_clip ViT, as in `CLIPEncoder.blocks` and `LiteEncoder.blocks`
-    queries_x:torch.Tensor, # B x N x C tokens that ask, as they enter the block
-    keys_x:torch.Tensor, # B x M x C tokens that are asked
-    bias:torch.Tensor|None=None, # B x heads (or 1) x N x M, added to the scores; -inf: not to be seen
-) -> torch.Tensor: # B x N x C: what the block's attention adds to `queries_x`
-    "The block's attention with queries from some tokens, keys and values from others. Raises `ValueError` for a block whose attention is not torch's."
+    block: nn.Module,  # of an open_clip ViT, as in `CLIPEncoder.blocks` and `LiteEncoder.blocks`
+    queries_x: torch.Tensor,  # B x N x C tokens that ask, as they enter the block
+    keys_x: torch.Tensor,  # B x M x C tokens that are asked
+    # B x heads (or 1) x N x M, added to the scores; -inf: not to be seen
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # B x N x C: what the block's attention adds to `queries_x`
+    """The block's attention with queries from some tokens, keys and values from others.
+
+    Raises `ValueError` for a block whose attention is not torch's.
+    """
     return _attend(block, *_heads(block, queries_x, "q"), *_heads(block, keys_x, "kv"), bias)
 
 # %% ../../nbs/components/10_mask_classification.ipynb #1294f3cf
 def carry(
-    blocks:Sequence[nn.Module], # in order, of an open_clip ViT
-    tokens:torch.Tensor, # B x (1+L) x C, as they enter the first of the blocks
-    surgery:torch.Tensor|None=None, # B x (1+L) x C, the second path so far; None opens it here
-) -> tuple[torch.Tensor, torch.Tensor]: # both paths after the last of the blocks
-    "Ordinary tokens and CLIP Surgery's second path through some frozen blocks, with one computation of the values for both."
+    blocks: Sequence[nn.Module],  # in order, of an open_clip ViT
+    tokens: torch.Tensor,  # B x (1+L) x C, as they enter the first of the blocks
+    surgery: torch.Tensor | None = None,  # B x (1+L) x C, the second path so far; None opens it here
+) -> tuple[torch.Tensor, torch.Tensor]:  # both paths after the last of the blocks
+    """Ordinary tokens and CLIP Surgery's second path through some frozen blocks, with one computation of the
+    values for both.
+    """
     surgery = tokens if surgery is None else surgery
     for block in blocks:
         q, k, v = _heads(block, tokens)
@@ -100,71 +150,125 @@ def carry(
 
 # %% ../../nbs/components/10_mask_classification.ipynb #07582a52
 def propose(
-    blocks:Sequence[nn.Module], # the last blocks of an open_clip ViT, in order
-    tokens:torch.Tensor, # B x (1+L) x C, as they enter the first of the blocks, class token first
-    bias:torch.Tensor|Sequence[torch.Tensor], # B x heads (or 1) x N x L, see `sos_bias`; or a list, one for each block
-    cls:torch.Tensor|None=None, # B (or 1) x N (or 1) x C, what the proposals start as; default: copies of the class token
-    surgery:torch.Tensor|None=None, # the second path of `carry`, to be carried on
-    finish:bool=True, # carry the tokens through the last block too; false spares the block where only proposals count
-) -> tuple[torch.Tensor, ...]: # proposals B x N x C and tokens B x (1+L) x C after the blocks, not yet normed and projected; with `surgery` also the second path
-    """N copies of the class token through frozen blocks, each seeing itself and the patches through its bias (SOS tokens; SAN, SYSTEMS 1.6).
+    blocks: Sequence[nn.Module],  # the last blocks of an open_clip ViT, in order
+    tokens: torch.Tensor,  # B x (1+L) x C, as they enter the first of the blocks, class token first
+    # B x heads (or 1) x N x L, see `sos_bias`; or a list, one for each block
+    bias: torch.Tensor | Sequence[torch.Tensor],
+    # B (or 1) x N (or 1) x C, what the proposals start as; default: copies of the class token
+    cls: torch.Tensor | None = None,
+    surgery: torch.Tensor | None = None,  # the second path of `carry`, to be carried on
+    # carry the tokens through the last block too; false spares the block where only proposals count
+    finish: bool = True,
+    # proposals B x N x C and tokens B x (1+L) x C after the blocks, not yet normed and projected; with
+    # `surgery` also the second path
+) -> tuple[torch.Tensor, ...]:
+    """N copies of the class token through frozen blocks, each seeing itself and the patches through its bias
+    (SOS tokens; SAN, SYSTEMS 1.6).
 
-    CLS and patches are those of the plain tower for any bias. With `finish=False` they come back as they entered the last block. Raises `ValueError` for a bias that does not fit."""
-    biases = list(bias) if isinstance(bias, (list, tuple)) else [bias]*len(blocks)
-    if not biases or len(biases) != len(blocks): raise ValueError(f"there are {len(biases)} biases for {len(blocks)} blocks: give one for all, or one for each")
+    CLS and patches are those of the plain tower for any bias. With `finish=False` they come back as they
+    entered the last block. Raises `ValueError` for a bias that does not fit.
+    """
+    biases = list(bias) if isinstance(bias, (list, tuple)) else [bias] * len(blocks)
+    if not biases or len(biases) != len(blocks):
+        raise ValueError(
+            f"there are {len(biases)} biases for {len(blocks)} blocks: give one for all, or one for each"
+        )
     heads = _attention(blocks[0]).num_heads
     for o in biases:
-        if o.ndim != 4 or o.shape[0] not in (1, len(tokens)) or o.shape[1] not in (1, heads) or o.shape[3] != tokens.shape[1] - 1 or o.shape[2] != biases[0].shape[2]:
-            raise ValueError(f"the bias must be B x heads (or 1) x N x L, here {len(tokens)} x {heads} x N x {tokens.shape[1] - 1}, got {tuple(o.shape)}; `sos_bias` brings it to the grid")
+        if (
+            o.ndim != 4
+            or o.shape[0] not in (1, len(tokens))
+            or o.shape[1] not in (1, heads)
+            or o.shape[3] != tokens.shape[1] - 1
+            or o.shape[2] != biases[0].shape[2]
+        ):
+            raise ValueError(
+                f"the bias must be B x heads (or 1) x N x L, here {len(tokens)} x {heads} x N x"
+                f" {tokens.shape[1] - 1}, got {tuple(o.shape)}; `sos_bias` brings it to the grid"
+            )
     count = biases[0].shape[2]
     sos = (tokens[:, :1] if cls is None else cls).expand(len(tokens), count, -1)
-    itself = tokens.new_zeros(count, count).masked_fill(~torch.eye(count, dtype=torch.bool, device=tokens.device), -torch.inf).expand(len(tokens), 1, -1, -1)
+    itself = (
+        tokens.new_zeros(count, count)
+        .masked_fill(~torch.eye(count, dtype=torch.bool, device=tokens.device), -torch.inf)
+        .expand(len(tokens), 1, -1, -1)
+    )
     for i, (block, b) in enumerate(zip(blocks, biases)):
         q, k, v = _heads(block, tokens)
         asking, own_k, own_v = _heads(block, sos)
-        seen = torch.cat([itself.to(b.dtype).expand(-1, b.shape[1], -1, -1), b.expand(len(tokens), -1, -1, -1)], -1)
-        sos = _digest(block, sos + _attend(block, asking, torch.cat([own_k, k[:, :, 1:]], 2), torch.cat([own_v, v[:, :, 1:]], 2), seen))
-        if surgery is not None: surgery = surgery + _attend(block, v, v, v)
-        if finish or i < len(blocks) - 1: tokens = _digest(block, tokens + _attend(block, q, k, v))
+        seen = torch.cat(
+            [itself.to(b.dtype).expand(-1, b.shape[1], -1, -1), b.expand(len(tokens), -1, -1, -1)], -1
+        )
+        sos = _digest(
+            block,
+            sos
+            + _attend(
+                block, asking, torch.cat([own_k, k[:, :, 1:]], 2), torch.cat([own_v, v[:, :, 1:]], 2), seen
+            ),
+        )
+        if surgery is not None:
+            surgery = surgery + _attend(block, v, v, v)
+        if finish or i < len(blocks) - 1:
+            tokens = _digest(block, tokens + _attend(block, q, k, v))
     return (sos, tokens) if surgery is None else (sos, tokens, surgery)
 
 # %% ../../nbs/components/10_mask_classification.ipynb #7a1cfc62
 class TextClassifier(nn.Module):
     "Logits of embeddings against text vectors and a learned background, the last class (SAN; SYSTEMS 1.6)."
-    def __init__(self,
-        dim:int, # d of embeddings and texts
-        scale:float=100.0, # factor of the cosines, CLIP's exp(logit_scale)
+
+    def __init__(
+        self,
+        dim: int,  # d of embeddings and texts
+        scale: float = 100.0,  # factor of the cosines, CLIP's exp(logit_scale)
     ):
         super().__init__()
-        self.background = nn.Parameter(torch.randn(dim)*dim**-0.5)
-        self.register_buffer("scale", torch.tensor(float(scale)))   # not trained, but whoever loads the background needs it
+        self.background = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        # not trained, but whoever loads the background needs it
+        self.register_buffer("scale", torch.tensor(float(scale)))
 
-    def text(self, text:torch.Tensor) -> torch.Tensor:
+    def text(self, text: torch.Tensor) -> torch.Tensor:
         "K x d texts and the background, all of unit length, (K+1) x d."
         return F.normalize(torch.cat([text.to(self.background.dtype), self.background[None]]), dim=-1)
 
-    def logits(self,
-        embeddings:torch.Tensor, # B x N x d, of any length
-        text:torch.Tensor, # K x d, one vector per class
-    ) -> torch.Tensor: # B x N x (K+1), background last
-        return self.scale*embeddings @ self.text(text).T
+    def logits(
+        self,
+        embeddings: torch.Tensor,  # B x N x d, of any length
+        text: torch.Tensor,  # K x d, one vector per class
+    ) -> torch.Tensor:  # B x N x (K+1), background last
+        return self.scale * embeddings @ self.text(text).T
 
-    def compare(self,
-        embeddings:torch.Tensor, # B x N x d, of any length
-        bank, # a `TextBank` of K classes
-        pooling:str="mean", # several texts of one class: "mean" of the vectors or "max" of the logits
-    ) -> torch.Tensor: # B x N x (K+1), background last
+    def compare(
+        self,
+        embeddings: torch.Tensor,  # B x N x d, of any length
+        bank,  # a `TextBank` of K classes
+        pooling: str = "mean",  # several texts of one class: "mean" of the vectors or "max" of the logits
+    ) -> torch.Tensor:  # B x N x (K+1), background last
         "`logits` for a bank, whose classes may have several texts."
-        if pooling == "mean": return self.logits(embeddings, bank.mean().to(embeddings.device))
+        if pooling == "mean":
+            return self.logits(embeddings, bank.mean().to(embeddings.device))
         logits = self.logits(embeddings, bank.embeddings.flatten(0, 1).to(embeddings.device))
-        best = logits[..., :-1].unflatten(-1, bank.mask.shape).masked_fill(~bank.mask.to(logits.device), -torch.inf).amax(-1)
+        best = (
+            logits[..., :-1]
+            .unflatten(-1, bank.mask.shape)
+            .masked_fill(~bank.mask.to(logits.device), -torch.inf)
+            .amax(-1)
+        )
         return torch.cat([best, logits[..., -1:]], -1)
 
 # %% ../../nbs/components/10_mask_classification.ipynb #6ec06f63
 def mask_scores(
-    class_logits:torch.Tensor, # B x N x (K+1), background last
-    mask_logits:torch.Tensor, # B x N x H x W
-) -> torch.Tensor: # B x K x H x W, not negative
-    "Semantic scores: the sum over queries of class probability, background dropped, times mask probability. Raises `ValueError` for different numbers of queries."
-    if class_logits.shape[:2] != mask_logits.shape[:2]: raise ValueError(f"class logits are for {tuple(class_logits.shape[:2])} queries, masks for {tuple(mask_logits.shape[:2])}")
-    return (class_logits.softmax(-1)[..., :-1].mT @ mask_logits.sigmoid().flatten(2)).unflatten(-1, mask_logits.shape[-2:])
+    class_logits: torch.Tensor,  # B x N x (K+1), background last
+    mask_logits: torch.Tensor,  # B x N x H x W
+) -> torch.Tensor:  # B x K x H x W, not negative
+    """Semantic scores:
+    the sum over queries of class probability, background dropped, times mask probability. Raises `ValueError`
+    for different numbers of queries.
+    """
+    if class_logits.shape[:2] != mask_logits.shape[:2]:
+        raise ValueError(
+            f"class logits are for {tuple(class_logits.shape[:2])} queries, masks for"
+            f" {tuple(mask_logits.shape[:2])}"
+        )
+    return (class_logits.softmax(-1)[..., :-1].mT @ mask_logits.sigmoid().flatten(2)).unflatten(
+        -1, mask_logits.shape[-2:]
+    )

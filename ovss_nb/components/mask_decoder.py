@@ -16,148 +16,252 @@ from .mask_classification import mask_pool, mlp, sine_positions
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #ffe5ca46
 def sample_levels(
-    values:list[torch.Tensor], # per level B x heads x d x h x w
-    places:torch.Tensor, # B x heads x Q x levels x points x 2: (x, y) as shares of width and height; outside 0 to 1 there is nothing
-    weights:torch.Tensor, # B x heads x Q x levels x points
-) -> torch.Tensor: # B x heads x Q x d
+    values: list[torch.Tensor],  # per level B x heads x d x h x w
+    # B x heads x Q x levels x points x 2: (x, y) as shares of width and height; outside 0 to 1 there is
+    # nothing
+    places: torch.Tensor,
+    weights: torch.Tensor,  # B x heads x Q x levels x points
+) -> torch.Tensor:  # B x heads x Q x d
     "The weighted sum of bilinear samples from several maps (Deformable DETR, Zhu et al. 2021, equation 3)."
     total = 0
     for level, value in enumerate(values):
-        seen = F.grid_sample(value.flatten(0, 1), 2*places[..., level, :, :].flatten(0, 1) - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
-        total = total + (seen*weights[..., level, :].flatten(0, 1)[:, None]).sum(-1)   # B*heads x d x Q
+        seen = F.grid_sample(
+            value.flatten(0, 1),
+            2 * places[..., level, :, :].flatten(0, 1) - 1,
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
+        total = total + (seen * weights[..., level, :].flatten(0, 1)[:, None]).sum(-1)  # B*heads x d x Q
     return total.mT.unflatten(0, values[0].shape[:2])
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #5de9c50b
 class DeformableAttention(nn.Module):
-    "Each query reads `points` places of each level, with `heads` heads (Zhu et al. 2021). Raises `ValueError` for sizes that do not fit."
-    def __init__(self, width:int=256, heads:int=8, levels:int=3, points:int=4):
-        super().__init__()
-        if width % heads: raise ValueError(f"width={width} must be a multiple of heads={heads}")
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets, self.weights = nn.Linear(width, heads*levels*points*2), nn.Linear(width, heads*levels*points)
-        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
-        for o in (self.offsets, self.weights): nn.init.zeros_(o.weight)
-        for o in (self.value, self.output): nn.init.xavier_uniform_(o.weight)
-        for o in (self.weights, self.value, self.output): nn.init.zeros_(o.bias)
-        angle = 2*math.pi*torch.arange(heads)/heads
-        star = torch.stack([angle.cos(), angle.sin()], -1)
-        star = (star/star.abs().amax(-1, keepdim=True))[:, None, None]*torch.arange(1, points + 1)[:, None]
-        with torch.no_grad(): self.offsets.bias.copy_(star.expand(-1, levels, -1, -1).flatten())
+    """Each query reads `points` places of each level, with `heads` heads (Zhu et al.
 
-    def forward(self,
-        queries:torch.Tensor, # B x Q x width, positions added
-        references:torch.Tensor, # B x Q x levels x 2 (x, y), or x 4 (x, y, width, height), from 0 to 1; sizes 1 are broadcast
-        values:torch.Tensor, # B x L x width: the levels one after the other
-        shapes:list[tuple[int, int]], # height and width of each level
-        padding:torch.Tensor|None=None, # B x L, true where there is nothing to read
-    ) -> torch.Tensor: # B x Q x width
-        areas = [h*w for h, w in shapes]
+    2021). Raises `ValueError` for sizes that do not fit.
+    """
+
+    def __init__(self, width: int = 256, heads: int = 8, levels: int = 3, points: int = 4):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets, self.weights = (
+            nn.Linear(width, heads * levels * points * 2),
+            nn.Linear(width, heads * levels * points),
+        )
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        for o in (self.offsets, self.weights):
+            nn.init.zeros_(o.weight)
+        for o in (self.value, self.output):
+            nn.init.xavier_uniform_(o.weight)
+        for o in (self.weights, self.value, self.output):
+            nn.init.zeros_(o.bias)
+        angle = 2 * math.pi * torch.arange(heads) / heads
+        star = torch.stack([angle.cos(), angle.sin()], -1)
+        star = (star / star.abs().amax(-1, keepdim=True))[:, None, None] * torch.arange(1, points + 1)[
+            :, None
+        ]
+        with torch.no_grad():
+            self.offsets.bias.copy_(star.expand(-1, levels, -1, -1).flatten())
+
+    def forward(
+        self,
+        queries: torch.Tensor,  # B x Q x width, positions added
+        # B x Q x levels x 2 (x, y), or x 4 (x, y, width, height), from 0 to 1; sizes 1 are broadcast
+        references: torch.Tensor,
+        values: torch.Tensor,  # B x L x width: the levels one after the other
+        shapes: list[tuple[int, int]],  # height and width of each level
+        padding: torch.Tensor | None = None,  # B x L, true where there is nothing to read
+    ) -> torch.Tensor:  # B x Q x width
+        areas = [h * w for h, w in shapes]
         if len(shapes) != self.levels or sum(areas) != values.shape[1]:
-            raise ValueError(f"{values.shape[1]} values must be {self.levels} levels one after the other, not {shapes}")
-        if references.shape[-1] not in (2, 4): raise ValueError(f"references must be points (x, y) or boxes (x, y, width, height), got {references.shape[-1]} numbers")
+            raise ValueError(
+                f"{values.shape[1]} values must be {self.levels} levels one after the other, not {shapes}"
+            )
+        if references.shape[-1] not in (2, 4):
+            raise ValueError(
+                f"references must be points (x, y) or boxes (x, y, width, height), got {references.shape[-1]}"
+                " numbers"
+            )
         x = self.value(values)
-        if padding is not None: x = x.masked_fill(padding[..., None], 0)
-        maps = [o.mT.unflatten(1, (self.heads, -1)).unflatten(-1, tuple(shape)) for o, shape in zip(x.split(areas, 1), shapes)]
+        if padding is not None:
+            x = x.masked_fill(padding[..., None], 0)
+        maps = [
+            o.mT.unflatten(1, (self.heads, -1)).unflatten(-1, tuple(shape))
+            for o, shape in zip(x.split(areas, 1), shapes)
+        ]
         sizes = self.heads, self.levels, self.points
         offsets = self.offsets(queries).unflatten(-1, (*sizes, 2)).transpose(1, 2)
-        weights = self.weights(queries).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, sizes[1:]).transpose(1, 2)
-        references = references[:, None, :, :, None]   # B x 1 x Q x levels x 1 x 2 or 4
-        if references.shape[-1] == 2: steps = 1/offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
-        else: steps = references[..., 2:]/(2*self.points)
-        return self.output(sample_levels(maps, references[..., :2] + offsets*steps, weights).transpose(1, 2).flatten(2))
+        weights = (
+            self.weights(queries)
+            .unflatten(-1, (self.heads, -1))
+            .softmax(-1)
+            .unflatten(-1, sizes[1:])
+            .transpose(1, 2)
+        )
+        references = references[:, None, :, :, None]  # B x 1 x Q x levels x 1 x 2 or 4
+        if references.shape[-1] == 2:
+            steps = 1 / offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
+        else:
+            steps = references[..., 2:] / (2 * self.points)
+        return self.output(
+            sample_levels(maps, references[..., :2] + offsets * steps, weights).transpose(1, 2).flatten(2)
+        )
+
 
 def cell_centres(
-    shapes:list[tuple[int, int]], # height and width of each level
+    shapes: list[tuple[int, int]],  # height and width of each level
     device=None,
-) -> torch.Tensor: # 1 x L x 1 x 2: (x, y) of every place, as shares of width and height
-    "Where the places of several maps lie, one map after the other, row by row: the references of self-attention."
-    def share(count): return (torch.arange(count, device=device) + 0.5)/count
+) -> torch.Tensor:  # 1 x L x 1 x 2: (x, y) of every place, as shares of width and height
+    """Where the places of several maps lie, one map after the other, row by row:
+    the references of self-attention.
+    """
+
+    def share(count):
+        return (torch.arange(count, device=device) + 0.5) / count
+
     return torch.cat([torch.cartesian_prod(share(h), share(w)).flip(-1) for h, w in shapes])[None, :, None]
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #58f760e4
 class DeformableLayer(nn.Module):
-    "Deformable self-attention over all places of several maps, then an MLP; normalised after each (Deformable DETR's encoder)."
-    def __init__(self, width:int, heads:int, levels:int, points:int, hidden:int):
-        super().__init__()
-        self.attention, self.norm1, self.norm2 = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        for o in (self.mlp[0], self.mlp[2]): nn.init.xavier_uniform_(o.weight)
+    """Deformable self-attention over all places of several maps, then an MLP;
+    normalised after each (Deformable DETR's encoder).
+    """
 
-    def forward(self,
-        x:torch.Tensor, # B x L x width
-        positions:torch.Tensor, # B x L x width, or 1 x L x width
-        references:torch.Tensor, # 1 x L x 1 x 2, see `cell_centres`
-        shapes:list[tuple[int, int]],
-    ) -> torch.Tensor: # B x L x width
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int):
+        super().__init__()
+        self.attention, self.norm1, self.norm2 = (
+            DeformableAttention(width, heads, levels, points),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        for o in (self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(o.weight)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # B x L x width
+        positions: torch.Tensor,  # B x L x width, or 1 x L x width
+        references: torch.Tensor,  # 1 x L x 1 x 2, see `cell_centres`
+        shapes: list[tuple[int, int]],
+    ) -> torch.Tensor:  # B x L x width
         x = self.norm1(x + self.attention(x + positions, references, x, shapes))
         return self.norm2(x + self.mlp(x))
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #7485345c
 class PixelDecoder(nn.Module):
-    """Maps of several scales to `width` channels each, and mask features at the finest scale (Mask2Former's, as EBSeg uses it: SYSTEMS 3.3).
+    """Maps of several scales to `width` channels each, and mask features at the finest scale (Mask2Former's,
+    as EBSeg uses it: SYSTEMS 3.3).
 
-    Always computed in float32: half precision is too coarse for places. Raises `ValueError` for another number of maps."""
-    def __init__(self,
-        channels:tuple[int, ...], # of the maps, fine to coarse; the first does not go through the layers
-        width:int=256,
-        mask_width:int|None=None, # channels of the mask features; default: `width`
-        layers:int=6,
-        heads:int=8,
-        points:int=4, # that a head reads of each level
-        hidden:int=1024, # of the MLPs
-        groups:int=32, # of the group norms; must divide `width`
+    Always computed in float32: half precision is too coarse for places. Raises `ValueError` for another
+    number of maps.
+    """
+
+    def __init__(
+        self,
+        # of the maps, fine to coarse; the first does not go through the layers
+        channels: tuple[int, ...],
+        width: int = 256,
+        mask_width: int | None = None,  # channels of the mask features; default: `width`
+        layers: int = 6,
+        heads: int = 8,
+        points: int = 4,  # that a head reads of each level
+        hidden: int = 1024,  # of the MLPs
+        groups: int = 32,  # of the group norms; must divide `width`
     ):
         super().__init__()
-        if len(channels) < 2: raise ValueError(f"a pixel decoder needs at least two maps, fine to coarse, got channels={channels}")
-        if width % groups: raise ValueError(f"width={width} must be a multiple of groups={groups}")
+        if len(channels) < 2:
+            raise ValueError(
+                f"a pixel decoder needs at least two maps, fine to coarse, got channels={channels}"
+            )
+        if width % groups:
+            raise ValueError(f"width={width} must be a multiple of groups={groups}")
         levels = len(channels) - 1
         self.width = width
-        self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(o, width, 1), nn.GroupNorm(groups, width)) for o in channels[:0:-1])   # coarse to fine
+        # coarse to fine
+        self.project = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(o, width, 1), nn.GroupNorm(groups, width)) for o in channels[:0:-1]
+        )
         self.level_positions = nn.Parameter(torch.randn(levels, width))
-        self.layers = nn.ModuleList(DeformableLayer(width, heads, levels, points, hidden) for _ in range(layers))
-        self.lateral = nn.Sequential(nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(groups, width))
-        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU())
+        self.layers = nn.ModuleList(
+            DeformableLayer(width, heads, levels, points, hidden) for _ in range(layers)
+        )
+        self.lateral = nn.Sequential(
+            nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(groups, width)
+        )
+        self.smooth = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU()
+        )
         self.mask_features = nn.Conv2d(width, mask_width or width, 1)
-        for o in self.project: nn.init.xavier_uniform_(o[0].weight); nn.init.zeros_(o[0].bias)
-        for o in (self.lateral[0], self.smooth[0], self.mask_features): nn.init.kaiming_uniform_(o.weight, a=1)
+        for o in self.project:
+            nn.init.xavier_uniform_(o[0].weight)
+            nn.init.zeros_(o[0].bias)
+        for o in (self.lateral[0], self.smooth[0], self.mask_features):
+            nn.init.kaiming_uniform_(o.weight, a=1)
         nn.init.zeros_(self.mask_features.bias)
 
-    def forward(self,
-        maps:list[torch.Tensor], # B x channels x h x w, fine to coarse; any sizes
-    ) -> tuple[list[torch.Tensor], torch.Tensor]: # levels B x width x h x w, coarse to fine, and mask features B x mask_width x H x W of the finest map's size
-        if len(maps) != len(self.project) + 1: raise ValueError(f"this pixel decoder reads {len(self.project) + 1} maps, got {len(maps)}")
+    def forward(
+        self,
+        maps: list[torch.Tensor],  # B x channels x h x w, fine to coarse; any sizes
+        # levels B x width x h x w, coarse to fine, and mask features B x mask_width x H x W of the finest
+        # map's size
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        if len(maps) != len(self.project) + 1:
+            raise ValueError(f"this pixel decoder reads {len(self.project) + 1} maps, got {len(maps)}")
         with torch.autocast(maps[0].device.type, enabled=False):
             finest, *rest = (o.float() for o in maps)
             projected = [project(o) for project, o in zip(self.project, rest[::-1])]
             shapes = [tuple(o.shape[-2:]) for o in projected]
-            def row(parts): return torch.cat([o.flatten(2).mT for o in parts], 1)
-            positions = row([sine_positions(*shape, self.width, finest.device) + level[:, None, None] for shape, level in zip(shapes, self.level_positions)])
+
+            def row(parts):
+                return torch.cat([o.flatten(2).mT for o in parts], 1)
+
+            positions = row(
+                [
+                    sine_positions(*shape, self.width, finest.device) + level[:, None, None]
+                    for shape, level in zip(shapes, self.level_positions)
+                ]
+            )
             x, references = row(projected), cell_centres(shapes, finest.device)
-            for layer in self.layers: x = layer(x, positions, references, shapes)
-            levels = [o.mT.unflatten(-1, shape) for o, shape in zip(x.split([h*w for h, w in shapes], 1), shapes)]
+            for layer in self.layers:
+                x = layer(x, positions, references, shapes)
+            levels = [
+                o.mT.unflatten(-1, shape) for o, shape in zip(x.split([h * w for h, w in shapes], 1), shapes)
+            ]
             enlarged = F.interpolate(levels[-1], finest.shape[-2:], mode="bilinear", align_corners=False)
             return levels, self.mask_features(self.smooth(self.lateral(finest) + enlarged))
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #0561e73c
 class MaskedLayer(nn.Module):
-    "Cross-attention of queries to a map where it is not blocked, self-attention of queries, MLP; normalised after each (Mask2Former)."
-    def __init__(self, width:int, heads:int, hidden:int):
+    """Cross-attention of queries to a map where it is not blocked, self-attention of queries, MLP;
+    normalised after each (Mask2Former).
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.cross, self.mutual = (nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(2))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         for o in self.parameters():
-            if o.ndim > 1: nn.init.xavier_uniform_(o)
+            if o.ndim > 1:
+                nn.init.xavier_uniform_(o)
 
-    def forward(self,
-        queries:torch.Tensor, # B x N x width
-        query_positions:torch.Tensor, # N x width, added wherever queries are queries or keys
-        values:torch.Tensor, # B x L x width
-        positions:torch.Tensor, # 1 x L x width
-        blocked:torch.Tensor, # B x N x L, true where a query must not look; a row that is all true is opened
-    ) -> torch.Tensor: # B x N x width
+    def forward(
+        self,
+        queries: torch.Tensor,  # B x N x width
+        query_positions: torch.Tensor,  # N x width, added wherever queries are queries or keys
+        values: torch.Tensor,  # B x L x width
+        positions: torch.Tensor,  # 1 x L x width
+        # B x N x L, true where a query must not look; a row that is all true is opened
+        blocked: torch.Tensor,
+    ) -> torch.Tensor:  # B x N x width
         blocked = (blocked & ~blocked.all(-1, keepdim=True)).repeat_interleave(self.cross.num_heads, 0)
-        seen, _ = self.cross(queries + query_positions, values + positions, values, attn_mask=blocked, need_weights=False)
+        seen, _ = self.cross(
+            queries + query_positions, values + positions, values, attn_mask=blocked, need_weights=False
+        )
         queries = self.norm1(queries + seen)
         placed = queries + query_positions
         queries = self.norm2(queries + self.mutual(placed, placed, queries, need_weights=False)[0])
@@ -167,18 +271,22 @@ class MaskedLayer(nn.Module):
 @dataclass
 class Prediction:
     "What N queries say about B pictures: where, what, and where a frozen CLIP should look."
-    masks:torch.Tensor # B x N x H x W logits
-    embeddings:torch.Tensor|None = None # A: B x N x d, of length s
-    bias:torch.Tensor|None = None # B x bias_heads x N x H x W
+
+    masks: torch.Tensor  # B x N x H x W logits
+    embeddings: torch.Tensor | None = None  # A: B x N x d, of length s
+    bias: torch.Tensor | None = None  # B x bias_heads x N x H x W
+
 
 class MaskHead(nn.Module):
     "Masks of queries; with `dim` also embeddings A, with `bias_heads` also attention biases (EB-2 to EB-5)."
-    def __init__(self,
-        width:int=256, # of the queries
-        mask_width:int=256, # of the mask features
-        dim:int=0, # of the embeddings; 0: none
-        bias_heads:int=0, # of the attention that is biased; 0: no bias
-        longest:float=10.0, # that an embedding may become
+
+    def __init__(
+        self,
+        width: int = 256,  # of the queries
+        mask_width: int = 256,  # of the mask features
+        dim: int = 0,  # of the embeddings; 0: none
+        bias_heads: int = 0,  # of the attention that is biased; 0: no bias
+        longest: float = 10.0,  # that an embedding may become
     ):
         super().__init__()
         self.bias_heads, self.longest = bias_heads, longest
@@ -186,65 +294,93 @@ class MaskHead(nn.Module):
         if dim:
             self.pooled = nn.Sequential(nn.LayerNorm(mask_width), nn.Linear(mask_width, width))
             self.embed, self.scale = mlp(width, width, dim), nn.Parameter(torch.ones(()))
-        if bias_heads: self.attend, self.bias_scale = mlp(mask_width, mask_width, mask_width*bias_heads), nn.Linear(1, 1)
+        if bias_heads:
+            self.attend, self.bias_scale = (
+                mlp(mask_width, mask_width, mask_width * bias_heads),
+                nn.Linear(1, 1),
+            )
 
-    def mask_embeddings(self, queries:torch.Tensor) -> torch.Tensor:
+    def mask_embeddings(self, queries: torch.Tensor) -> torch.Tensor:
         "E_m: B x N x width to B x N x mask_width."
         return self.mask(self.norm(queries))
 
-    def blocked(self, queries:torch.Tensor, features:torch.Tensor) -> torch.Tensor:
-        "Where masks are negative: queries B x N x width and features B x mask_width x h x w, already resized, to B x N x (h*w) bool."
-        return self.mask_embeddings(queries)@features.flatten(2) < 0
+    def blocked(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Where masks are negative:
+        queries B x N x width and features B x mask_width x h x w, already resized, to B x N x (h*w) bool.
+        """
+        return self.mask_embeddings(queries) @ features.flatten(2) < 0
 
-    def pixels(self, features:torch.Tensor) -> torch.Tensor|None:
-        "What `bias` needs of the mask features, the same for all layers: B x mask_width x H x W to B x mask_width x (H*W)."
+    def pixels(self, features: torch.Tensor) -> torch.Tensor | None:
+        """What `bias` needs of the mask features, the same for all layers:
+        B x mask_width x H x W to B x mask_width x (H*W).
+        """
         return self.attend[:-1](features.flatten(2).mT).mT if self.bias_heads else None
 
-    def bias(self, embeddings:torch.Tensor, pixels:torch.Tensor) -> torch.Tensor:
+    def bias(self, embeddings: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         "EB-5: E_m, B x N x mask_width, and what `pixels` gives, to B x bias_heads x N x (H*W)."
         last = self.attend[-1]
-        weight = (embeddings[:, None]@last.weight.unflatten(0, (self.bias_heads, -1)))*self.bias_scale.weight[0, 0]   # B x heads x N x mask_width
-        offset = embeddings@last.bias.view(self.bias_heads, -1).T*self.bias_scale.weight[0, 0] + self.bias_scale.bias   # B x N x heads
-        return weight@pixels[:, None] + offset.mT[..., None]
+        # B x heads x N x mask_width
+        weight = (
+            embeddings[:, None] @ last.weight.unflatten(0, (self.bias_heads, -1))
+        ) * self.bias_scale.weight[0, 0]
+        # B x N x heads
+        offset = (
+            embeddings @ last.bias.view(self.bias_heads, -1).T * self.bias_scale.weight[0, 0]
+            + self.bias_scale.bias
+        )
+        return weight @ pixels[:, None] + offset.mT[..., None]
 
-    def forward(self,
-        queries:torch.Tensor, # B x N x width
-        features:torch.Tensor, # B x mask_width x H x W
-        pixels:torch.Tensor|None=None, # of `pixels`; default: computed here
+    def forward(
+        self,
+        queries: torch.Tensor,  # B x N x width
+        features: torch.Tensor,  # B x mask_width x H x W
+        pixels: torch.Tensor | None = None,  # of `pixels`; default: computed here
     ) -> Prediction:
         queries = self.norm(queries)
         embeddings, size, found = self.mask(queries), features.shape[-2:], {}
-        masks = (embeddings@features.flatten(2)).unflatten(-1, size)
+        masks = (embeddings @ features.flatten(2)).unflatten(-1, size)
         if hasattr(self, "embed"):
             named = self.embed(self.pooled(mask_pool(features, masks)) + queries)
-            found["embeddings"] = self.scale.clamp(max=self.longest)*F.normalize(named, dim=-1)
-        if self.bias_heads: found["bias"] = self.bias(embeddings, self.pixels(features) if pixels is None else pixels).unflatten(-1, size)
+            found["embeddings"] = self.scale.clamp(max=self.longest) * F.normalize(named, dim=-1)
+        if self.bias_heads:
+            found["bias"] = self.bias(
+                embeddings, self.pixels(features) if pixels is None else pixels
+            ).unflatten(-1, size)
         return Prediction(masks, **found)
 
 # %% ../../nbs/components/11_mask_decoder.ipynb #140bde71
 class MaskDecoder(nn.Module):
-    "Queries that read several levels in turn, each within its own mask, and what a head makes of them (Mask2Former; SYSTEMS 3.4). Raises `ValueError` for another number of levels."
-    def __init__(self,
-        head:nn.Module, # with `blocked`, `pixels` and a call, see `MaskHead`
-        width:int=256, # of queries and levels
-        queries:int=100,
-        layers:int=9,
-        heads:int=8,
-        hidden:int=2048, # of the MLPs
-        levels:int=3,
+    """Queries that read several levels in turn, each within its own mask, and what a head makes of them
+    (Mask2Former; SYSTEMS 3.4). Raises `ValueError` for another number of levels.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,  # with `blocked`, `pixels` and a call, see `MaskHead`
+        width: int = 256,  # of queries and levels
+        queries: int = 100,
+        layers: int = 9,
+        heads: int = 8,
+        hidden: int = 2048,  # of the MLPs
+        levels: int = 3,
     ):
         super().__init__()
         self.head = head
-        self.queries, self.query_positions = nn.Parameter(torch.randn(queries, width)), nn.Parameter(torch.randn(queries, width))
+        self.queries, self.query_positions = (
+            nn.Parameter(torch.randn(queries, width)),
+            nn.Parameter(torch.randn(queries, width)),
+        )
         self.level_positions = nn.Parameter(torch.randn(levels, width))
         self.layers = nn.ModuleList(MaskedLayer(width, heads, hidden) for _ in range(layers))
 
-    def forward(self,
-        levels:list[torch.Tensor], # B x width x h x w, coarse to fine, as a `PixelDecoder` gives
-        features:torch.Tensor, # B x mask_width x H x W
-        every:bool|None=None, # all predictions, or the last only; default: all while training
-    ) -> list[Prediction]: # of the queries as they are at first, and after each layer
-        if len(levels) != len(self.level_positions): raise ValueError(f"this decoder reads {len(self.level_positions)} levels, got {len(levels)}")
+    def forward(
+        self,
+        levels: list[torch.Tensor],  # B x width x h x w, coarse to fine, as a `PixelDecoder` gives
+        features: torch.Tensor,  # B x mask_width x H x W
+        every: bool | None = None,  # all predictions, or the last only; default: all while training
+    ) -> list[Prediction]:  # of the queries as they are at first, and after each layer
+        if len(levels) != len(self.level_positions):
+            raise ValueError(f"this decoder reads {len(self.level_positions)} levels, got {len(levels)}")
         every = self.training if every is None else every
         values = [o.flatten(2).mT + position for o, position in zip(levels, self.level_positions)]
         positions = [sine_positions(*o.shape[-2:], o.shape[1], o.device).flatten(2).mT for o in levels]
@@ -252,6 +388,13 @@ class MaskDecoder(nn.Module):
         pixels, queries, found = self.head.pixels(features), self.queries.expand(len(features), -1, -1), []
         for i, layer in enumerate(self.layers):
             level = i % len(levels)
-            if every: found.append(self.head(queries, features, pixels))
-            queries = layer(queries, self.query_positions, values[level], positions[level], self.head.blocked(queries, small[level]))
+            if every:
+                found.append(self.head(queries, features, pixels))
+            queries = layer(
+                queries,
+                self.query_positions,
+                values[level],
+                positions[level],
+                self.head.blocked(queries, small[level]),
+            )
         return [*found, self.head(queries, features, pixels)]

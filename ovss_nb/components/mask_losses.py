@@ -14,11 +14,16 @@ from torch.nn import functional as F
 
 # %% ../../nbs/components/14_mask_losses.ipynb #746bfc94
 def mask_targets(
-    labels:torch.Tensor, # B x H x W class indices
-    ignore:int=255, # the label that is no class
-) -> list[tuple[torch.Tensor, torch.Tensor]]: # per image: n class indices, and n x H x W bool
-    "One binary mask for each class that is present; none for an image without labels. Raises `ValueError` for other shapes."
-    if labels.ndim != 3 or labels.is_floating_point(): raise ValueError(f"labels must be B x H x W class indices, got {tuple(labels.shape)} of {labels.dtype}")
+    labels: torch.Tensor,  # B x H x W class indices
+    ignore: int = 255,  # the label that is no class
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # per image: n class indices, and n x H x W bool
+    """One binary mask for each class that is present;
+    none for an image without labels. Raises `ValueError` for other shapes.
+    """
+    if labels.ndim != 3 or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be B x H x W class indices, got {tuple(labels.shape)} of {labels.dtype}"
+        )
     found = []
     for image in labels:
         classes = image.unique()
@@ -28,14 +33,15 @@ def mask_targets(
 
 # %% ../../nbs/components/14_mask_losses.ipynb #5a2f0635
 def point_sample(
-    maps:torch.Tensor, # B x C x H x W, or bool
-    points:torch.Tensor, # B x P x 2: x and y as shares of width and height, from 0 to 1
-) -> torch.Tensor: # B x C x P
+    maps: torch.Tensor,  # B x C x H x W, or bool
+    points: torch.Tensor,  # B x P x 2: x and y as shares of width and height, from 0 to 1
+) -> torch.Tensor:  # B x C x P
     "Read maps at points, bilinearly, the maps' edges at 0 and 1 (PointRend); differentiable in the maps."
     maps = maps if maps.is_floating_point() else maps.float()
-    return F.grid_sample(maps, 2*points[:, None].to(maps.dtype) - 1, align_corners=False)[:, :, 0]
+    return F.grid_sample(maps, 2 * points[:, None].to(maps.dtype) - 1, align_corners=False)[:, :, 0]
 
-def _uniform(shape:tuple[int, ...], generator:torch.Generator, device:torch.device) -> torch.Tensor:
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:
     "Uniform numbers; on another device than the generator's, from one that this one seeds."
     if generator.device.type != device.type:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -44,124 +50,183 @@ def _uniform(shape:tuple[int, ...], generator:torch.Generator, device:torch.devi
 
 # %% ../../nbs/components/14_mask_losses.ipynb #cebf8f4c
 def pair_costs(
-    class_logits:torch.Tensor, # N x (K+1), background last
-    mask_points:torch.Tensor, # N x P logits at some points
-    classes:torch.Tensor, # n
-    target_points:torch.Tensor, # n x P, 0 to 1, at the same points
-    costs:tuple[float, float, float]=(2, 5, 5), # of class, cross-entropy and dice
-) -> torch.Tensor: # N x n
+    class_logits: torch.Tensor,  # N x (K+1), background last
+    mask_points: torch.Tensor,  # N x P logits at some points
+    classes: torch.Tensor,  # n
+    target_points: torch.Tensor,  # n x P, 0 to 1, at the same points
+    costs: tuple[float, float, float] = (2, 5, 5),  # of class, cross-entropy and dice
+) -> torch.Tensor:  # N x n
     "What it costs to let each query answer for each target (Mask2Former; SYSTEMS 1.6)."
     x, t = mask_points.float(), target_points.float()
-    share, bce = x.sigmoid(), (F.softplus(x).sum(1, keepdim=True) - x @ t.T)/x.shape[1]   # softplus(-x) t + softplus(x) (1-t) = softplus(x) - x t
-    dice = 1 - (2*share @ t.T + 1)/(share.sum(1, keepdim=True) + t.sum(1) + 1)
-    return -costs[0]*class_logits.float().softmax(-1)[:, classes] + costs[1]*bce + costs[2]*dice
+    # softplus(-x) t + softplus(x) (1-t) = softplus(x) - x t
+    share, bce = x.sigmoid(), (F.softplus(x).sum(1, keepdim=True) - x @ t.T) / x.shape[1]
+    dice = 1 - (2 * share @ t.T + 1) / (share.sum(1, keepdim=True) + t.sum(1) + 1)
+    return -costs[0] * class_logits.float().softmax(-1)[:, classes] + costs[1] * bce + costs[2] * dice
+
 
 @torch.no_grad()
 def match_masks(
-    class_logits:torch.Tensor, # B x N x (K+1), background last
-    mask_logits:torch.Tensor, # B x N x H x W
-    targets:list[tuple[torch.Tensor, torch.Tensor]], # of `mask_targets`
-    points:torch.Tensor, # B x P x 2, see `point_sample`
-    costs:tuple[float, float, float]=(2, 5, 5), # of class, cross-entropy and dice
-) -> list[tuple[torch.Tensor, torch.Tensor]]: # per image: indices of queries and of their targets, as many as the fewer of both
-    "The cheapest assignment of queries to targets, image by image (Hungarian matching). Raises `ValueError` for a class beyond the logits."
+    class_logits: torch.Tensor,  # B x N x (K+1), background last
+    mask_logits: torch.Tensor,  # B x N x H x W
+    targets: list[tuple[torch.Tensor, torch.Tensor]],  # of `mask_targets`
+    points: torch.Tensor,  # B x P x 2, see `point_sample`
+    costs: tuple[float, float, float] = (2, 5, 5),  # of class, cross-entropy and dice
+    # per image: indices of queries and of their targets, as many as the fewer of both
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The cheapest assignment of queries to targets, image by image (Hungarian matching).
+
+    Raises `ValueError` for a class beyond the logits.
+    """
     for classes, _ in targets:
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < class_logits.shape[-1] - 1:
-            raise ValueError(f"the targets hold classes {classes.tolist()}, but there are logits for {class_logits.shape[-1] - 1}. Is the label to ignore right?")
+            raise ValueError(
+                f"the targets hold classes {classes.tolist()}, but there are logits for"
+                f" {class_logits.shape[-1] - 1}. Is the label to ignore right?"
+            )
     found = []
-    for logits, sampled, (classes, masks), p in zip(class_logits, point_sample(mask_logits.float(), points), targets, points):
+    for logits, sampled, (classes, masks), p in zip(
+        class_logits, point_sample(mask_logits.float(), points), targets, points
+    ):
         # A diverging step is for the training loop to notice, not for the assignment to break on.
-        cost = pair_costs(logits, sampled, classes, point_sample(masks[None], p[None])[0] if len(masks) else sampled[:0], costs).nan_to_num(1e6, 1e6, -1e6)
-        found.append(tuple(torch.as_tensor(o, dtype=torch.long, device=logits.device) for o in linear_sum_assignment(cost.cpu())))
+        cost = pair_costs(
+            logits,
+            sampled,
+            classes,
+            point_sample(masks[None], p[None])[0] if len(masks) else sampled[:0],
+            costs,
+        ).nan_to_num(1e6, 1e6, -1e6)
+        found.append(
+            tuple(
+                torch.as_tensor(o, dtype=torch.long, device=logits.device)
+                for o in linear_sum_assignment(cost.cpu())
+            )
+        )
     return found
 
 # %% ../../nbs/components/14_mask_losses.ipynb #a252f164
 @torch.no_grad()
 def uncertain_points(
-    mask_logits:torch.Tensor, # M x H x W
-    count:int, # of points per mask
-    generator:torch.Generator, # wherever it lives
-    oversample:float=3.0, # how many times as many are drawn
-    share:float=0.75, # of the points that is chosen by uncertainty
-) -> torch.Tensor: # M x count x 2, as `point_sample` takes them
-    "Points whose logits are nearest to zero, and some from anywhere (PointRend's importance sampling). Raises `ValueError` for impossible shares."
-    if oversample < 1 or not 0 <= share <= 1: raise ValueError(f"oversample={oversample} must be at least 1, and share={share} between 0 and 1")
-    chosen, drawn = int(share*count), int(oversample*count)
+    mask_logits: torch.Tensor,  # M x H x W
+    count: int,  # of points per mask
+    generator: torch.Generator,  # wherever it lives
+    oversample: float = 3.0,  # how many times as many are drawn
+    share: float = 0.75,  # of the points that is chosen by uncertainty
+) -> torch.Tensor:  # M x count x 2, as `point_sample` takes them
+    """Points whose logits are nearest to zero, and some from anywhere (PointRend's importance sampling).
+
+    Raises `ValueError` for impossible shares.
+    """
+    if oversample < 1 or not 0 <= share <= 1:
+        raise ValueError(f"oversample={oversample} must be at least 1, and share={share} between 0 and 1")
+    chosen, drawn = int(share * count), int(oversample * count)
     points = _uniform((len(mask_logits), drawn + count - chosen, 2), generator, mask_logits.device)
-    if not len(mask_logits): return points[:, :count]
-    nearest = point_sample(mask_logits[:, None].float(), points[:, :drawn])[:, 0].abs().topk(chosen, 1, largest=False).indices
-    return torch.cat([points[:, :drawn].gather(1, nearest[..., None].expand(-1, -1, 2)), points[:, drawn:]], 1)
+    if not len(mask_logits):
+        return points[:, :count]
+    nearest = (
+        point_sample(mask_logits[:, None].float(), points[:, :drawn])[:, 0]
+        .abs()
+        .topk(chosen, 1, largest=False)
+        .indices
+    )
+    return torch.cat(
+        [points[:, :drawn].gather(1, nearest[..., None].expand(-1, -1, 2)), points[:, drawn:]], 1
+    )
 
 # %% ../../nbs/components/14_mask_losses.ipynb #a0e190b4
 def query_class_loss(
-    class_logits:torch.Tensor, # B x N x (K+1), background last
-    targets:list[tuple[torch.Tensor, torch.Tensor]], # of `mask_targets`
-    matches:list[tuple[torch.Tensor, torch.Tensor]], # of `match_masks`
-    no_object:float=0.1, # weight of the background
-) -> torch.Tensor: # scalar
+    class_logits: torch.Tensor,  # B x N x (K+1), background last
+    targets: list[tuple[torch.Tensor, torch.Tensor]],  # of `mask_targets`
+    matches: list[tuple[torch.Tensor, torch.Tensor]],  # of `match_masks`
+    no_object: float = 0.1,  # weight of the background
+) -> torch.Tensor:  # scalar
     "Weighted cross-entropy of all queries of all images; those that are not matched should say background."
     background = class_logits.shape[-1] - 1
     wanted = torch.full(class_logits.shape[:2], background, device=class_logits.device)
-    for row, (classes, _), (queries, meant) in zip(wanted, targets, matches): row[queries] = classes[meant]
+    for row, (classes, _), (queries, meant) in zip(wanted, targets, matches):
+        row[queries] = classes[meant]
     weights = class_logits.new_ones(background + 1, dtype=torch.float32)
     weights[-1] = no_object
     return F.cross_entropy(class_logits.float().flatten(0, 1), wanted.flatten(), weights)
 
+
 def mask_point_losses(
-    mask_points:torch.Tensor, # M x P logits
-    target_points:torch.Tensor, # M x P, 0 to 1
-    count:float|torch.Tensor, # masks that the sum is divided by
-) -> tuple[torch.Tensor, torch.Tensor]: # cross-entropy and dice, scalars
-    "Binary cross-entropy, its mean over points, and dice loss; both summed over masks and divided by `count`. Zero for no mask."
+    mask_points: torch.Tensor,  # M x P logits
+    target_points: torch.Tensor,  # M x P, 0 to 1
+    count: float | torch.Tensor,  # masks that the sum is divided by
+) -> tuple[torch.Tensor, torch.Tensor]:  # cross-entropy and dice, scalars
+    """Binary cross-entropy, its mean over points, and dice loss;
+    both summed over masks and divided by `count`. Zero for no mask.
+    """
     x, t = mask_points.float(), target_points.float()
     share = x.sigmoid()
-    dice = 1 - (2*(share*t).sum(1) + 1)/(share.sum(1) + t.sum(1) + 1)
-    return F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum()/count, dice.sum()/count
+    dice = 1 - (2 * (share * t).sum(1) + 1) / (share.sum(1) + t.sum(1) + 1)
+    return (
+        F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum() / count,
+        dice.sum() / count,
+    )
 
 # %% ../../nbs/components/14_mask_losses.ipynb #f7d0483f
 def mask_classification_loss(
-    class_logits, # B x N x (K+1), background last; or a list of such, of which the first is matched by
-    mask_logits:torch.Tensor, # B x N x H x W
-    targets:list[tuple[torch.Tensor, torch.Tensor]], # of `mask_targets`, on the same device
-    generator:torch.Generator, # that draws the points
-    points:int=12544, # per mask
-    weights:tuple[float, float, float]=(2, 5, 5), # of class, cross-entropy and dice
-    costs:tuple[float, float, float]=(2, 5, 5), # the same, for the matching
-    no_object:float=0.1, # weight of the background
-    matches:list|None=None, # of `match_masks`, if already known
-) -> tuple[torch.Tensor, dict[str, float]]: # scalar, and its parts before weighting: class (a list gives class0, class1, ...), mask, dice
-    "Mask2Former's loss of one prediction (SYSTEMS 1.6): match, then class loss, cross-entropy and dice at uncertain points. Raises as `match_masks`."
+    class_logits,  # B x N x (K+1), background last; or a list of such, of which the first is matched by
+    mask_logits: torch.Tensor,  # B x N x H x W
+    targets: list[tuple[torch.Tensor, torch.Tensor]],  # of `mask_targets`, on the same device
+    generator: torch.Generator,  # that draws the points
+    points: int = 12544,  # per mask
+    weights: tuple[float, float, float] = (2, 5, 5),  # of class, cross-entropy and dice
+    costs: tuple[float, float, float] = (2, 5, 5),  # the same, for the matching
+    no_object: float = 0.1,  # weight of the background
+    matches: list | None = None,  # of `match_masks`, if already known
+    # scalar, and its parts before weighting: class (a list gives class0, class1, ...), mask, dice
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Mask2Former's loss of one prediction (SYSTEMS 1.6):
+    match, then class loss, cross-entropy and dice at uncertain points. Raises as `match_masks`.
+    """
     several = isinstance(class_logits, (list, tuple))
     tables = list(class_logits) if several else [class_logits]
-    if matches is None: matches = match_masks(tables[0], mask_logits, targets, _uniform((len(mask_logits), points, 2), generator, mask_logits.device), costs)
+    if matches is None:
+        matches = match_masks(
+            tables[0],
+            mask_logits,
+            targets,
+            _uniform((len(mask_logits), points, 2), generator, mask_logits.device),
+            costs,
+        )
     predicted = torch.cat([o[queries] for o, (queries, _) in zip(mask_logits, matches)])
     true = torch.cat([masks[meant] for (_, masks), (_, meant) in zip(targets, matches)])
     places = uncertain_points(predicted, points, generator)
     count = torch.tensor(float(sum(len(classes) for classes, _ in targets)), device=predicted.device)
     if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(count)
-        count = count/distributed.get_world_size()
-    sampled = [point_sample(o[:, None], places)[:, 0] if len(o) else o.new_zeros(0, points) for o in (predicted, true)]
+        count = count / distributed.get_world_size()
+    sampled = [
+        point_sample(o[:, None], places)[:, 0] if len(o) else o.new_zeros(0, points)
+        for o in (predicted, true)
+    ]
     bce, dice = mask_point_losses(*sampled, count.clamp(min=1))
     said = [query_class_loss(o, targets, matches, no_object) for o in tables]
-    loss = weights[0]*sum(said) + weights[1]*bce + weights[2]*dice
-    if not len(predicted): loss = loss + 0*mask_logits.sum()   # no part of the network goes without a gradient
+    loss = weights[0] * sum(said) + weights[1] * bce + weights[2] * dice
+    # no part of the network goes without a gradient
+    if not len(predicted):
+        loss = loss + 0 * mask_logits.sum()
     parts = {f"class{i}": o for i, o in enumerate(said)} if several else {"class": said[0]}
     return loss, {name: float(o.detach()) for name, o in (parts | {"mask": bce, "dice": dice}).items()}
 
 # %% ../../nbs/components/14_mask_losses.ipynb #dfb82b7c
 def ssc_loss(
-    embeddings:torch.Tensor, # B x N x d, of any length
-    text:torch.Tensor, # K x d, one vector per class
-    matches:list[tuple[torch.Tensor, torch.Tensor]], # of `match_masks`
-    targets:list[tuple[torch.Tensor, torch.Tensor]], # of `mask_targets`
-    normalise:bool=False, # compare cosines rather than products
-) -> torch.Tensor: # scalar, 0 if nothing is matched
-    "Semantic structure consistency (EBSeg, EB-9): Gram matrices of matched embeddings and of their classes' texts; gradient through the embeddings alone."
+    embeddings: torch.Tensor,  # B x N x d, of any length
+    text: torch.Tensor,  # K x d, one vector per class
+    matches: list[tuple[torch.Tensor, torch.Tensor]],  # of `match_masks`
+    targets: list[tuple[torch.Tensor, torch.Tensor]],  # of `mask_targets`
+    normalise: bool = False,  # compare cosines rather than products
+) -> torch.Tensor:  # scalar, 0 if nothing is matched
+    """Semantic structure consistency (EBSeg, EB-9):
+    Gram matrices of matched embeddings and of their classes' texts; gradient through the embeddings alone.
+    """
     text = F.normalize(text.detach().float(), dim=-1)
     found = []
     for x, (queries, meant), (classes, _) in zip(embeddings.float(), matches, targets):
-        if not len(queries): continue
+        if not len(queries):
+            continue
         ours, theirs = (F.normalize(x[queries], dim=-1) if normalise else x[queries]), text[classes[meant]]
         found.append((ours @ ours.T - theirs @ theirs.T).square().mean())
-    return torch.stack(found).mean() if found else 0*embeddings.sum()
+    return torch.stack(found).mean() if found else 0 * embeddings.sum()

@@ -17,171 +17,274 @@ from .mask_classification import block_attention, mlp
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #6e055603
 def slice_offsets(
-    length:int, size:int, # of the picture's side and of a slice, in places
-) -> list[int]: # where slices start
-    "As few slices as cover a side, spread evenly. Raises `ValueError` for slices that are longer than the side."
-    if not 1 <= size <= length: raise ValueError(f"slices of {size} places do not fit into {length}: fill the picture up, or take smaller slices")
-    count = -(-length//size)
-    return [i*(length - size)//max(1, count - 1) for i in range(count)]
+    length: int,
+    size: int,  # of the picture's side and of a slice, in places
+) -> list[int]:  # where slices start
+    """As few slices as cover a side, spread evenly.
 
-def _corners(grid:tuple[int, int], size:int) -> list[tuple[int, int]]:
+    Raises `ValueError` for slices that are longer than the side.
+    """
+    if not 1 <= size <= length:
+        raise ValueError(
+            f"slices of {size} places do not fit into {length}: fill the picture up, or take smaller slices"
+        )
+    count = -(-length // size)
+    return [i * (length - size) // max(1, count - 1) for i in range(count)]
+
+
+def _corners(grid: tuple[int, int], size: int) -> list[tuple[int, int]]:
     return [(top, left) for top in slice_offsets(grid[0], size) for left in slice_offsets(grid[1], size)]
 
+
 def cut_slices(
-    images:torch.Tensor, # B x C x H x W, H and W multiples of the stride
-    size:int, # pixels per side of a slice, a multiple of the stride
-    stride:int=1, # pixels per place
-) -> torch.Tensor: # (B*S) x C x size x size: all slices of the first image row by row, then of the second
-    "Cut square slices that start at whole places (SYSTEMS 4.1). Raises `ValueError` for sizes that are no multiples of the stride, or do not fit."
-    if size % stride or any(o % stride for o in images.shape[-2:]): raise ValueError(f"slices of {size} and pictures of {tuple(images.shape[-2:])} pixels must be multiples of the stride, {stride}")
-    corners = _corners(tuple(o//stride for o in images.shape[-2:]), size//stride)
-    return torch.stack([images[..., top*stride:top*stride + size, left*stride:left*stride + size] for top, left in corners], 1).flatten(0, 1)
+    images: torch.Tensor,  # B x C x H x W, H and W multiples of the stride
+    size: int,  # pixels per side of a slice, a multiple of the stride
+    stride: int = 1,  # pixels per place
+    # (B*S) x C x size x size: all slices of the first image row by row, then of the second
+) -> torch.Tensor:
+    """Cut square slices that start at whole places (SYSTEMS 4.1).
+
+    Raises `ValueError` for sizes that are no multiples of the stride, or do not fit.
+    """
+    if size % stride or any(o % stride for o in images.shape[-2:]):
+        raise ValueError(
+            f"slices of {size} and pictures of {tuple(images.shape[-2:])} pixels must be multiples of the"
+            f" stride, {stride}"
+        )
+    corners = _corners(tuple(o // stride for o in images.shape[-2:]), size // stride)
+    return torch.stack(
+        [
+            images[..., top * stride : top * stride + size, left * stride : left * stride + size]
+            for top, left in corners
+        ],
+        1,
+    ).flatten(0, 1)
+
 
 def restore_slices(
-    maps:torch.Tensor, # (B*S) x C x s x s, of the slices of `cut_slices`
-    grid:tuple[int, int], # places of the whole picture
-) -> torch.Tensor: # B x C x grid
-    "Put the slices' maps where they came from; the mean counts where they overlap. Raises `ValueError` for a number of maps that cannot be."
+    maps: torch.Tensor,  # (B*S) x C x s x s, of the slices of `cut_slices`
+    grid: tuple[int, int],  # places of the whole picture
+) -> torch.Tensor:  # B x C x grid
+    """Put the slices' maps where they came from;
+    the mean counts where they overlap. Raises `ValueError` for a number of maps that cannot be.
+    """
     size, corners = maps.shape[-1], _corners(grid, maps.shape[-1])
-    if maps.shape[-2] != size or len(maps) % len(corners): raise ValueError(f"{tuple(maps.shape)} are no maps of the {len(corners)} square slices of {grid[0]} x {grid[1]} places")
+    if maps.shape[-2] != size or len(maps) % len(corners):
+        raise ValueError(
+            f"{tuple(maps.shape)} are no maps of the {len(corners)} square slices of {grid[0]} x {grid[1]}"
+            " places"
+        )
     maps = maps.unflatten(0, (-1, len(corners)))
     total, count = maps.new_zeros(len(maps), maps.shape[2], *grid), maps.new_zeros(grid)
     for (top, left), part in zip(corners, maps.unbind(1)):
-        total[..., top:top + size, left:left + size] += part
-        count[top:top + size, left:left + size] += 1
-    return total/count
+        total[..., top : top + size, left : left + size] += part
+        count[top : top + size, left : left + size] += 1
+    return total / count
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #31bee45f
 @dataclass
 class Views:
-    "What an encoder's layers hold of the slices and of the small view, by number of the layer; 0 is what enters the first block."
-    high:dict[int, torch.Tensor] # B x C x H x W, restored from slices; empty without slices
-    low:dict[int, torch.Tensor] # B x C x h x w, of the whole picture made small
-    cls:dict[int, torch.Tensor] # B x C, the small view's class token
+    """What an encoder's layers hold of the slices and of the small view, by number of the layer;
+    0 is what enters the first block.
+    """
 
-    def tokens(self, layer:int) -> torch.Tensor:
-        "All patch tokens of a layer, B x (h*w + H*W) x C: first the small view's, then the restored slices', each row by row."
+    high: dict[int, torch.Tensor]  # B x C x H x W, restored from slices; empty without slices
+    low: dict[int, torch.Tensor]  # B x C x h x w, of the whole picture made small
+    cls: dict[int, torch.Tensor]  # B x C, the small view's class token
+
+    def tokens(self, layer: int) -> torch.Tensor:
+        """All patch tokens of a layer, B x (h*w + H*W) x C:
+        first the small view's, then the restored slices', each row by row.
+        """
         return torch.cat([o[layer].flatten(2).mT for o in (self.low, self.high) if o], 1)
 
-def small_grid(grid:tuple[int, int], reduction:int=2) -> tuple[int, int]:
+
+def small_grid(grid: tuple[int, int], reduction: int = 2) -> tuple[int, int]:
     "Places of the small view beside a picture of `grid` places: so many times fewer, rounded up."
-    return tuple(-(-o//reduction) for o in grid)
+    return tuple(-(-o // reduction) for o in grid)
+
 
 def see_views(
-    encoder:Encoder, # with `embed` and `blocks`, as CLIP and lite have
-    images:torch.Tensor, # B x 3 x H x W, normalised, sides multiples of the stride
-    size:int|None, # pixels per side of a slice; None: no slices, the small view alone
-    layers, # numbers of the layers to keep
-    reduction:int=2, # the small view has so many times fewer places per side
+    encoder: Encoder,  # with `embed` and `blocks`, as CLIP and lite have
+    images: torch.Tensor,  # B x 3 x H x W, normalised, sides multiples of the stride
+    size: int | None,  # pixels per side of a slice; None: no slices, the small view alone
+    layers,  # numbers of the layers to keep
+    reduction: int = 2,  # the small view has so many times fewer places per side
 ) -> Views:
-    "Send slices and the small view through an encoder (SYSTEMS 4.1). Raises `ValueError` for layers that it does not have, and as `cut_slices`."
+    """Send slices and the small view through an encoder (SYSTEMS 4.1).
+
+    Raises `ValueError` for layers that it does not have, and as `cut_slices`.
+    """
     blocks, stride = list(getattr(encoder, "blocks", ())), encoder.stride
-    if not blocks or not layers or not all(0 <= o <= len(blocks) for o in layers): raise ValueError(f"layers of {encoder.name} go from 0 to {len(blocks)}, got {sorted(layers)}. Take an encoder with transformer blocks, such as lite or clip:ViT-B-16/openai")
+    if not blocks or not layers or not all(0 <= o <= len(blocks) for o in layers):
+        raise ValueError(
+            f"layers of {encoder.name} go from 0 to {len(blocks)}, got {sorted(layers)}. Take an encoder with"
+            " transformer blocks, such as lite or clip:ViT-B-16/openai"
+        )
+
     def see(x):
-        grid, x, seen = tuple(o//stride for o in x.shape[-2:]), encoder.embed(x), {}
+        grid, x, seen = tuple(o // stride for o in x.shape[-2:]), encoder.embed(x), {}
         for i in range(max(layers) + 1):
-            if i: x = blocks[i - 1](x)
-            if i in layers: seen[i] = x[:, 0].float(), x[:, 1:].mT.unflatten(-1, grid).float()
+            if i:
+                x = blocks[i - 1](x)
+            if i in layers:
+                seen[i] = x[:, 0].float(), x[:, 1:].mT.unflatten(-1, grid).float()
         return seen
-    grid = tuple(o//stride for o in images.shape[-2:])
-    high = {i: restore_slices(o, grid) for i, (_, o) in see(cut_slices(images, size, stride)).items()} if size else {}
-    pixels = [o*stride for o in small_grid(grid, reduction)]
-    low = see(F.interpolate(images.float(), pixels, mode="bilinear", antialias=True, align_corners=False).to(images.dtype))
+
+    grid = tuple(o // stride for o in images.shape[-2:])
+    high = (
+        {i: restore_slices(o, grid) for i, (_, o) in see(cut_slices(images, size, stride)).items()}
+        if size
+        else {}
+    )
+    pixels = [o * stride for o in small_grid(grid, reduction)]
+    low = see(
+        F.interpolate(images.float(), pixels, mode="bilinear", antialias=True, align_corners=False).to(
+            images.dtype
+        )
+    )
     return Views(high, {i: o for i, (_, o) in low.items()}, {i: o for i, (o, _) in low.items()})
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #9889b1f7
-def separable(width:int, stride:int=1) -> nn.Sequential:
+def separable(width: int, stride: int = 1) -> nn.Sequential:
     "A depthwise separable 3 x 3 convolution: each channel by itself, then the channels at each place."
     return nn.Sequential(nn.Conv2d(width, width, 3, stride, 1, groups=width), nn.Conv2d(width, width, 1))
 
-def resize(x:torch.Tensor, grid:tuple[int, int], mode:str="bilinear") -> torch.Tensor:
+
+def resize(x: torch.Tensor, grid: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
     "B x C x h x w to another grid of places."
     return x if tuple(x.shape[-2:]) == tuple(grid) else F.interpolate(x, grid, mode=mode, align_corners=False)
 
+
 FUSIONS = ("scale", "add", "concat", "low")
+
 
 class MultiResFusion(nn.Module):
     "Fuse one layer of the two views (MRF; MR-1 and MR-2). Raises `ValueError` for another kind of fusion."
-    def __init__(self,
-        channels:int, width:int, # of the encoder's layers and of the result
-        reduction:int=2, # the small view has so many times fewer places per side
-        kind:str="scale", # "scale" is the paper's; "add" and "concat" its rivals; "low" leaves the large view out
-        normalise:bool=True, # a layer norm first
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,  # of the encoder's layers and of the result
+        reduction: int = 2,  # the small view has so many times fewer places per side
+        # "scale" is the paper's; "add" and "concat" its rivals; "low" leaves the large view out
+        kind: str = "scale",
+        normalise: bool = True,  # a layer norm first
     ):
         super().__init__()
-        if kind not in FUSIONS: raise ValueError(f"kind must be one of {', '.join(FUSIONS)}, not {kind!r}")
+        if kind not in FUSIONS:
+            raise ValueError(f"kind must be one of {', '.join(FUSIONS)}, not {kind!r}")
         self.kind = kind
         self.norm = nn.LayerNorm(channels) if normalise else nn.Identity()
         self.project = nn.Linear(channels, width) if channels != width else nn.Identity()
-        if kind != "low": self.detail = separable(width)
-        if kind == "scale": self.scale = nn.Sequential(separable(width, reduction), nn.GELU(), nn.Conv2d(width, width, 1))
-        if kind == "concat": self.mix = nn.Conv2d(2*width, width, 1)
+        if kind != "low":
+            self.detail = separable(width)
+        if kind == "scale":
+            self.scale = nn.Sequential(separable(width, reduction), nn.GELU(), nn.Conv2d(width, width, 1))
+        if kind == "concat":
+            self.mix = nn.Conv2d(2 * width, width, 1)
 
-    def enter(self, x:torch.Tensor) -> torch.Tensor:
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
         "Norm and projection of a layer, B x channels x h x w to B x width x h x w."
         return self.project(self.norm(x.movedim(1, -1))).movedim(-1, 1)
 
-    def trust(self, high:torch.Tensor) -> torch.Tensor:
-        "a of MR-1: B x width x H x W, after `enter`, to B x width x h x w from 0 to 1, where 1 trusts the large view."
+    def trust(self, high: torch.Tensor) -> torch.Tensor:
+        """a of MR-1:
+        B x width x H x W, after `enter`, to B x width x h x w from 0 to 1, where 1 trusts the large view.
+        """
         return self.scale(high).sigmoid()
 
-    def forward(self,
-        high:torch.Tensor|None, # B x channels x H x W; not needed by "low"
-        low:torch.Tensor, # B x channels x h x w
-        grid:tuple[int, int], # H and W
-    ) -> torch.Tensor: # B x width x H x W
+    def forward(
+        self,
+        high: torch.Tensor | None,  # B x channels x H x W; not needed by "low"
+        low: torch.Tensor,  # B x channels x h x w
+        grid: tuple[int, int],  # H and W
+    ) -> torch.Tensor:  # B x width x H x W
         low = self.enter(low)
-        if self.kind == "low": return resize(low, grid)
+        if self.kind == "low":
+            return resize(low, grid)
         high = self.enter(high)
         detail = self.detail(high)
-        if self.kind == "add": return detail + resize(low, grid)
-        if self.kind == "concat": return self.mix(torch.cat([detail, resize(low, grid)], 1))
+        if self.kind == "add":
+            return detail + resize(low, grid)
+        if self.kind == "concat":
+            return self.mix(torch.cat([detail, resize(low, grid)], 1))
         a = self.trust(high)
-        return resize(a, grid)*detail + resize((1 - a)*low, grid)
+        return resize(a, grid) * detail + resize((1 - a) * low, grid)
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #53f6cea8
 class MultiResAdapter(nn.Module):
-    "A small ViT beside a frozen one, fed with several of its layers at two resolutions (SYSTEMS 4.2). Raises `ValueError` for blocks to inject before that do not exist."
-    def __init__(self,
-        channels:int, # of the encoder's layers
-        layers:int=5, # how many are fused
-        width:int=768, depth:int=6, heads:int=12,
-        queries:int=100,
-        grid:int=40, # places per side for which positions are learned
-        reduction:int=2, fusion:str="scale", normalise:bool=True, # see `MultiResFusion`
-        inject:tuple[int, ...]|None=None, # before which block (from 0) each fused layer is added; default: one after another
-        positions:str="every", # added before "every" block, or "once"
-        supervised:int=2, # so many last blocks have an output in training
+    """A small ViT beside a frozen one, fed with several of its layers at two resolutions (SYSTEMS 4.2).
+
+    Raises `ValueError` for blocks to inject before that do not exist.
+    """
+
+    def __init__(
+        self,
+        channels: int,  # of the encoder's layers
+        layers: int = 5,  # how many are fused
+        width: int = 768,
+        depth: int = 6,
+        heads: int = 12,
+        queries: int = 100,
+        grid: int = 40,  # places per side for which positions are learned
+        reduction: int = 2,
+        fusion: str = "scale",
+        normalise: bool = True,  # see `MultiResFusion`
+        # before which block (from 0) each fused layer is added; default: one after another
+        inject: tuple[int, ...] | None = None,
+        positions: str = "every",  # added before "every" block, or "once"
+        supervised: int = 2,  # so many last blocks have an output in training
     ):
         super().__init__()
         self.inject = tuple(range(layers)) if inject is None else tuple(inject)
-        if len(self.inject) != layers or not all(0 <= o < depth for o in self.inject): raise ValueError(f"inject must name a block from 0 to {depth - 1} for each of {layers} layers, not {self.inject}")
-        if positions not in ("every", "once") or not 1 <= supervised <= depth: raise ValueError(f"positions must be 'every' or 'once' and supervised from 1 to {depth}, not {positions!r} and {supervised}")
-        if width % heads: raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        if len(self.inject) != layers or not all(0 <= o < depth for o in self.inject):
+            raise ValueError(
+                f"inject must name a block from 0 to {depth - 1} for each of {layers} layers, not"
+                f" {self.inject}"
+            )
+        if positions not in ("every", "once") or not 1 <= supervised <= depth:
+            raise ValueError(
+                f"positions must be 'every' or 'once' and supervised from 1 to {depth}, not {positions!r} and"
+                f" {supervised}"
+            )
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.often, self.supervised, self.low = positions == "every", supervised, fusion == "low"
         self.stem = nn.Linear(channels, width) if channels != width else nn.Identity()
-        self.fusions = nn.ModuleList(MultiResFusion(channels, width, reduction, fusion, normalise) for _ in range(layers))
-        self.queries, self.query_positions = nn.Parameter(torch.empty(queries, width)), nn.Parameter(torch.empty(queries, width))
+        self.fusions = nn.ModuleList(
+            MultiResFusion(channels, width, reduction, fusion, normalise) for _ in range(layers)
+        )
+        self.queries, self.query_positions = (
+            nn.Parameter(torch.empty(queries, width)),
+            nn.Parameter(torch.empty(queries, width)),
+        )
         self.positions = nn.Parameter(torch.empty(1, width, grid, grid))
-        for o in (self.queries, self.query_positions, self.positions): nn.init.trunc_normal_(o, std=0.02)
+        for o in (self.queries, self.query_positions, self.positions):
+            nn.init.trunc_normal_(o, std=0.02)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self,
-        stem:torch.Tensor, # layer 0 of the slices, B x channels x H x W; of the small view with fusion="low"
-        high:list[torch.Tensor]|None, # per fused layer B x channels x H x W; None with fusion="low"
-        low:list[torch.Tensor], # per fused layer B x channels x h x w
-        grid:tuple[int, int], # H and W
-        every:bool=False, # outputs of all supervised blocks, not of the last alone
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]: # per output queries B x N x width and map B x width x H x W; and per layer the fused map
+    def forward(
+        self,
+        # layer 0 of the slices, B x channels x H x W; of the small view with fusion="low"
+        stem: torch.Tensor,
+        high: list[torch.Tensor] | None,  # per fused layer B x channels x H x W; None with fusion="low"
+        low: list[torch.Tensor],  # per fused layer B x channels x h x w
+        grid: tuple[int, int],  # H and W
+        every: bool = False,  # outputs of all supervised blocks, not of the last alone
+        # per output queries B x N x width and map B x width x H x W; and per layer the fused map
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
         fused = [fusion(None if self.low else high[i], low[i], grid) for i, fusion in enumerate(self.fusions)]
         visual = self.stem(resize(stem, grid).flatten(2).mT)
         count = len(self.queries)
         positions = torch.cat([self.query_positions, resize(self.positions, grid, "bicubic")[0].flatten(1).T])
         x, outputs = torch.cat([self.queries.expand(len(visual), -1, -1), visual], 1), []
         for i, block in enumerate(self.blocks):
-            if self.often or i == 0: x = x + positions
-            for o in (f for f, place in zip(fused, self.inject) if place == i): x = torch.cat([x[:, :count], x[:, count:] + o.flatten(2).mT], 1)
+            if self.often or i == 0:
+                x = x + positions
+            for o in (f for f, place in zip(fused, self.inject) if place == i):
+                x = torch.cat([x[:, :count], x[:, count:] + o.flatten(2).mT], 1)
             x = block(x)
             if i == len(self.blocks) - 1 or every and i >= len(self.blocks) - self.supervised:
                 y = self.norm(x)
@@ -191,70 +294,99 @@ class MultiResAdapter(nn.Module):
 # %% ../../nbs/components/12_multi_resolution.ipynb #672d50cc
 class MaskPyramid(nn.Module):
     "Mask logits from query vectors, tokens and three fused maps (MR-5 and MR-6)."
-    def __init__(self,
-        width:int, # of the adapter
-        channels:int=256, # of query vectors and of every level
-        hierarchical:bool=True, # false: the tokens' own grid, and no fused maps
+
+    def __init__(
+        self,
+        width: int,  # of the adapter
+        channels: int = 256,  # of query vectors and of every level
+        hierarchical: bool = True,  # false: the tokens' own grid, and no fused maps
     ):
         super().__init__()
         self.hierarchical = hierarchical
         if hierarchical:
             self.reduce = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in range(3))
-            self.up = nn.ModuleList(nn.ConvTranspose2d(o, channels, 2, stride=2) for o in (width + channels, 2*channels))
-        self.pixels = mlp(2*channels if hierarchical else width, channels, channels)
+            self.up = nn.ModuleList(
+                nn.ConvTranspose2d(o, channels, 2, stride=2) for o in (width + channels, 2 * channels)
+            )
+        self.pixels = mlp(2 * channels if hierarchical else width, channels, channels)
 
-    def forward(self,
-        queries:torch.Tensor, # B x N x channels
-        tokens:torch.Tensor, # B x width x H x W
-        fused:list[torch.Tensor], # three maps B x width x H x W, the one for the lowest level first
-    ) -> torch.Tensor: # B x N x 4H x 4W logits; not hierarchical: B x N x H x W
+    def forward(
+        self,
+        queries: torch.Tensor,  # B x N x channels
+        tokens: torch.Tensor,  # B x width x H x W
+        fused: list[torch.Tensor],  # three maps B x width x H x W, the one for the lowest level first
+    ) -> torch.Tensor:  # B x N x 4H x 4W logits; not hierarchical: B x N x H x W
         x = tokens
         for level in range(3 if self.hierarchical else 0):
-            if level: x = F.gelu(self.up[level - 1](x))
+            if level:
+                x = F.gelu(self.up[level - 1](x))
             x = torch.cat([x, resize(self.reduce[level](fused[level]), x.shape[-2:])], 1)
         return torch.einsum("bnc,bhwc->bnhw", queries, self.pixels(x.movedim(1, -1)))
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #b77e0a77
 class AttentionMasks(nn.Module):
-    "Additive attention masks for the two views, per head (MR-7 and MR-8), each with a learned scale and shift."
-    def __init__(self,
-        width:int, # of the adapter
-        heads:int, # of the encoder's blocks
-        channels:int=256, # of query vectors
-        local:bool=True, # false: for the small view alone
+    """Additive attention masks for the two views, per head (MR-7 and MR-8), each with a learned scale and
+    shift.
+    """
+
+    def __init__(
+        self,
+        width: int,  # of the adapter
+        heads: int,  # of the encoder's blocks
+        channels: int = 256,  # of query vectors
+        local: bool = True,  # false: for the small view alone
     ):
         super().__init__()
-        self.heads, self.coarse = heads, mlp(width, channels, heads*channels)
-        if local: self.fine = mlp(width, channels, heads*channels)
+        self.heads, self.coarse = heads, mlp(width, channels, heads * channels)
+        if local:
+            self.fine = mlp(width, channels, heads * channels)
         self.scale, self.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
 
-    def masks(self, head:nn.Sequential, queries:torch.Tensor, tokens:torch.Tensor) -> torch.Tensor:
-        "Products of query vectors B x N x c and a head's features of B x width x h x w: B x heads x N x (h*w)."
+    def masks(self, head: nn.Sequential, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Products of query vectors B x N x c and a head's features of B x width x h x w:
+        B x heads x N x (h*w).
+        """
         last = head[-1]
-        keys, weight, bias = head[:-1](tokens.flatten(2).mT), last.weight.unflatten(0, (self.heads, -1)), last.bias.unflatten(0, (self.heads, -1))
+        keys, weight, bias = (
+            head[:-1](tokens.flatten(2).mT),
+            last.weight.unflatten(0, (self.heads, -1)),
+            last.bias.unflatten(0, (self.heads, -1)),
+        )
         asked = torch.einsum("bnc,hcd->bhnd", queries, weight)
         return asked @ keys[:, None].mT + torch.einsum("bnc,hc->bhn", queries, bias)[..., None]
 
-    def forward(self,
-        queries:torch.Tensor, # B x N x channels
-        tokens:torch.Tensor, # B x width x H x W
-        grid:tuple[int, int], # places of the small view
-    ) -> torch.Tensor: # B x heads x N x (h*w + H*W): the order of `Views.tokens`; without `local` the first h*w
+    def forward(
+        self,
+        queries: torch.Tensor,  # B x N x channels
+        tokens: torch.Tensor,  # B x width x H x W
+        grid: tuple[int, int],  # places of the small view
+        # B x heads x N x (h*w + H*W): the order of `Views.tokens`; without `local` the first h*w
+    ) -> torch.Tensor:
         found = [self.masks(self.coarse, queries, F.adaptive_max_pool2d(tokens, grid))]
-        if hasattr(self, "fine"): found.append(self.masks(self.fine, queries, tokens))
-        return torch.cat([scale*o + shift for o, scale, shift in zip(found, self.scale, self.shift)], -1)
+        if hasattr(self, "fine"):
+            found.append(self.masks(self.fine, queries, tokens))
+        return torch.cat([scale * o + shift for o, scale, shift in zip(found, self.scale, self.shift)], -1)
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #820bedc8
 def multi_grained_attention(
-    blocks, # the encoder's remaining blocks
-    tokens:list[torch.Tensor], # what enters each of them, B x P x C, without class token; see `Views.tokens`
-    cls:torch.Tensor, # B x C, the class token that enters the first
-    positions:torch.Tensor, # N x C, one for each proposal
-    masks:torch.Tensor, # B x heads x N x P, added before the softmax
-) -> torch.Tensor: # B x N x C: what leaves the last block; `encoder.project` brings it to the joint space
-    "Copies of the class token look at patches of several views through frozen blocks (MR-9). Raises `ValueError` unless there are tokens for every block."
-    if len(tokens) != len(blocks): raise ValueError(f"there are {len(blocks)} blocks, but tokens for {len(tokens)}: keep every layer from the one that proposals start from")
-    precision = blocks[0].ln_1.weight.dtype   # the frozen blocks may be in half precision
+    blocks,  # the encoder's remaining blocks
+    # what enters each of them, B x P x C, without class token; see `Views.tokens`
+    tokens: list[torch.Tensor],
+    cls: torch.Tensor,  # B x C, the class token that enters the first
+    positions: torch.Tensor,  # N x C, one for each proposal
+    masks: torch.Tensor,  # B x heads x N x P, added before the softmax
+    # B x N x C: what leaves the last block; `encoder.project` brings it to the joint space
+) -> torch.Tensor:
+    """Copies of the class token look at patches of several views through frozen blocks (MR-9).
+
+    Raises `ValueError` unless there are tokens for every block.
+    """
+    if len(tokens) != len(blocks):
+        raise ValueError(
+            f"there are {len(blocks)} blocks, but tokens for {len(tokens)}: keep every layer from the one"
+            " that proposals start from"
+        )
+    precision = blocks[0].ln_1.weight.dtype  # the frozen blocks may be in half precision
     x = (cls[:, None] + positions).to(precision)
     for block, seen in zip(blocks, tokens):
         x = x + block_attention(block, x, seen.to(precision), masks)

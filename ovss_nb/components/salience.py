@@ -25,206 +25,324 @@ from .upsample import upsample_argmax
 # %% ../../nbs/components/07_salience.ipynb #22785f4b
 @dataclass(frozen=True)
 class SalienceConfig:
-    "Every knob between a matching model and labels (PnP-OVSS; SYSTEMS 6 and section 9). Raises `ValueError` for a value that means nothing."
-    layer:Index = 7 # of cross-attention, from 0; the paper's layer 8
-    head:Index = 9 # in that layer, from 0
-    gradient:bool = True # weigh attention by the verdict's derivative (PN-3); false: attention alone
-    one_prompt:bool = True # name all classes of an image in one text, as published; false: a text for each
-    drop_rule:Literal["fixed10", "half"] = "fixed10" # patches dropped after each iteration: "fixed10" (code), "half" of those left (paper); that the code made the table is inferred
-    drop_iter:Count = 4 # iterations of Salience DropOut; 1 is GradCAM alone
-    double_first:bool = True # count iteration 0 twice, as the code does; false: PN-5 as printed
-    threshold:Annotated[float, Range(0, 1, "low")] = 0.15 # places of a map below this, on its min-max scale, are emptied
-    rescale_after_resize:bool = False # min-max again after resizing: the code for COCO
-    bg_rule:Literal["always", "few", "never"] = "always" # a background map: "always" (VOC, COCO-Object), "few" (with fewer than three classes: Context, ADE, COCO-Stuff), "never"
-    blur:Share = 0.05 # sigma of the Gaussian in sides of the image, the longer one; 0: none
-    crf:bool = True # joint dense CRF at the end (extra `crf`)
-    crf_pixels:Count = 500_000 # a larger image is refined at this many pixels
-    compat_inplace_remap:bool = False # number the labels as the code does, one class overwriting another
-    compat_glue_names:str = "" # characters taken out of names before they are read: " " for the code's ADE, " -" for its COCO
-    rows:Count|None = None # texts, or images, in one pass through the model at most: bounds memory, changes nothing else
+    """Every knob between a matching model and labels (PnP-OVSS;
+    SYSTEMS 6 and section 9). Raises `ValueError` for a value that means nothing.
+    """
+
+    layer: Index = 7  # of cross-attention, from 0; the paper's layer 8
+    head: Index = 9  # in that layer, from 0
+    gradient: bool = True  # weigh attention by the verdict's derivative (PN-3); false: attention alone
+    # name all classes of an image in one text, as published; false: a text for each
+    one_prompt: bool = True
+    # patches dropped after each iteration: "fixed10" (code), "half" of those left (paper); that the code made
+    # the table is inferred
+    drop_rule: Literal["fixed10", "half"] = "fixed10"
+    drop_iter: Count = 4  # iterations of Salience DropOut; 1 is GradCAM alone
+    double_first: bool = True  # count iteration 0 twice, as the code does; false: PN-5 as printed
+    # places of a map below this, on its min-max scale, are emptied
+    threshold: Annotated[float, Range(0, 1, "low")] = 0.15
+    rescale_after_resize: bool = False  # min-max again after resizing: the code for COCO
+    # a background map: "always" (VOC, COCO-Object), "few" (with fewer than three classes: Context, ADE,
+    # COCO-Stuff), "never"
+    bg_rule: Literal["always", "few", "never"] = "always"
+    blur: Share = 0.05  # sigma of the Gaussian in sides of the image, the longer one; 0: none
+    crf: bool = True  # joint dense CRF at the end (extra `crf`)
+    crf_pixels: Count = 500_000  # a larger image is refined at this many pixels
+    # number the labels as the code does, one class overwriting another
+    compat_inplace_remap: bool = False
+    # characters taken out of names before they are read: " " for the code's ADE, " -" for its COCO
+    compat_glue_names: str = ""
+    # texts, or images, in one pass through the model at most: bounds memory, changes nothing else
+    rows: Count | None = None
 
     def __post_init__(self):
         check_options(self)
 
 # %% ../../nbs/components/07_salience.ipynb #c8a6d083
-def _pairing(index, texts:int, images:int) -> torch.Tensor:
+def _pairing(index, texts: int, images: int) -> torch.Tensor:
     "The image of each text, by the rule of `ImageTextMatcher.match`."
     if index is None:
-        if images not in (1, texts): raise ValueError(f"{texts} texts and {images} images: pass index=, the image of each text")
-        return torch.arange(texts)*(images > 1)
+        if images not in (1, texts):
+            raise ValueError(f"{texts} texts and {images} images: pass index=, the image of each text")
+        return torch.arange(texts) * (images > 1)
     index = torch.as_tensor(index).cpu().long()
     if index.shape != (texts,) or not 0 <= int(index.min()) <= int(index.max()) < images:
-        raise ValueError(f"index must give one of {images} images for each of {texts} texts, got {index.tolist()}")
+        raise ValueError(
+            f"index must give one of {images} images for each of {texts} texts, got {index.tolist()}"
+        )
     return index
 
+
 def salience_maps(
-    matcher:ImageTextMatcher,
-    image:ImageTokens, # of B images
-    prompts:Prompts, # N texts
-    index:torch.Tensor|list[int]|None=None, # N, the image of each text; default: text i goes with image i, or all with the only one
-    layer:int=7, head:int=9, # which attention, both from 0
-    gradient:bool=True, # false: attention alone, M instead of PN-3
-    rows:int|None=None, # texts in one pass
-) -> torch.Tensor: # N x L x h x w, zero for padding; `prompts.name_maps` makes class maps of it (PN-4)
-    "Salience of each patch for each token (PnP-OVSS, PN-1 to PN-3). `ValueError` for a layer or head that is not there, or texts and images that cannot be paired."
-    if not 0 <= head < matcher.heads: raise ValueError(f"heads are numbered 0 to {matcher.heads - 1}, got {head}")
+    matcher: ImageTextMatcher,
+    image: ImageTokens,  # of B images
+    prompts: Prompts,  # N texts
+    # N, the image of each text; default: text i goes with image i, or all with the only one
+    index: torch.Tensor | list[int] | None = None,
+    layer: int = 7,
+    head: int = 9,  # which attention, both from 0
+    gradient: bool = True,  # false: attention alone, M instead of PN-3
+    rows: int | None = None,  # texts in one pass
+) -> torch.Tensor:  # N x L x h x w, zero for padding; `prompts.name_maps` makes class maps of it (PN-4)
+    """Salience of each patch for each token (PnP-OVSS, PN-1 to PN-3).
+
+    `ValueError` for a layer or head that is not there, or texts and images that cannot be paired.
+    """
+    if not 0 <= head < matcher.heads:
+        raise ValueError(f"heads are numbered 0 to {matcher.heads - 1}, got {head}")
     index = _pairing(index, len(prompts), len(image))
-    found = torch.zeros(len(prompts), prompts.ids.shape[1], image.grid[0]*image.grid[1], device=image.tokens.device, dtype=image.tokens.dtype)
+    found = torch.zeros(
+        len(prompts),
+        prompts.ids.shape[1],
+        image.grid[0] * image.grid[1],
+        device=image.tokens.device,
+        dtype=image.tokens.dtype,
+    )
     for part in torch.arange(len(prompts)).split(rows or len(prompts)):
         first, last = int(part[0]), int(part[-1]) + 1
         mask = prompts.mask[first:last]
-        mask = mask[:, :int(mask.sum(1).max())]
-        own = Prompts(prompts.ids[first:last, :mask.shape[1]], mask, prompts.spans[first:last])
+        mask = mask[:, : int(mask.sum(1).max())]
+        own = Prompts(prompts.ids[first:last, : mask.shape[1]], mask, prompts.spans[first:last])
         used, where = index[part].unique(return_inverse=True)
         # Also inside somebody's inference mode, which a system's methods run in.
-        with torch.inference_mode(False), torch.set_grad_enabled(gradient), matcher.cross_attention(layer) as seen:
-            z = matcher.match(ImageTokens(image.tokens.detach()[used.to(image.tokens.device)], image.grid), own, where)[:, 1].sum()   # PN-1
-            maps = seen.probabilities.detach()[:, head, :, 1:]   # PN-2
-            if gradient: maps = torch.autograd.grad(z, seen.probabilities)[0][:, head, :, 1:].clamp_min(0)*maps   # PN-3
-        found[first:last, :mask.shape[1]] = maps*mask[..., None].to(maps.device)
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradient),
+            matcher.cross_attention(layer) as seen,
+        ):
+            # PN-1
+            z = matcher.match(
+                ImageTokens(image.tokens.detach()[used.to(image.tokens.device)], image.grid), own, where
+            )[:, 1].sum()
+            maps = seen.probabilities.detach()[:, head, :, 1:]  # PN-2
+            # PN-3
+            if gradient:
+                maps = torch.autograd.grad(z, seen.probabilities)[0][:, head, :, 1:].clamp_min(0) * maps
+        found[first:last, : mask.shape[1]] = maps * mask[..., None].to(maps.device)
     return found.unflatten(-1, image.grid)
 
 # %% ../../nbs/components/07_salience.ipynb #0dcc8a86
-def class_tokens(prompts:Prompts) -> torch.Tensor: # N x L, bool
+def class_tokens(prompts: Prompts) -> torch.Tensor:  # N x L, bool
     "Which tokens belong to a name, rather than to the opening, a sentence, or the padding."
     place = torch.arange(prompts.ids.shape[1])
-    return torch.stack([sum(((a <= place) & (place < b) for a, b in spans), torch.zeros(len(place), dtype=torch.bool)) for spans in prompts.spans])
+    return torch.stack(
+        [
+            sum(((a <= place) & (place < b) for a, b in spans), torch.zeros(len(place), dtype=torch.bool))
+            for spans in prompts.spans
+        ]
+    )
+
 
 def drop_more(
-    scores:torch.Tensor, # B x P, how salient each patch is
-    dropped:torch.Tensor, # B x P, true for patches that are gone; as many in each image
-    rule:str="fixed10", # "fixed10" or "half"; see `SalienceConfig`
-) -> torch.Tensor: # B x P bool, what is gone next
-    "Drop the patches with the highest scores of those that are left: ten, or half, rounded down (PnP-OVSS, Salience DropOut); ties go to the first."
+    scores: torch.Tensor,  # B x P, how salient each patch is
+    dropped: torch.Tensor,  # B x P, true for patches that are gone; as many in each image
+    rule: str = "fixed10",  # "fixed10" or "half"; see `SalienceConfig`
+) -> torch.Tensor:  # B x P bool, what is gone next
+    """Drop the patches with the highest scores of those that are left:
+    ten, or half, rounded down (PnP-OVSS, Salience DropOut); ties go to the first.
+    """
     left = dropped.shape[1] - int(dropped[0].sum())
-    count = left//2 if rule == "half" else min(10, left)
+    count = left // 2 if rule == "half" else min(10, left)
     order = scores.masked_fill(dropped, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     return dropped.scatter(1, order[:, :count], True)
 
+
 def without_patches(
-    images:torch.Tensor, # B x 3 x H x W, normalised
-    dropped:torch.Tensor, # B x (h*w) bool
-    grid:tuple[int, int], # (h, w)
-) -> torch.Tensor: # the same shape
-    "Set the pixels of dropped patches to 0, the mean colour of a normalised image. `ValueError` where the grid does not divide the image."
-    if images.shape[-2] % grid[0] or images.shape[-1] % grid[1]: raise ValueError(f"a grid of {grid[0]} x {grid[1]} patches does not divide an image of {images.shape[-2]} x {images.shape[-1]} pixels")
-    gone = dropped.unflatten(1, grid).repeat_interleave(images.shape[-2]//grid[0], 1).repeat_interleave(images.shape[-1]//grid[1], 2)
+    images: torch.Tensor,  # B x 3 x H x W, normalised
+    dropped: torch.Tensor,  # B x (h*w) bool
+    grid: tuple[int, int],  # (h, w)
+) -> torch.Tensor:  # the same shape
+    """Set the pixels of dropped patches to 0, the mean colour of a normalised image.
+
+    `ValueError` where the grid does not divide the image.
+    """
+    if images.shape[-2] % grid[0] or images.shape[-1] % grid[1]:
+        raise ValueError(
+            f"a grid of {grid[0]} x {grid[1]} patches does not divide an image of {images.shape[-2]} x"
+            f" {images.shape[-1]} pixels"
+        )
+    gone = (
+        dropped.unflatten(1, grid)
+        .repeat_interleave(images.shape[-2] // grid[0], 1)
+        .repeat_interleave(images.shape[-1] // grid[1], 2)
+    )
     return images.masked_fill(gone[:, None].to(images.device), 0)
 
 # %% ../../nbs/components/07_salience.ipynb #1762e692
-def image_tokens(matcher:ImageTextMatcher, images:torch.Tensor, rows:int|None=None) -> ImageTokens:
+def image_tokens(matcher: ImageTextMatcher, images: torch.Tensor, rows: int | None = None) -> ImageTokens:
     "Image tokens of B x 3 x H x W images, at most `rows` in one pass, without gradients."
-    with torch.no_grad(): parts = [matcher.image_tokens(o) for o in images.split(rows or len(images))]
+    with torch.no_grad():
+        parts = [matcher.image_tokens(o) for o in images.split(rows or len(images))]
     return ImageTokens(torch.cat([o.tokens for o in parts]), parts[0].grid) if len(parts) > 1 else parts[0]
+
 
 @dataclass(frozen=True)
 class Iteration:
-    "One round of Salience DropOut: `maps` N x L x h x w of the tokens, zero at what was hidden; `dropped` B x (h*w) bool, what was hidden."
-    maps:torch.Tensor
-    dropped:torch.Tensor
+    """One round of Salience DropOut:
+    `maps` N x L x h x w of the tokens, zero at what was hidden; `dropped` B x (h*w) bool, what was hidden.
+    """
+
+    maps: torch.Tensor
+    dropped: torch.Tensor
+
 
 def salience_iterations(
-    matcher:ImageTextMatcher,
-    images:torch.Tensor, # B x 3 x H x W, normalised
-    prompts:Prompts, # N texts
-    index:torch.Tensor|list[int]|None=None, # N, the image of each text; see `salience_maps`
-    config:SalienceConfig=SalienceConfig(), # layer, head, gradient, drop_rule, drop_iter, rows
-    tokens:ImageTokens|None=None, # of the whole images, where they were made before
+    matcher: ImageTextMatcher,
+    images: torch.Tensor,  # B x 3 x H x W, normalised
+    prompts: Prompts,  # N texts
+    index: torch.Tensor | list[int] | None = None,  # N, the image of each text; see `salience_maps`
+    config: SalienceConfig = SalienceConfig(),  # layer, head, gradient, drop_rule, drop_iter, rows
+    tokens: ImageTokens | None = None,  # of the whole images, where they were made before
 ) -> Iterator[Iteration]:
-    "The rounds of Salience DropOut (PnP-OVSS, SYSTEMS 6.4), all images and texts together; patches are dropped per image, by the sum over all its texts' class tokens."
+    """The rounds of Salience DropOut (PnP-OVSS, SYSTEMS 6.4), all images and texts together;
+    patches are dropped per image, by the sum over all its texts' class tokens.
+    """
     tokens = tokens or image_tokens(matcher, images, config.rows)
     index, counted = _pairing(index, len(prompts), len(images)), class_tokens(prompts)
-    dropped = torch.zeros(len(images), tokens.grid[0]*tokens.grid[1], dtype=torch.bool, device=tokens.tokens.device)
+    dropped = torch.zeros(
+        len(images), tokens.grid[0] * tokens.grid[1], dtype=torch.bool, device=tokens.tokens.device
+    )
     for t in range(config.drop_iter):
-        if t: tokens = image_tokens(matcher, without_patches(images, dropped, tokens.grid), config.rows)
-        maps = salience_maps(matcher, tokens, prompts, index, config.layer, config.head, config.gradient, config.rows).flatten(2)
+        if t:
+            tokens = image_tokens(matcher, without_patches(images, dropped, tokens.grid), config.rows)
+        maps = salience_maps(
+            matcher, tokens, prompts, index, config.layer, config.head, config.gradient, config.rows
+        ).flatten(2)
         where = index.to(maps.device)
         yield Iteration(maps.masked_fill(dropped[where][:, None], 0).unflatten(-1, tokens.grid), dropped)
-        if t + 1 == config.drop_iter: return
-        scores = torch.zeros_like(dropped, dtype=maps.dtype).index_add_(0, where, (maps*counted[..., None].to(maps.device)).sum(1))
+        if t + 1 == config.drop_iter:
+            return
+        scores = torch.zeros_like(dropped, dtype=maps.dtype).index_add_(
+            0, where, (maps * counted[..., None].to(maps.device)).sum(1)
+        )
         dropped = drop_more(scores, dropped, config.drop_rule)
 
 # %% ../../nbs/components/07_salience.ipynb #b10d71a9
 def salience_dropout(
-    matcher:ImageTextMatcher,
-    images:torch.Tensor, # B x 3 x H x W, normalised
-    prompts:Prompts, # N texts
-    index:torch.Tensor|list[int]|None=None, # N, the image of each text
-    config:SalienceConfig=SalienceConfig(),
-    tokens:ImageTokens|None=None, # of the whole images, where they were made before
-) -> torch.Tensor: # N x L x h x w
-    "The sum over the rounds of Salience DropOut (PN-5), the first of several counted twice with `double_first`."
+    matcher: ImageTextMatcher,
+    images: torch.Tensor,  # B x 3 x H x W, normalised
+    prompts: Prompts,  # N texts
+    index: torch.Tensor | list[int] | None = None,  # N, the image of each text
+    config: SalienceConfig = SalienceConfig(),
+    tokens: ImageTokens | None = None,  # of the whole images, where they were made before
+) -> torch.Tensor:  # N x L x h x w
+    """The sum over the rounds of Salience DropOut (PN-5), the first of several counted twice with
+    `double_first`.
+    """
     total = None
     for o in salience_iterations(matcher, images, prompts, index, config, tokens):
-        total = total + o.maps if total is not None else o.maps*(1 + (config.double_first and config.drop_iter > 1))
+        total = (
+            total + o.maps
+            if total is not None
+            else o.maps * (1 + (config.double_first and config.drop_iter > 1))
+        )
     return total
 
+
 def class_maps(
-    matcher:ImageTextMatcher,
-    images:torch.Tensor, # B x 3 x H x W, normalised
-    names:list[list[str]], # per image, the words for its classes
-    config:SalienceConfig=SalienceConfig(),
-    tokens:ImageTokens|None=None, # of the whole images, where they were made before
-) -> list[torch.Tensor]: # per image, classes x h x w
-    "A map for each named class of each image: the mean of its tokens' salience (PN-4), summed over Salience DropOut (PN-5). `ValueError` unless there is one list per image, with a name in it."
-    if len(names) != len(images) or not all(names): raise ValueError(f"give each of the {len(images)} images its own list of at least one name, got {len(names)} lists: {str(names)[:80]}")
+    matcher: ImageTextMatcher,
+    images: torch.Tensor,  # B x 3 x H x W, normalised
+    names: list[list[str]],  # per image, the words for its classes
+    config: SalienceConfig = SalienceConfig(),
+    tokens: ImageTokens | None = None,  # of the whole images, where they were made before
+) -> list[torch.Tensor]:  # per image, classes x h x w
+    """A map for each named class of each image:
+    the mean of its tokens' salience (PN-4), summed over Salience DropOut (PN-5). `ValueError` unless there is
+    one list per image, with a name in it.
+    """
+    if len(names) != len(images) or not all(names):
+        raise ValueError(
+            f"give each of the {len(images)} images its own list of at least one name, got {len(names)}"
+            f" lists: {str(names)[:80]}"
+        )
     glue = {ord(o): None for o in config.compat_glue_names}
     words = [[name.translate(glue) for name in own] for own in names]
     texts = words if config.one_prompt else [[word] for own in words for word in own]
-    owner = torch.arange(len(names)) if config.one_prompt else torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in names]))
+    owner = (
+        torch.arange(len(names))
+        if config.one_prompt
+        else torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in names]))
+    )
     prompts = split_prompts(matcher, texts)
-    maps = torch.cat(prompts.name_maps(salience_dropout(matcher, images, prompts, owner[prompts.lists], config, tokens)))
+    maps = torch.cat(
+        prompts.name_maps(salience_dropout(matcher, images, prompts, owner[prompts.lists], config, tokens))
+    )
     return list(maps.split([len(own) for own in names]))
 
 # %% ../../nbs/components/07_salience.ipynb #a0c6ed54
 def salience_probabilities(
-    maps:torch.Tensor, # K x h x w class maps
-    size:tuple[int, int], # height and width wanted
-    config:SalienceConfig=SalienceConfig(),
-    background:bool=True, # put a map for the background in front
-) -> torch.Tensor: # K x H x W, or (K + 1) x H x W with the background first; sums to 1
-    "Threshold, resize, background, blur, min-max, softmax, in this order (PnP-OVSS, SYSTEMS 6.5 steps 1 to 5)."
-    maps = maps*threshold(maps, config.threshold)
+    maps: torch.Tensor,  # K x h x w class maps
+    size: tuple[int, int],  # height and width wanted
+    config: SalienceConfig = SalienceConfig(),
+    background: bool = True,  # put a map for the background in front
+) -> torch.Tensor:  # K x H x W, or (K + 1) x H x W with the background first; sums to 1
+    """Threshold, resize, background, blur, min-max, softmax, in this order (PnP-OVSS, SYSTEMS 6.5 steps 1 to
+    5).
+    """
+    maps = maps * threshold(maps, config.threshold)
     maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=True)[0]
-    if config.rescale_after_resize: maps = min_max(maps)
+    if config.rescale_after_resize:
+        maps = min_max(maps)
     if background:
         nothing = (maps == 0).all(0, keepdim=True).to(maps.dtype)
         maps = torch.cat([nothing, maps])
         # Constant maps have no scale to bring to [0, 1]; this one has a meaning all the same.
-        if nothing.all(): return F.softmax(maps, 0)
-    if config.blur: maps = gaussian_blur(maps, config.blur*max(size))
+        if nothing.all():
+            return F.softmax(maps, 0)
+    if config.blur:
+        maps = gaussian_blur(maps, config.blur * max(size))
     return min_max(maps).softmax(0)
 
+
 def to_ids(
-    labels:np.ndarray, # H x W integers, positions in `ids`
-    ids:list[int], # the vocabulary's number of each position
-    in_place:bool=False, # compat: rename one after the other, from the last to the first, in the same array, as the released code
-) -> np.ndarray: # H x W int32
-    "Positions to the vocabulary's numbers, by a lookup table. With `in_place`, a region whose new number is a position not yet renamed is renamed again (SYSTEMS 6.5 step 6)."
-    if not in_place: return np.asarray(ids, np.int32)[labels]
+    labels: np.ndarray,  # H x W integers, positions in `ids`
+    ids: list[int],  # the vocabulary's number of each position
+    # compat: rename one after the other, from the last to the first, in the same array, as the released code
+    in_place: bool = False,
+) -> np.ndarray:  # H x W int32
+    """Positions to the vocabulary's numbers, by a lookup table.
+
+    With `in_place`, a region whose new number is a position not yet renamed is renamed again (SYSTEMS 6.5
+    step 6).
+    """
+    if not in_place:
+        return np.asarray(ids, np.int32)[labels]
     labels = labels.astype(np.int32)
-    for position in reversed(range(len(ids))): labels[labels == position] = ids[position]
+    for position in reversed(range(len(ids))):
+        labels[labels == position] = ids[position]
     return labels
 
 # %% ../../nbs/components/07_salience.ipynb #279966c2
 def salience_labels(
-    maps:torch.Tensor, # K x h x w class maps
-    ids:list[int], # K, the vocabulary's number of each class
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    config:SalienceConfig=SalienceConfig(),
-    background:int|None=None, # the vocabulary's number of the background; None: it has none
-) -> np.ndarray: # H x W int32, the vocabulary's numbers
-    "Class maps to labels (PnP-OVSS, SYSTEMS 6.5). `ValueError` for another number of ids than maps; `MissingExtra` for a CRF without the extra `crf`."
-    if len(ids) != len(maps): raise ValueError(f"{len(maps)} maps but {len(ids)} ids: give the number of each map's class")
-    with_background = background is not None and (not len(maps) or config.bg_rule == "always" or config.bg_rule == "few" and len(maps) < 3)
-    ids = [background]*with_background + [int(o) for o in ids]
-    if not ids: raise ValueError("no class and no background: there is nothing to label an image with")
+    maps: torch.Tensor,  # K x h x w class maps
+    ids: list[int],  # K, the vocabulary's number of each class
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    config: SalienceConfig = SalienceConfig(),
+    background: int | None = None,  # the vocabulary's number of the background; None: it has none
+) -> np.ndarray:  # H x W int32, the vocabulary's numbers
+    """Class maps to labels (PnP-OVSS, SYSTEMS 6.5).
+
+    `ValueError` for another number of ids than maps; `MissingExtra` for a CRF without the extra `crf`.
+    """
+    if len(ids) != len(maps):
+        raise ValueError(f"{len(maps)} maps but {len(ids)} ids: give the number of each map's class")
+    with_background = background is not None and (
+        not len(maps) or config.bg_rule == "always" or config.bg_rule == "few" and len(maps) < 3
+    )
+    ids = [background] * with_background + [int(o) for o in ids]
+    if not ids:
+        raise ValueError("no class and no background: there is nothing to label an image with")
     height, width = image.shape[:2]
-    if len(ids) == 1: return np.full((height, width), ids[0], np.int32)
-    shrink = min(1, (config.crf_pixels/(height*width))**0.5) if config.crf else 1
-    size = tuple(max(1, round(o*shrink)) for o in (height, width))
+    if len(ids) == 1:
+        return np.full((height, width), ids[0], np.int32)
+    shrink = min(1, (config.crf_pixels / (height * width)) ** 0.5) if config.crf else 1
+    size = tuple(max(1, round(o * shrink)) for o in (height, width))
     found = salience_probabilities(maps.float(), size, config, with_background)
     if config.crf:
-        small = image if size == (height, width) else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+        small = (
+            image
+            if size == (height, width)
+            else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+        )
         found = torch.from_numpy(dense_crf(small, found.clamp(0, 1).cpu().numpy(), PNP_CRF))
     return to_ids(upsample_argmax(found, (height, width)).cpu().numpy(), ids, config.compat_inplace_remap)

@@ -14,64 +14,77 @@ from ..encoders.base import loda_pool
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #4dcd80da
 _all_ = ["loda_pool"]
 
+
 def check_shapes(
-    **tensors:tuple, # name = (array, axes), for example `patches=(patches, "m d")`
-) -> dict[str, int]: # the size of every axis letter
+    **tensors: tuple,  # name = (array, axes), for example `patches=(patches, "m d")`
+) -> dict[str, int]:  # the size of every axis letter
     "Check that arrays have the stated axes, and that one letter has one size. ValueError names the array."
     sizes = {}
     for name, (array, axes) in tensors.items():
         axes, shape = axes.split(), tuple(array.shape)
-        if len(axes) != len(shape): raise ValueError(f"{name} must be {' x '.join(axes)}, got shape {shape}")
+        if len(axes) != len(shape):
+            raise ValueError(f"{name} must be {' x '.join(axes)}, got shape {shape}")
         for axis, size in zip(axes, shape):
             if sizes.setdefault(axis, size) != size:
-                raise ValueError(f"{name} must be {' x '.join(axes)} with {axis} = {sizes[axis]}, got shape {shape}")
+                raise ValueError(
+                    f"{name} must be {' x '.join(axes)} with {axis} = {sizes[axis]}, got shape {shape}"
+                )
     return sizes
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #45da95a5
 def subclass_weights(
-    text:torch.Tensor, # K x P x d unit-norm subclass embeddings
-    pooled:torch.Tensor, # d, the image vector; need not be normalised
-    mask:torch.Tensor|None=None, # K x P, true for real subclasses; default: all
-    method:str="paper", # `paper` (LS-6, LS-7), `repo` (LS-8') or `mean`
-    temperature:float=1.0, # towards 0 only the best subclass counts, towards infinity all count alike
-) -> torch.Tensor: # K x P float32, rows sum to 1, zero where masked
+    text: torch.Tensor,  # K x P x d unit-norm subclass embeddings
+    pooled: torch.Tensor,  # d, the image vector; need not be normalised
+    mask: torch.Tensor | None = None,  # K x P, true for real subclasses; default: all
+    method: str = "paper",  # `paper` (LS-6, LS-7), `repo` (LS-8') or `mean`
+    temperature: float = 1.0,  # towards 0 only the best subclass counts, towards infinity all count alike
+) -> torch.Tensor:  # K x P float32, rows sum to 1, zero where masked
     "Weight of each subclass of each class for one image (LS-6 to LS-8, or LS-8')."
     mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
     check_shapes(text=(text, "K P d"), pooled=(pooled, "d"), mask=(mask, "K P"))
-    if not temperature > 0: raise ValueError(f"The temperature must be above 0, got {temperature}")
-    if not mask.any(1).all(): raise ValueError(f"Every class needs a subclass; without: rows {(~mask.any(1)).nonzero().flatten().tolist()}")
-    text, pooled = text.float(), pooled.float()/(pooled.float().norm() + 1e-8)
-    if method == "paper": scores = (pooled*text).amax(-1)
-    elif method == "repo": scores = text @ pooled
-    elif method == "mean": scores = torch.zeros(mask.shape, device=text.device)
-    else: raise ValueError(f"Unknown ensemble {method!r}: choose paper, repo or mean")
-    return (scores/temperature).masked_fill(~mask, -torch.inf).softmax(-1)
+    if not temperature > 0:
+        raise ValueError(f"The temperature must be above 0, got {temperature}")
+    if not mask.any(1).all():
+        raise ValueError(
+            f"Every class needs a subclass; without: rows {(~mask.any(1)).nonzero().flatten().tolist()}"
+        )
+    text, pooled = text.float(), pooled.float() / (pooled.float().norm() + 1e-8)
+    if method == "paper":
+        scores = (pooled * text).amax(-1)
+    elif method == "repo":
+        scores = text @ pooled
+    elif method == "mean":
+        scores = torch.zeros(mask.shape, device=text.device)
+    else:
+        raise ValueError(f"Unknown ensemble {method!r}: choose paper, repo or mean")
+    return (scores / temperature).masked_fill(~mask, -torch.inf).softmax(-1)
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #6d8e9280
 def ensemble(
-    text:torch.Tensor, # n x d unit-norm subclass embeddings of one class
-    pooled:torch.Tensor, # d, the image vector
-    method:str="paper", # `paper`, `repo` or `mean`
-    temperature:float=1.0, # of the softmax over subclasses
-) -> torch.Tensor: # d float32, not re-normalised
+    text: torch.Tensor,  # n x d unit-norm subclass embeddings of one class
+    pooled: torch.Tensor,  # d, the image vector
+    method: str = "paper",  # `paper`, `repo` or `mean`
+    temperature: float = 1.0,  # of the softmax over subclasses
+) -> torch.Tensor:  # d float32, not re-normalised
     "The class vector `T^r` for one image: its subclasses, weighted (LS-8, LS-8')."
     check_shapes(text=(text, "n d"), pooled=(pooled, "d"))
-    return (subclass_weights(text[None], pooled, None, method, temperature)[0, :, None]*text.float()).sum(0)
+    return (subclass_weights(text[None], pooled, None, method, temperature)[0, :, None] * text.float()).sum(0)
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #be2adb50
 def subclass_maps(
-    patches:torch.Tensor, # m x d unit-norm patch features
-    embeddings:torch.Tensor, # K x P x d unit-norm subclass embeddings, for example of a `TextBank`
-    mask:torch.Tensor|None, # K x P, true for real subclasses; None: all
-    pooled:torch.Tensor, # d, the image vector (unused by `mean` and `max`)
-    method:str="paper", # `paper`, `repo`, `mean` or `max`
-    temperature:float=1.0, # of the softmax over subclasses (unused by `mean` and `max`)
-) -> torch.Tensor: # K x m float32
+    patches: torch.Tensor,  # m x d unit-norm patch features
+    embeddings: torch.Tensor,  # K x P x d unit-norm subclass embeddings, for example of a `TextBank`
+    mask: torch.Tensor | None,  # K x P, true for real subclasses; None: all
+    pooled: torch.Tensor,  # d, the image vector (unused by `mean` and `max`)
+    method: str = "paper",  # `paper`, `repo`, `mean` or `max`
+    temperature: float = 1.0,  # of the softmax over subclasses (unused by `mean` and `max`)
+) -> torch.Tensor:  # K x m float32
     "Similarity of every place with every class through its subclasses (LS-4 to LS-9)."
     check_shapes(patches=(patches, "m d"), embeddings=(embeddings, "K P d"), pooled=(pooled, "d"))
     weights = subclass_weights(embeddings, pooled, mask, "mean" if method == "max" else method, temperature)
     patches, embeddings = patches.float(), embeddings.float()
-    if method != "max": return torch.einsum("kp,kpd->kd", weights, embeddings) @ patches.T
+    if method != "max":
+        return torch.einsum("kp,kpd->kd", weights, embeddings) @ patches.T
     best = patches.new_full((len(embeddings), len(patches)), -torch.inf)
     for column, real in zip(embeddings.unbind(1), (weights > 0).unbind(1)):
         best = torch.maximum(best, (column @ patches.T).masked_fill(~real[:, None], -torch.inf))
@@ -79,55 +92,73 @@ def subclass_maps(
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #85fc16f6
 def superclass_scores(
-    pooled:torch.Tensor, # d, the image vector; need not be normalised
-    class_embeddings:torch.Tensor, # K x d unit-norm
-) -> torch.Tensor: # K float32
+    pooled: torch.Tensor,  # d, the image vector; need not be normalised
+    class_embeddings: torch.Tensor,  # K x d unit-norm
+) -> torch.Tensor:  # K float32
     "Cosine of the image vector with every class text (SYSTEMS 5.4, step 1)."
     check_shapes(pooled=(pooled, "d"), class_embeddings=(class_embeddings, "K d"))
-    return class_embeddings.float() @ (pooled.float()/(pooled.float().norm() + 1e-8))
+    return class_embeddings.float() @ (pooled.float() / (pooled.float().norm() + 1e-8))
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #08a391ed
 def selection_threshold(
-    scores:torch.Tensor, # K class scores
-    top:int=10, # how many of the best to look at; fewer if there are fewer classes
+    scores: torch.Tensor,  # K class scores
+    top: int = 10,  # how many of the best to look at; fewer if there are fewer classes
 ) -> float:
-    "Mean plus one unbiased standard deviation of the `top` best scores; a single score is its own threshold (SYSTEMS 5.4, step 2)."
+    """Mean plus one unbiased standard deviation of the `top` best scores;
+    a single score is its own threshold (SYSTEMS 5.4, step 2).
+    """
     check_shapes(scores=(scores, "K"))
-    if top < 1 or not len(scores): raise ValueError(f"The threshold needs at least one score, got top={top} of {len(scores)}")
+    if top < 1 or not len(scores):
+        raise ValueError(f"The threshold needs at least one score, got top={top} of {len(scores)}")
     best = scores.float().topk(min(top, len(scores))).values
     return (best.mean() + best.std()).item() if len(best) > 1 else best.item()
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #5317b009
 def select_classes(
-    scores:torch.Tensor, # K class scores
-    background_index:int|None=None, # class that is never selected
-    top:int=10, # how many of the best scores set the threshold
-    walk:int=5, # how many of the best classes are considered
-    threshold:str|float|None="mean+std", # `mean+std` of the top scores, a fixed score, or None for no threshold
-) -> list[int]: # class indices, best first; may be empty
-    "Classes that get a mask: the best `walk` down to the threshold, without the background (SYSTEMS 5.4, steps 2 and 3)."
+    scores: torch.Tensor,  # K class scores
+    background_index: int | None = None,  # class that is never selected
+    top: int = 10,  # how many of the best scores set the threshold
+    walk: int = 5,  # how many of the best classes are considered
+    # `mean+std` of the top scores, a fixed score, or None for no threshold
+    threshold: str | float | None = "mean+std",
+) -> list[int]:  # class indices, best first; may be empty
+    """Classes that get a mask:
+    the best `walk` down to the threshold, without the background (SYSTEMS 5.4, steps 2 and 3).
+    """
     check_shapes(scores=(scores, "K"))
-    if walk < 1: raise ValueError(f"walk must be at least 1, got {walk}")
-    if threshold == "mean+std": threshold = selection_threshold(scores, top)
-    elif isinstance(threshold, str): raise ValueError(f"Unknown threshold {threshold!r}: give 'mean+std', a number or None")
+    if walk < 1:
+        raise ValueError(f"walk must be at least 1, got {walk}")
+    if threshold == "mean+std":
+        threshold = selection_threshold(scores, top)
+    elif isinstance(threshold, str):
+        raise ValueError(f"Unknown threshold {threshold!r}: give 'mean+std', a number or None")
     selected = []
-    for index in scores.float().argsort(descending=True, stable=True)[:min(walk, top)].tolist():
-        if index == background_index: continue
-        if threshold is not None and scores[index].item() < threshold: break
+    for index in scores.float().argsort(descending=True, stable=True)[: min(walk, top)].tolist():
+        if index == background_index:
+            continue
+        if threshold is not None and scores[index].item() < threshold:
+            break
         selected.append(index)
     return selected
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #0b3d1ac5
 def merge_masks(
-    masks:np.ndarray, # n x H x W bool
-    class_indices:list[int], # n class indices, one per mask
-    class_scores, # n scores, one per mask
-    background:int, # label of pixels that no mask claims
-) -> np.ndarray: # H x W int64 labels
+    masks: np.ndarray,  # n x H x W bool
+    class_indices: list[int],  # n class indices, one per mask
+    class_scores,  # n scores, one per mask
+    background: int,  # label of pixels that no mask claims
+) -> np.ndarray:  # H x W int64 labels
     "One label map from overlapping masks: the highest score wins, the first of equals (SYSTEMS 5.4, step 7)."
-    masks, indices, scores = np.asarray(masks), np.asarray(class_indices, dtype=np.int64), np.asarray(class_scores, dtype=np.float64)
+    masks, indices, scores = (
+        np.asarray(masks),
+        np.asarray(class_indices, dtype=np.int64),
+        np.asarray(class_scores, dtype=np.float64),
+    )
     check_shapes(masks=(masks, "n H W"), class_indices=(indices, "n"), class_scores=(scores, "n"))
-    if masks.dtype != bool: raise ValueError(f"masks must be bool, got {masks.dtype}: compare with a threshold first")
+    if masks.dtype != bool:
+        raise ValueError(f"masks must be bool, got {masks.dtype}: compare with a threshold first")
     labels = np.full(masks.shape[1:], background, dtype=np.int64)
-    for i in np.argsort(-scores, kind="stable")[::-1]: labels[masks[i]] = indices[i]   # paint the winner last
+    # paint the winner last
+    for i in np.argsort(-scores, kind="stable")[::-1]:
+        labels[masks[i]] = indices[i]
     return labels

@@ -13,185 +13,246 @@ import torch
 from torch.nn import functional as F
 
 # %% ../../nbs/components/01_upsample.ipynb #9adfc944
-def _label_dtype(classes:int) -> torch.dtype:
+def _label_dtype(classes: int) -> torch.dtype:
     "The smallest of int16 and int32 that holds the label of every class."
     return torch.int16 if classes <= 2**15 else torch.int32
 
 # %% ../../nbs/components/01_upsample.ipynb #27314315
 @contextmanager
 def _one_thread():
-    "Run each of torch's CPU operations in one thread inside this block, also in Python threads started there."
+    """Run each of torch's CPU operations in one thread inside this block, also in Python threads started
+    there.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/components/01_upsample.ipynb #f8cccf41
 def _argmax_in_groups(
-    scores:torch.Tensor, # K x h x w, float32, finite
-    size:tuple[int, int], # height and width of the labels
-) -> torch.Tensor: # H x W labels
+    scores: torch.Tensor,  # K x h x w, float32, finite
+    size: tuple[int, int],  # height and width of the labels
+) -> torch.Tensor:  # H x W labels
     "Upsample a few classes at a time (5 MB of values per thread) and keep a running maximum."
-    group = 3 if len(scores) == 3 else max(1, 1_250_000//(size[0]*size[1]))
+    group = 3 if len(scores) == 3 else max(1, 1_250_000 // (size[0] * size[1]))
+
     def merge(best, label, value, other):
         label = torch.where(value > best, other, label)
         return torch.maximum(best, value, out=best), label
+
     def share(first, last):
         k, found = first, None
         while k < last:
-            part = min(group, last-k)
+            part = min(group, last - k)
             part -= part == 3 and len(scores) != 3
-            value, label = F.interpolate(scores[None, k:k+part], size=size, mode="bilinear", align_corners=False)[0].max(0)
+            value, label = F.interpolate(
+                scores[None, k : k + part], size=size, mode="bilinear", align_corners=False
+            )[0].max(0)
             label = label.add_(k).to(_label_dtype(len(scores)))
             found = merge(*found, value, label) if found else (value, label)
             k += part
         return found
+
     # At least 16 classes a thread; a GPU is parallel by itself.
-    threads = min(torch.get_num_threads(), -(-len(scores)//16)) if scores.device.type == "cpu" else 1
-    if threads == 1: return share(0, len(scores))[1]
-    bounds = [len(scores)*t//threads for t in range(threads+1)]
-    with _one_thread(), ThreadPoolExecutor(threads) as pool: first, *others = pool.map(share, bounds, bounds[1:])
-    for other in others: first = merge(*first, *other)
+    threads = min(torch.get_num_threads(), -(-len(scores) // 16)) if scores.device.type == "cpu" else 1
+    if threads == 1:
+        return share(0, len(scores))[1]
+    bounds = [len(scores) * t // threads for t in range(threads + 1)]
+    with _one_thread(), ThreadPoolExecutor(threads) as pool:
+        first, *others = pool.map(share, bounds, bounds[1:])
+    for other in others:
+        first = merge(*first, *other)
     return first[1]
 
 # %% ../../nbs/components/01_upsample.ipynb #e16d49d9
 def _axis_weights(
-    places:int, # length of the coarse axis
-    pixels:int, # length of the fine axis
-    device:str="cpu",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # lower neighbour, its weight, weight of the next place; each of length `pixels`
+    places: int,  # length of the coarse axis
+    pixels: int,  # length of the fine axis
+    device: str = "cpu",
+    # lower neighbour, its weight, weight of the next place; each of length `pixels`
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The neighbours and weights that `F.interpolate` uses along one axis, exactly as it computes them."
-    phases = torch.eye(3, device=device).repeat(1, places//3 + 1)[:, :places]
+    phases = torch.eye(3, device=device).repeat(1, places // 3 + 1)[:, :places]
     weights = F.interpolate(phases[None], size=pixels, mode="linear", align_corners=False)[0]
     at = torch.arange(pixels, device=device)
-    near = ((torch.arange(pixels, dtype=torch.float64) + 0.5)*places/pixels - 0.5).round().long().clamp(0, places-1).to(device)
-    low = near - (weights[(near-1) % 3, at] > 0).long()
-    return low, weights[low % 3, at], weights[(low+1) % 3, at]
+    near = (
+        ((torch.arange(pixels, dtype=torch.float64) + 0.5) * places / pixels - 0.5)
+        .round()
+        .long()
+        .clamp(0, places - 1)
+        .to(device)
+    )
+    low = near - (weights[(near - 1) % 3, at] > 0).long()
+    return low, weights[low % 3, at], weights[(low + 1) % 3, at]
 
 # %% ../../nbs/components/01_upsample.ipynb #cfc53a24
 @lru_cache
 def _mixing_rule(
-    device:str, # as in `str(tensor.device)`
-): # (p, a, q, b) -> p*a + q*b, or None where no rule is exact
-    "The rounding of `p*a + q*b` that makes separable interpolation equal to `F.interpolate` on this device, bit for bit."
+    device: str,  # as in `str(tensor.device)`
+):  # (p, a, q, b) -> p*a + q*b, or None where no rule is exact
+    """The rounding of `p*a + q*b` that makes separable interpolation equal to `F.interpolate` on this device,
+    bit for bit.
+    """
     scores = torch.rand(4, 13, 11, generator=torch.Generator().manual_seed(0)).to(device)
     naive = F.interpolate(scores[None], size=(150, 131), mode="bilinear", align_corners=False)[0]
     (y, ya, yb), (x, xa, xb) = _axis_weights(13, 150, device), _axis_weights(11, 131, device)
-    # Past the last place both neighbours are the same one; there only the order of values matters, and any rule keeps it.
+    # Past the last place both neighbours are the same one; there only the order of values matters, and any
+    # rule keeps it.
     rows, columns = y < 12, x < 10
     y, ya, yb, x, xa, xb = y[rows], ya[rows, None], yb[rows, None], x[columns], xa[columns], xb[columns]
-    rules = (lambda p, a, q, b: torch.addcmul(q*b, p, a), lambda p, a, q, b: p*a + q*b, lambda p, a, q, b: torch.addcmul(p*a, q, b))
+    rules = (
+        lambda p, a, q, b: torch.addcmul(q * b, p, a),
+        lambda p, a, q, b: p * a + q * b,
+        lambda p, a, q, b: torch.addcmul(p * a, q, b),
+    )
     for mix in rules:
-        line = mix(scores[:, :, x], xa, scores[:, :, x+1], xb)
-        if torch.equal(mix(line[:, y], ya, line[:, y+1], yb), naive[:, rows][:, :, columns]): return mix
+        line = mix(scores[:, :, x], xa, scores[:, :, x + 1], xb)
+        if torch.equal(mix(line[:, y], ya, line[:, y + 1], yb), naive[:, rows][:, :, columns]):
+            return mix
 
 # %% ../../nbs/components/01_upsample.ipynb #284918e4
 class _Cells:
-    "The cells of one axis: `low`, `high` (n+1) bounding places; `a`, `b` (span x n+1) weights; `where` (pixels) position of each pixel among cells of `span` pixels."
-    def __init__(self, places:int, pixels:int, device:str="cpu"):
+    """The cells of one axis:
+    `low`, `high` (n+1) bounding places; `a`, `b` (span x n+1) weights; `where` (pixels) position of each
+    pixel among cells of `span` pixels.
+    """
+
+    def __init__(self, places: int, pixels: int, device: str = "cpu"):
         low, a, b = _axis_weights(places, pixels, device)
         cell = low + ((b > 0) | (low > 0))
-        count = torch.bincount(cell, minlength=places+1)
+        count = torch.bincount(cell, minlength=places + 1)
         offset = torch.arange(pixels, device=device) - (count.cumsum(0) - count)[cell]
-        self.span, index = int(count.max()), torch.arange(places+1, device=device)
-        self.low, self.high = (index-1).clamp(min=0), index.clamp(max=places-1)
-        self.where = cell*self.span + offset
-        self.a, self.b = torch.zeros(2, self.span, places+1, device=device)
+        self.span, index = int(count.max()), torch.arange(places + 1, device=device)
+        self.low, self.high = (index - 1).clamp(min=0), index.clamp(max=places - 1)
+        self.where = cell * self.span + offset
+        self.a, self.b = torch.zeros(2, self.span, places + 1, device=device)
         self.a[offset, cell], self.b[offset, cell] = a, b
 
 # %% ../../nbs/components/01_upsample.ipynb #97284bd6
 def _survivors(
-    places:torch.Tensor, # (h*w) x K scores, one row per place
-    corners:torch.Tensor, # n x 4 rows of the four corners of each cell
-    winners:torch.Tensor, # n x 4 best class at each corner
-    most:int, # give up once there are more survivors than this
-    block:int=2**17, # scores looked at together
-): # (cell, class, values M x 4) of all survivors, ordered by cell then class; None if there are too many
+    places: torch.Tensor,  # (h*w) x K scores, one row per place
+    corners: torch.Tensor,  # n x 4 rows of the four corners of each cell
+    winners: torch.Tensor,  # n x 4 best class at each corner
+    most: int,  # give up once there are more survivors than this
+    block: int = 2**17,  # scores looked at together
+):  # (cell, class, values M x 4) of all survivors, ordered by cell then class; None if there are too many
     "The classes that can be best somewhere in a cell: those that no corner winner beats at all four corners."
     found, total = [], 0
-    for cells in torch.arange(len(corners), device=corners.device).split(max(1, block//places.shape[1])):
+    for cells in torch.arange(len(corners), device=corners.device).split(max(1, block // places.shape[1])):
         corner, winner = corners[cells], winners[cells]
-        rivals = places[corner[:, None], winner[:, :, None]]   # cell x winner x corner
+        rivals = places[corner[:, None], winner[:, :, None]]  # cell x winner x corner
         highest = places[corner[:, 0]]
-        for c in 1, 2, 3: torch.maximum(highest, places[corner[:, c]], out=highest)
+        for c in 1, 2, 3:
+            torch.maximum(highest, places[corner[:, c]], out=highest)
         passed = (highest > rivals.amin(2).amax(1, keepdim=True)).scatter_(1, winner, True)
         cell, k = passed.nonzero(as_tuple=True)
         values = places[corner[cell], k[:, None]]
         alive = (values[:, None] > rivals[cell]).any(2).all(1) | (winner[cell] == k[:, None]).any(1)
         found.append((cells[cell[alive]], k[alive], values[alive]))
         total += len(found[-1][0])
-        if total > most: return None
+        if total > most:
+            return None
     return tuple(torch.cat(part) for part in zip(*found))
 
 # %% ../../nbs/components/01_upsample.ipynb #1c47678e
 def _fill(
-    canvas:torch.Tensor, # rows x columns x cells labels, written in place
-    survivors:tuple, # (cell, class, values) as from `_survivors`, with `cell` an index into `canvas`
-    rows:_Cells, columns:_Cells, # the axes
-    mix, # the mixing rule
-    chunk:int=2**15, # pixels interpolated together
+    canvas: torch.Tensor,  # rows x columns x cells labels, written in place
+    survivors: tuple,  # (cell, class, values) as from `_survivors`, with `cell` an index into `canvas`
+    rows: _Cells,
+    columns: _Cells,  # the axes
+    mix,  # the mixing rule
+    chunk: int = 2**15,  # pixels interpolated together
 ) -> None:
     "Interpolate the survivors of each cell and write the best class of each of its pixels."
     cell, k, values = survivors
     cell, count = cell.unique_consecutive(return_counts=True)
     first, k, corner = count.cumsum(0) - count, k.to(canvas.dtype), values.T.contiguous()
-    for part in count.argsort(descending=True).split(max(1, chunk//(rows.span*columns.span))):
-        row, column = cell[part]//len(columns.low), cell[part] % len(columns.low)
+    for part in count.argsort(descending=True).split(max(1, chunk // (rows.span * columns.span))):
+        row, column = cell[part] // len(columns.low), cell[part] % len(columns.low)
         turn = torch.arange(int(count[part[0]]), device=k.device)[:, None]
-        index = first[part] + torch.minimum(turn, count[part]-1)   # survivor x cell
-        top, bottom, left, right = rows.a[:, None, row], rows.b[:, None, row], columns.a[:, column], columns.b[:, column]
+        index = first[part] + torch.minimum(turn, count[part] - 1)  # survivor x cell
+        top, bottom, left, right = (
+            rows.a[:, None, row],
+            rows.b[:, None, row],
+            columns.a[:, column],
+            columns.b[:, column],
+        )
         best = torch.full((rows.span, columns.span, len(part)), -torch.inf, device=k.device)
         label = torch.zeros_like(best, dtype=k.dtype)
         for i in index:
-            topleft, topright, bottomleft, bottomright = corner[:, i]   # each one value per cell
-            value = mix(mix(topleft, left, topright, right), top, mix(bottomleft, left, bottomright, right), bottom)   # row x column x cell
+            topleft, topright, bottomleft, bottomright = corner[:, i]  # each one value per cell
+            # row x column x cell
+            value = mix(
+                mix(topleft, left, topright, right), top, mix(bottomleft, left, bottomright, right), bottom
+            )
             label = torch.where(value > best, k[i], label)
             torch.maximum(best, value, out=best)
         canvas[:, :, cell[part]] = label
 
 # %% ../../nbs/components/01_upsample.ipynb #17f0ffab
 def _argmax_by_cells(
-    scores:torch.Tensor, # K x h x w, float32, finite
-    size:tuple[int, int], # height and width of the labels
-    mix, # the mixing rule
-) -> torch.Tensor|None: # H x W labels; None where too many classes survive
+    scores: torch.Tensor,  # K x h x w, float32, finite
+    size: tuple[int, int],  # height and width of the labels
+    mix,  # the mixing rule
+) -> torch.Tensor | None:  # H x W labels; None where too many classes survive
     "Interpolate in each cell the classes that can win there, and only those."
     (classes, h, w), device = scores.shape, str(scores.device)
     rows, columns = _Cells(h, size[0], device), _Cells(w, size[1], device)
     places = scores.flatten(1).T.contiguous()
-    corners = torch.stack([(y[:, None]*w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)], 1)
+    corners = torch.stack(
+        [(y[:, None] * w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)],
+        1,
+    )
     winners = places.argmax(1)[corners]
     canvas = winners[:, 0].to(_label_dtype(classes)).expand(rows.span, columns.span, -1).contiguous()
     disputed = (winners != winners[:, :1]).any(1).nonzero()[:, 0]
     if len(disputed):
-        survivors = _survivors(places, corners[disputed], winners[disputed], most=classes*len(corners)//4)
-        if survivors is None: return None
+        survivors = _survivors(places, corners[disputed], winners[disputed], most=classes * len(corners) // 4)
+        if survivors is None:
+            return None
         _fill(canvas, (disputed[survivors[0]], *survivors[1:]), rows, columns, mix)
-    canvas = canvas.view(rows.span, columns.span, h+1, w+1).permute(2, 0, 3, 1).reshape((h+1)*rows.span, (w+1)*columns.span)
+    canvas = (
+        canvas.view(rows.span, columns.span, h + 1, w + 1)
+        .permute(2, 0, 3, 1)
+        .reshape((h + 1) * rows.span, (w + 1) * columns.span)
+    )
     return canvas[rows.where][:, columns.where]
 
 # %% ../../nbs/components/01_upsample.ipynb #3636240e
 def upsample_argmax(
-    scores:torch.Tensor, # K x h x w, any float type, any device; `-inf` switches a class off
-    size:tuple[int, int], # height and width of the labels, in pixels
-) -> torch.Tensor: # H x W labels, int16 (int32 above 32,768 classes), on the device of `scores`
+    scores: torch.Tensor,  # K x h x w, any float type, any device; `-inf` switches a class off
+    size: tuple[int, int],  # height and width of the labels, in pixels
+) -> torch.Tensor:  # H x W labels, int16 (int32 above 32,768 classes), on the device of `scores`
     """Bilinear upsampling (align_corners=False) and argmax, without ever holding K x H x W.
 
-    Labels equal those of `F.interpolate` of the contiguous float32 scores followed by `argmax`, except where the naive values of the two best classes
-    are exactly equal; there, and where classes tie at a corner, the lowest index usually wins, as in `argmax`, but this is not promised.
-    Half precision is computed in float32. Raises ValueError for NaN, `+inf`, an empty or wrongly shaped map, or a size below 1.
+    Labels equal those of `F.interpolate` of the contiguous float32 scores followed by `argmax`, except
+    where the naive values of the two best classes
+    are exactly equal; there, and where classes tie at a corner, the lowest index usually wins, as in
+    `argmax`, but this is not promised.
+    Half precision is computed in float32. Raises ValueError for NaN, `+inf`, an empty or wrongly shaped
+    map, or a size below 1.
+
     """
-    if scores.ndim != 3 or 0 in scores.shape: raise ValueError(f"scores must be K x h x w with no empty side, got {tuple(scores.shape)}")
+    if scores.ndim != 3 or 0 in scores.shape:
+        raise ValueError(f"scores must be K x h x w with no empty side, got {tuple(scores.shape)}")
     size = int(size[0]), int(size[1])
-    if min(size) < 1: raise ValueError(f"size must be (height, width) of at least one pixel, got {size}")
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width) of at least one pixel, got {size}")
     with _one_thread():
         # Many short steps: a second thread would cost more than it saves.
         scores = scores.detach().float().contiguous()
         low, high = scores.aminmax()
-        if not high < torch.inf: raise ValueError("scores hold NaN or +inf; mend them before asking for labels (-inf is allowed and switches a class off)")
-        if low == -torch.inf: scores = scores.clamp(min=torch.finfo(torch.float32).min/4)
+        if not high < torch.inf:
+            raise ValueError(
+                "scores hold NaN or +inf; mend them before asking for labels (-inf is allowed and switches a"
+                " class off)"
+            )
+        if low == -torch.inf:
+            scores = scores.clamp(min=torch.finfo(torch.float32).min / 4)
         classes, h, w = scores.shape
         mix = _mixing_rule(str(scores.device))
-        plain = mix is None or classes <= 3 or sum(size) <= 128 or size[0] < 2*h or size[1] < 2*w
+        plain = mix is None or classes <= 3 or sum(size) <= 128 or size[0] < 2 * h or size[1] < 2 * w
         labels = None if plain else _argmax_by_cells(scores, size, mix)
     return _argmax_in_groups(scores, size) if labels is None else labels

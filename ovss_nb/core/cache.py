@@ -18,88 +18,142 @@ from .files import atomic_path
 class CacheError(ValueError):
     "A cache was asked for something it cannot do; the message says what to pass instead."
 
+
 def _encode(part) -> bytes:
     "An unambiguous encoding: type letter, number of bytes, content."
-    if isinstance(part, np.generic): part = part.item()
-    if part is None: tag, data = b"N", b""
-    elif isinstance(part, bool): tag, data = b"B", str(part).encode()
-    elif isinstance(part, int): tag, data = b"I", str(part).encode()
-    elif isinstance(part, float): tag, data = b"F", struct.pack(">d", part)
-    elif isinstance(part, str): tag, data = b"S", part.encode("utf-8", "surrogatepass")
-    elif isinstance(part, bytes): tag, data = b"Y", part
-    elif isinstance(part, (tuple, list)): tag, data = b"L", b"".join(map(_encode, part))
-    elif isinstance(part, dict): tag, data = b"D", b"".join(key + value for key, value in sorted((_encode(k), _encode(v)) for k, v in part.items()))
+    if isinstance(part, np.generic):
+        part = part.item()
+    if part is None:
+        tag, data = b"N", b""
+    elif isinstance(part, bool):
+        tag, data = b"B", str(part).encode()
+    elif isinstance(part, int):
+        tag, data = b"I", str(part).encode()
+    elif isinstance(part, float):
+        tag, data = b"F", struct.pack(">d", part)
+    elif isinstance(part, str):
+        tag, data = b"S", part.encode("utf-8", "surrogatepass")
+    elif isinstance(part, bytes):
+        tag, data = b"Y", part
+    elif isinstance(part, (tuple, list)):
+        tag, data = b"L", b"".join(map(_encode, part))
+    elif isinstance(part, dict):
+        tag, data = (
+            b"D",
+            b"".join(key + value for key, value in sorted((_encode(k), _encode(v)) for k, v in part.items())),
+        )
     elif isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         little = part.astype(part.dtype.newbyteorder("<"), copy=False)
         tag, data = b"A", _encode(little.dtype.str) + _encode(part.shape) + little.tobytes()
     else:
         kind = f"an array of {part.dtype}" if isinstance(part, np.ndarray) else type(part).__name__
-        raise CacheError(f"A cache key cannot be made from {kind}. Use str, int, float, bytes, None, tuples, lists, dicts or numeric arrays")
+        raise CacheError(
+            f"A cache key cannot be made from {kind}. Use str, int, float, bytes, None, tuples, lists, dicts"
+            " or numeric arrays"
+        )
     return tag + str(len(data)).encode() + b":" + data
 
 # %% ../../nbs/core/04_cache.ipynb #64545003
-_unwritable = set()   # folders of which it has been said
+_unwritable = set()  # folders of which it has been said
+
 
 class Cache:
     """A content-addressed store of arrays on disk, safe to share between processes.
 
-    The folder is `root`, else the environment variable `OVSS_NB_CACHE`, else the platform's cache folder for `ovss_nb`.
+    The folder is `root`, else the environment variable `OVSS_NB_CACHE`, else the platform's cache folder
+    for `ovss_nb`.
     It is created by the first `put`.
-    """
-    def __init__(self, root=None): # folder of the entries
-        self.root = Path(root or os.environ.get("OVSS_NB_CACHE") or platformdirs.user_cache_dir("ovss_nb")).expanduser()
 
-    def __repr__(self): return f"Cache({str(self.root)!r})"
+    """
+
+    def __init__(self, root=None):  # folder of the entries
+        self.root = Path(
+            root or os.environ.get("OVSS_NB_CACHE") or platformdirs.user_cache_dir("ovss_nb")
+        ).expanduser()
+
+    def __repr__(self):
+        return f"Cache({str(self.root)!r})"
 
     @staticmethod
-    def key(*parts) -> str: # 64 hexadecimal digits
-        "SHA-256 of `parts`: str, int, float, bytes, None, tuples, lists, dicts and numeric arrays, nested at will. Raises `CacheError` for other types."
+    def key(*parts) -> str:  # 64 hexadecimal digits
+        """SHA-256 of `parts`:
+        str, int, float, bytes, None, tuples, lists, dicts and numeric arrays, nested at will. Raises
+        `CacheError` for other types.
+        """
         return hashlib.sha256(_encode(parts)).hexdigest()
 
-    def path(self, key:str) -> Path:
+    def path(self, key: str) -> Path:
         "The file of an entry. Raises `CacheError` if `key` is not a digest made by `Cache.key`."
-        if not re.fullmatch("[0-9a-f]{64}", key): raise CacheError(f"{key!r} is not a cache key. Make one with Cache.key(...)")
-        return self.root/f"{key}.safetensors"
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise CacheError(f"{key!r} is not a cache key. Make one with Cache.key(...)")
+        return self.root / f"{key}.safetensors"
 
-    def get(self, key:str) -> dict[str, np.ndarray]|None:
-        "The arrays stored under `key`, or None if there are none. A damaged entry counts as none, with a warning that names the file."
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays stored under `key`, or None if there are none.
+
+        A damaged entry counts as none, with a warning that names the file.
+        """
         path = self.path(key)
         try:
             with safe_open(path, framework="numpy") as file:
-                arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except (FileNotFoundError, NotADirectoryError, PermissionError): return None
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e: fault = e
+                arrays, metadata = (
+                    {name: file.get_tensor(name) for name in file.keys()},
+                    file.metadata() or {},
+                )
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e:
+            fault = e
         else:
-            if metadata.get("digest") == self.key(arrays): return arrays
+            if metadata.get("digest") == self.key(arrays):
+                return arrays
             fault = "its content does not match its digest"
-        warnings.warn(f"The cache entry {path} is damaged ({fault}); it is ignored and will be written again", stacklevel=2)
+        warnings.warn(
+            f"The cache entry {path} is damaged ({fault}); it is ignored and will be written again",
+            stacklevel=2,
+        )
         return None
 
-    def put(self, key:str, arrays:dict[str, np.ndarray], metadata:dict[str, str]|None=None):
+    def put(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None):
         """Store named numeric arrays under `key`, replacing what is there.
 
-        `metadata`, for people who look into the folder, is written into the file's header. Raises `CacheError` for anything but
+        `metadata`, for people who look into the folder, is written into the file's header. Raises
+        `CacheError` for anything but
         named numeric arrays, or if the folder cannot be written or is full.
+
         """
         path = self.path(key)
         for name, array in arrays.items():
             if not (isinstance(name, str) and isinstance(array, np.ndarray) and array.dtype.kind in "biuf"):
-                raise CacheError(f"Cache entry {name!r} must be a numeric NumPy array, not {getattr(array, 'dtype', type(array).__name__)}")
+                raise CacheError(
+                    f"Cache entry {name!r} must be a numeric NumPy array, not"
+                    f" {getattr(array, 'dtype', type(array).__name__)}"
+                )
         # safetensors writes memory as it lies: C order, little-endian
-        arrays = {name: np.asarray(a, dtype=a.dtype.newbyteorder("<"), order="C") for name, a in arrays.items()}
+        arrays = {
+            name: np.asarray(a, dtype=a.dtype.newbyteorder("<"), order="C") for name, a in arrays.items()
+        }
         header = {str(k): str(v) for k, v in (metadata or {}).items()} | {"digest": self.key(arrays)}
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary: save_file(arrays, temporary, metadata=header)
+            with atomic_path(path) as temporary:
+                save_file(arrays, temporary, metadata=header)
         except (OSError, SafetensorError) as e:
-            raise CacheError(f"The cache folder {self.root} cannot be written ({e}). "
-                             "Make room, or choose another: Cache(root) or the variable OVSS_NB_CACHE") from e
+            raise CacheError(
+                f"The cache folder {self.root} cannot be written ({e}). "
+                "Make room, or choose another: Cache(root) or the variable OVSS_NB_CACHE"
+            ) from e
 
-    def try_put(self, key:str, arrays:dict[str, np.ndarray], metadata:dict[str, str]|None=None):
-        "As `put`, but a folder that cannot be written is only said, once: work goes on without the cache. Raises `CacheError` for other arrays."
-        if self.root in _unwritable: return
-        try: self.put(key, arrays, metadata)
+    def try_put(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None):
+        """As `put`, but a folder that cannot be written is only said, once:
+        work goes on without the cache. Raises `CacheError` for other arrays.
+        """
+        if self.root in _unwritable:
+            return
+        try:
+            self.put(key, arrays, metadata)
         except CacheError as e:
-            if not isinstance(e.__cause__, (OSError, SafetensorError)): raise
+            if not isinstance(e.__cause__, (OSError, SafetensorError)):
+                raise
             _unwritable.add(self.root)
             warnings.warn(f"{e}. Until then work goes on without it", stacklevel=2)

@@ -11,30 +11,41 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
+
 if TYPE_CHECKING:
-    import torch   # loaded where it is used: the core is free of it
+    import torch  # loaded where it is used: the core is free of it
 
 # %% ../../nbs/core/06_checkpoints.ipynb #a1484bfa
 # Where trainings put the table.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "params")
-PREFIXES = ("module.", "model.") # what trainings put before every name
+PREFIXES = ("module.", "model.")  # what trainings put before every name
+
 
 def _is_table(content) -> bool:
     "Whether something is a table of tensors alone."
     import torch
-    return isinstance(content, dict) and bool(content) and all(isinstance(o, torch.Tensor) for o in content.values())
+
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(o, torch.Tensor) for o in content.values())
+    )
+
 
 def unwrapped(
-    content, # of a checkpoint
-): # a table of tensors by their plain names, if it is one
+    content,  # of a checkpoint
+):  # a table of tensors by their plain names, if it is one
     "What a checkpoint holds without what a training put around it; anything but a table comes back as it is."
     while isinstance(content, dict):
         inside = next((content[o] for o in WRAPPERS if isinstance(content.get(o), dict)), None)
         tables = [o for o in content.values() if _is_table(o)]
-        if inside is None and len(tables) == 1: inside = tables[0]   # "ema", "teacher", ...
-        if inside is None: break
+        if inside is None and len(tables) == 1:
+            inside = tables[0]  # "ema", "teacher", ...
+        if inside is None:
+            break
         content = inside
-    if not isinstance(content, dict) or not all(isinstance(o, str) for o in content): return content
+    if not isinstance(content, dict) or not all(isinstance(o, str) for o in content):
+        return content
     names = [re.sub(r"(^|\.)_orig_mod\.", r"\1", o) for o in content]
     while prefix := next((o for o in PREFIXES if names and all(name.startswith(o) for name in names)), None):
         names = [re.sub(r"(^|\.)_orig_mod\.", r"\1", o.removeprefix(prefix)) for o in names]
@@ -42,58 +53,94 @@ def unwrapped(
 
 # %% ../../nbs/core/06_checkpoints.ipynb #fafe0fcb
 _DAMAGED = (
-    RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AssertionError, SafetensorError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    SafetensorError,
 )
 
-def is_safetensors(path:Path) -> bool:
+
+def is_safetensors(path: Path) -> bool:
     "Whether a file begins as safetensors do: with the length of a JSON table, and the table."
-    with open(path, "rb") as file: start = file.read(9)
+    with open(path, "rb") as file:
+        start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
+
 def read_weights(
-    path, # a file of safetensors or of torch; `~` is the home folder
-    instead:str="", # what else could be passed, for the error message
-) -> "dict[str, torch.Tensor]": # on the CPU
+    path,  # a file of safetensors or of torch; `~` is the home folder
+    instead: str = "",  # what else could be passed, for the error message
+) -> "dict[str, torch.Tensor]":  # on the CPU
     """All tensors of a file, without what a training put around them.
 
     Raises `ValueError` for a file that is missing, damaged, no plain table of tensors, or holds code."""
     import torch
+
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"There is no file {path}. Pass the weights of a training{instead and ', or ' + instead}")
+        raise ValueError(
+            f"There is no file {path}. Pass the weights of a training{instead and ', or ' + instead}"
+        )
     try:
         if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}
-        else:   # opened here, since torch goes by the suffix
-            with open(path, "rb") as file: content = torch.load(file, map_location="cpu", weights_only=True)
+        else:  # opened here, since torch goes by the suffix
+            with open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside tensors, which "
-                         "is not run. Download it again, or save its state_dict alone, e.g. as .safetensors") from e
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside tensors, which "
+            "is not run. Download it again, or save its state_dict alone, e.g. as .safetensors"
+        ) from e
     except _DAMAGED as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise ValueError(f"{path} cannot be read as a checkpoint. Download it again, or save it as .safetensors. "
-                         f"({reason})") from e
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint. Download it again, or save it as .safetensors. "
+            f"({reason})"
+        ) from e
     weights = unwrapped(content)
     table, other = isinstance(weights, dict) and bool(weights), None
-    if table: other = next((name for name, o in weights.items() if not isinstance(o, torch.Tensor)), None)
+    if table:
+        other = next((name for name, o in weights.items() if not isinstance(o, torch.Tensor)), None)
     if not table or other is not None:
         reason = "" if other is None else f": {other!r} is a {type(weights[other]).__name__}"
-        raise ValueError(f"{path} is no plain table of tensors{reason}. "
-                         "Pass a published checkpoint, or the state dict of a model")
+        raise ValueError(
+            f"{path} is no plain table of tensors{reason}. "
+            "Pass a published checkpoint, or the state dict of a model"
+        )
     return weights
 
+
 def difference(
-    found:"dict[str, torch.Tensor]",
-    expected:"dict[str, torch.Tensor]",
-    shown:int=5, # of each kind
-) -> str: # empty if names and shapes agree
+    found: "dict[str, torch.Tensor]",
+    expected: "dict[str, torch.Tensor]",
+    shown: int = 5,  # of each kind
+) -> str:  # empty if names and shapes agree
     "What a state dict has too much, too little and of another shape, in a few lines."
-    def some(names, line): return [f"  {line(o)}" for o in names[:shown]] + ([f"  and {len(names) - shown} more"] if len(names) > shown else [])
-    def shape(o): return "x".join(map(str, o.shape)) or "scalar"
+
+    def some(names, line):
+        return [f"  {line(o)}" for o in names[:shown]] + (
+            [f"  and {len(names) - shown} more"] if len(names) > shown else []
+        )
+
+    def shape(o):
+        return "x".join(map(str, o.shape)) or "scalar"
+
     lines = []
-    for title, names, line in (("missing", [o for o in expected if o not in found], lambda o: f"{o} ({shape(expected[o])})"),
-            ("unknown", [o for o in found if o not in expected], lambda o: f"{o} ({shape(found[o])})"),
-            ("of another shape", [o for o in expected if o in found and found[o].shape != expected[o].shape], lambda o: f"{o}: {shape(found[o])}, expected {shape(expected[o])}")):
-        if names: lines += [f"{len(names)} {title}:", *some(names, line)]
+    for title, names, line in (
+        ("missing", [o for o in expected if o not in found], lambda o: f"{o} ({shape(expected[o])})"),
+        ("unknown", [o for o in found if o not in expected], lambda o: f"{o} ({shape(found[o])})"),
+        (
+            "of another shape",
+            [o for o in expected if o in found and found[o].shape != expected[o].shape],
+            lambda o: f"{o}: {shape(found[o])}, expected {shape(expected[o])}",
+        ),
+    ):
+        if names:
+            lines += [f"{len(names)} {title}:", *some(names, line)]
     return "\n".join(lines)

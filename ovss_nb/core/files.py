@@ -12,137 +12,199 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/core/03_files.ipynb #0d92df9c
-_UMASK = os.umask(0); os.umask(_UMASK)
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_path(
-    path, # where the finished file shall be; its folder must exist
-): # yields a temporary path beside it, with the same suffix
-    "Write to the path this yields; on success it is moved to `path` (replacing a file there), on any exception it is removed."
+    path,  # where the finished file shall be; its folder must exist
+):  # yields a temporary path beside it, with the same suffix
+    """Write to the path this yields;
+    on success it is moved to `path` (replacing a file there), on any exception it is removed.
+    """
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist: create it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist: create it first")
     temporary = path.with_name(f".{path.stem[:32]}-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "r+b") as file: os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)   # safetensors lets nobody but the owner read
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors lets nobody but the owner read
         os.replace(temporary, path)
     except OSError as e:
-        if e.filename in (str(temporary), temporary): e.filename, e.filename2 = str(path), None   # the other name says nothing to anybody
+        # the other name says nothing to anybody
+        if e.filename in (str(temporary), temporary):
+            e.filename, e.filename2 = str(path), None
         raise
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/03_files.ipynb #ae89697a
-_PROBE = 4096   # bytes: one block of the disk, for an empty file can be made on a full one too
+_PROBE = 4096  # bytes: one block of the disk, for an empty file can be made on a full one too
+
 
 def check_writable(
-    path:str|Path, # a file that shall be written later; neither it nor its folder need exist
+    path: str | Path,  # a file that shall be written later; neither it nor its folder need exist
 ):
-    "Raise `OSError` that names the path if a file cannot be written there: no folder, no permission, no room, a folder or device in its place."
+    """Raise `OSError` that names the path if a file cannot be written there:
+    no folder, no permission, no room, a folder or device in its place.
+    """
     path = Path(path)
     try:
         folder = path.parent
-        while not folder.exists(): folder = folder.parent   # which would be made
-        if not folder.is_dir(): raise OSError(errno.ENOTDIR, f"{folder} is a file, no folder")
-        probe = folder/f".{uuid.uuid4().hex}"
+        while not folder.exists():
+            folder = folder.parent  # which would be made
+        if not folder.is_dir():
+            raise OSError(errno.ENOTDIR, f"{folder} is a file, no folder")
+        probe = folder / f".{uuid.uuid4().hex}"
         try:
             with open(probe, "wb") as file:
                 file.write(bytes(_PROBE))
                 file.flush()
                 os.fsync(file.fileno())
-        finally: probe.unlink(missing_ok=True)
-        try: kind = path.stat().st_mode
-        except FileNotFoundError: return
-        if stat.S_ISDIR(kind): raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(kind): raise OSError(errno.EINVAL, "it is a device")
+        finally:
+            probe.unlink(missing_ok=True)
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(kind):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "it is a device")
         open(path, "ab").close()
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None
-
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 # %% ../../nbs/core/03_files.ipynb #c1d0a5e2
 class OverwriteError(ValueError):
     "What is to be written would replace what is read; the message names both."
 
-def _identity(path) -> tuple|None:
+
+def _identity(path) -> tuple | None:
     "What the operating system knows a file or folder by; None for what is no path of one."
-    path = path if isinstance(path, (str, os.PathLike)) else getattr(path, "filename", None) or getattr(path, "name", None)   # of an opened image, or file
-    try: state = os.stat(path)
-    except (OSError, ValueError, TypeError): return None
+    # of an opened image, or file
+    path = (
+        path
+        if isinstance(path, (str, os.PathLike))
+        else getattr(path, "filename", None) or getattr(path, "name", None)
+    )
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError, TypeError):
+        return None
     return state.st_dev, state.st_ino
 
+
 def refuse_overwrite(
-    out, # file or folder that will be written, or a list of them; they need not exist
-    *inputs, # what is read: paths, opened files and images; whatever stands for no file or folder that exists is passed over
+    out,  # file or folder that will be written, or a list of them; they need not exist
+    # what is read: paths, opened files and images; whatever stands for no file or folder that exists is
+    # passed over
+    *inputs,
 ):
-    "Raise `OverwriteError` if `out` is one of `inputs`, under this name or another: a relative path, a symbolic or hard link, another case."
+    """Raise `OverwriteError` if `out` is one of `inputs`, under this name or another:
+    a relative path, a symbolic or hard link, another case.
+    """
     sources = {identity: o for o in inputs if (identity := _identity(o)) is not None}
     for path in [out] if isinstance(out, (str, os.PathLike)) else out:
         source = sources.get(_identity(path)) if sources else None
-        if source is None: continue
-        name = getattr(source, "filename", None) or getattr(source, "name", None) if not isinstance(source, (str, os.PathLike)) else source
+        if source is None:
+            continue
+        name = (
+            getattr(source, "filename", None) or getattr(source, "name", None)
+            if not isinstance(source, (str, os.PathLike))
+            else source
+        )
         other = "" if str(name) == str(path) else f" (that is {path})"
-        raise OverwriteError(f"{name}{other} is read, so it must not be written over: choose another place for the output")
+        raise OverwriteError(
+            f"{name}{other} is read, so it must not be written over: choose another place for the output"
+        )
 
 # %% ../../nbs/core/03_files.ipynb #c1d0a5eb
 def file_stem(
-    text:str, # a title, or words with something between them
-    taken=(), # stems that are in use already, in any case
-    longest:int=48, # characters
+    text: str,  # a title, or words with something between them
+    taken=(),  # stems that are in use already, in any case
+    longest: int = 48,  # characters
 ) -> str:
-    "A file name without suffix that says `text`: letters, digits and `._+-`, all else as hyphens; what is too long ends with a digest, what is taken with a number."
+    """A file name without suffix that says `text`:
+    letters, digits and `._+-`, all else as hyphens; what is too long ends with a digest, what is taken with a
+    number.
+    """
     plain = unicodedata.normalize("NFC", text)
     stem = re.sub(r"[^\w.+-]+", "-", plain).strip("-.")
-    if not stem or len(stem) > longest: stem = f"{stem[:longest]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}".lstrip("-")
+    if not stem or len(stem) > longest:
+        stem = f"{stem[:longest]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}".lstrip("-")
     used, number, free = {o.casefold() for o in taken}, 1, stem
-    while free.casefold() in used: number += 1; free = f"{stem}-{number}"
+    while free.casefold() in used:
+        number += 1
+        free = f"{stem}-{number}"
     return free
 
 # %% ../../nbs/core/03_files.ipynb #c1d0a5e5
 def file_digest(
-    path, # a file of any size; it is read in pieces
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of the bytes of a file: the same for a copy or after a move, another after any change. Raises `OSError` for what cannot be read."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
+    path,  # a file of any size; it is read in pieces
+) -> str:  # 64 hexadecimal digits
+    """SHA-256 of the bytes of a file:
+    the same for a copy or after a move, another after any change. Raises `OSError` for what cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/core/03_files.ipynb #c1d0a5e8
 class Journal:
-    "A header and records, each a line of JSON; what a kill cut off is left out. With `path=None` nothing is stored."
-    def __init__(self, path): # the file; it need not exist, and is not changed before `begin`
+    """A header and records, each a line of JSON;
+    what a kill cut off is left out. With `path=None` nothing is stored.
+    """
+
+    def __init__(self, path):  # the file; it need not exist, and is not changed before `begin`
         self.path, self.header, self.records, self._whole, self._file = path and Path(path), None, [], 0, None
-        if self.path is None or not self.path.exists(): return
+        if self.path is None or not self.path.exists():
+            return
         with open(self.path, "rb") as file:
             for line in file:
-                try: entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError: entry = None
-                if entry is None: break
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if entry is None:
+                    break
                 self._whole += len(line)
-                if self.header is None: self.header = entry
-                else: self.records.append(entry)
+                if self.header is None:
+                    self.header = entry
+                else:
+                    self.records.append(entry)
 
-    def begin(self, header:dict):
+    def begin(self, header: dict):
         "Open the file for records, behind those that are there, or write `header` if there is none."
-        if self.path is None or self._file: return
-        if self.path.exists(): os.truncate(self.path, self._whole)
+        if self.path is None or self._file:
+            return
+        if self.path.exists():
+            os.truncate(self.path, self._whole)
         self._file = open(self.path, "ab")
-        if self.header is None: self.append(header)
+        if self.header is None:
+            self.append(header)
         self.header = self.header or json.loads(json.dumps(header))
 
-    def append(self, record:dict):
+    def append(self, record: dict):
         "Write one record. It is safe from a kill of this process when this returns."
-        if not self._file: return
+        if not self._file:
+            return
         self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 
     def close(self):
-        if self._file: self._file.close()
+        if self._file:
+            self._file.close()
 
-def difference(before, now, path:str="") -> str: # empty if they are equal
+
+def difference(before, now, path: str = "") -> str:  # empty if they are equal
     "Where two nested facts first differ, e.g. `system.config.size: 448 is now 224`."
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(o for o in now if o not in before)]:
             found = difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-            if found: return found
+            if found:
+                return found
         return ""
     return "" if before == now else f"{path}: {str(before)[:80]} is now {str(now)[:80]}"
-

@@ -15,25 +15,30 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import ImageDraw, ImageFont
 
 # %% ../../nbs/core/09_fonts.ipynb #0f96bebe
-def _installed(package:str, folder:str) -> list[Path]:
+def _installed(package: str, folder: str) -> list[Path]:
     "The fonts inside a package, if it is installed; regular ones only."
     found = find_spec(package)
-    if found is None or not found.submodule_search_locations: return []
+    if found is None or not found.submodule_search_locations:
+        return []
     return [o for root in found.submodule_search_locations for o in sorted(Path(root, folder).glob("*.ttf"))]
+
 
 def _system_folders() -> list[Path]:
     "Where this system keeps its fonts."
     home, windows = Path.home(), Path(os.environ.get("WINDIR", "C:/Windows"))
-    if sys.platform == "win32": return [windows/"Fonts", home/"AppData/Local/Microsoft/Windows/Fonts"]
-    if sys.platform == "darwin": return [Path(o, "Library/Fonts") for o in ("/System", "/", home)]
-    own = [home/".local/share/fonts", home/".fonts"]
+    if sys.platform == "win32":
+        return [windows / "Fonts", home / "AppData/Local/Microsoft/Windows/Fonts"]
+    if sys.platform == "darwin":
+        return [Path(o, "Library/Fonts") for o in ("/System", "/", home)]
+    own = [home / ".local/share/fonts", home / ".fonts"]
     return [*own, Path("/usr/local/share/fonts"), Path("/usr/share/fonts")]
 
+
 @lru_cache
-def font_files() -> tuple[Path|None, ...]:
+def font_files() -> tuple[Path | None, ...]:
     "All fonts there are, in the order in which they are asked; None is Pillow's own."
     shipped = _installed("weblate_fonts", "static/weblate_fonts/kurinto/ttf")
-    shipped = [o for o in shipped if o.stem.endswith("-Rg")]   # regular
+    shipped = [o for o in shipped if o.stem.endswith("-Rg")]  # regular
     # The one with most scripts has the shortest name; simplified Chinese goes before Japanese.
     shipped.sort(key=lambda o: (len(o.stem), "SC" not in o.stem, o.stem))
     plotted = [o for o in _installed("matplotlib", "mpl-data/fonts/ttf") if o.stem == "DejaVuSans"]
@@ -42,10 +47,11 @@ def font_files() -> tuple[Path|None, ...]:
     system.sort(key=lambda o: ("regular" not in o.stem.lower(), o.name))
     return None, *shipped, *plotted, *system
 
+
 @lru_cache
 def characters(
-    path:Path|None, # of a font; None is Pillow's own
-) -> frozenset[int]: # Unicode numbers
+    path: Path | None,  # of a font; None is Pillow's own
+) -> frozenset[int]:  # Unicode numbers
     "What a font can draw; nothing for a file that is no font with outlines."
     file = BytesIO(ImageFont.load_default(10).path.getvalue()) if path is None else path
     try:
@@ -53,68 +59,81 @@ def characters(
             # Bitmaps of one size cannot be scaled.
             outlines = any(o in font for o in ("glyf", "CFF ", "CFF2"))
             return frozenset(font.getBestCmap() or ()) if outlines else frozenset()
-    except (TTLibError, OSError, ValueError, KeyError, AssertionError): return frozenset()
+    except (TTLibError, OSError, ValueError, KeyError, AssertionError):
+        return frozenset()
 
 # %% ../../nbs/core/09_fonts.ipynb #15db3701
-_HIDDEN = ("Cf", "Cc", "Zs", "Zl", "Zp") # categories of characters that have no shape of their own
-_named = set() # characters that a warning has named
+_HIDDEN = ("Cf", "Cc", "Zs", "Zl", "Zp")  # categories of characters that have no shape of their own
+_named = set()  # characters that a warning has named
 
-def _visible(text:str) -> list[str]:
+
+def _visible(text: str) -> list[str]:
     return [o for o in text if unicodedata.category(o) not in _HIDDEN and not "\ufe00" <= o <= "\ufe0f"]
 
-def _font_of(text:str) -> tuple[bool, Path|None]:
+
+def _font_of(text: str) -> tuple[bool, Path | None]:
     "Whether a font has all of a text, and the first that has."
     needed = set(map(ord, _visible(text)))
     return next(((True, o) for o in font_files() if needed <= characters(o)), (False, None))
 
-def _drawable(text:str, path:Path|None) -> str:
+
+def _drawable(text: str, path: Path | None) -> str:
     "A text without the hidden characters that the font would draw as boxes."
     known = characters(path)
     return "".join(o for o in text if unicodedata.category(o) not in ("Cf", "Cc") or ord(o) in known)
 
+
 def text_parts(
-    text:str,
-) -> list[tuple[str, Path|None]]: # parts in order, each with its font; None is Pillow's own
+    text: str,
+) -> list[tuple[str, Path | None]]:  # parts in order, each with its font; None is Pillow's own
     "Which font draws which part of a line of text. Warns once of characters that no font has."
     text = unicodedata.normalize("NFC", text.replace("\t", " "))
     found, path = _font_of(text)
-    if found: return [(_drawable(text, path), path)]
+    if found:
+        return [(_drawable(text, path), path)]
     parts, missing = [], []
     for o in text:
         path = parts[-1][1] if parts else None
         if _visible(o) and ord(o) not in characters(path):
             found, path = _font_of(o)
-            if not found: missing.append(o)
-        if parts and parts[-1][1] == path: parts[-1] = parts[-1][0] + o, path
-        else: parts.append((o, path))
+            if not found:
+                missing.append(o)
+        if parts and parts[-1][1] == path:
+            parts[-1] = parts[-1][0] + o, path
+        else:
+            parts.append((o, path))
     if new := [o for o in dict.fromkeys(missing) if o not in _named]:
         _named.update(new)
         listed = ", ".join(f"{o} (U+{ord(o):04X})" for o in new[:8])
-        if new[8:]: listed += f" and {len(new) - 8} more"
+        if new[8:]:
+            listed += f" and {len(new) - 8} more"
         advice = "install one on this system"
-        if not find_spec("weblate_fonts"): advice = f"pip install weblate-fonts, or {advice}"
+        if not find_spec("weblate_fonts"):
+            advice = f"pip install weblate-fonts, or {advice}"
         warnings.warn(f"no font here has {listed}: drawn as boxes. To see them, {advice}", stacklevel=2)
     return [(_drawable(part, path), path) for part, path in parts]
 
 # %% ../../nbs/core/09_fonts.ipynb #7fce9db4
 @lru_cache(maxsize=64)
-def _loaded(path:Path|None, size:int) -> ImageFont.FreeTypeFont:
+def _loaded(path: Path | None, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
 
+
 def text_length(
-    text:str, # one line
-    size:int, # of the letters, pixels
-) -> float: # pixels
+    text: str,  # one line
+    size: int,  # of the letters, pixels
+) -> float:  # pixels
     "How wide a text will be."
     return sum(_loaded(path, size).getlength(part) for part, path in text_parts(text))
 
+
 def draw_text(
-    draw:ImageDraw.ImageDraw,
-    xy:tuple[float, float], # where it begins, and the middle of the line
-    text:str, # one line
-    size:int, # of the letters, pixels
-    fill, # colour
-    **options, # of Pillow's `text`, such as stroke_width
+    draw: ImageDraw.ImageDraw,
+    xy: tuple[float, float],  # where it begins, and the middle of the line
+    text: str,  # one line
+    size: int,  # of the letters, pixels
+    fill,  # colour
+    **options,  # of Pillow's `text`, such as stroke_width
 ):
     "Draw a text from `xy` to the right, each part of it with a font that has its characters."
     x, y = xy
@@ -125,10 +144,11 @@ def draw_text(
 
 # %% ../../nbs/core/09_fonts.ipynb #f3f4b469
 def plot_families(
-    texts, # what a plot will say
-) -> list[str]: # for `matplotlib.rcParams["font.family"]`
+    texts,  # what a plot will say
+) -> list[str]:  # for `matplotlib.rcParams["font.family"]`
     "The families that have the characters of some texts, matplotlib's own first. Warns as `text_parts`."
     from matplotlib import font_manager
+
     families = ["DejaVu Sans"]
     for path in dict.fromkeys(path for text in texts for _, path in text_parts(text) if path is not None):
         font_manager.fontManager.addfont(path)

@@ -21,61 +21,105 @@ from .segmentation import Segmentation, SegmentationError, _object_mask, _rle_si
 from .vocabulary import composed, find_background
 
 # %% ../../nbs/core/11_formats.ipynb #2bdad49d
-def _read_json(path, keys:tuple[str, ...], kind:str) -> dict:
-    "The object in a JSON file. Raises `SegmentationError` for another kind of file, or one without all of `keys`."
-    try: found = json.loads(Path(path).read_bytes())   # of bytes, it knows UTF-8, UTF-16 and their marks
+def _read_json(path, keys: tuple[str, ...], kind: str) -> dict:
+    """The object in a JSON file.
+
+    Raises `SegmentationError` for another kind of file, or one without all of `keys`.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())  # of bytes, it knows UTF-8, UTF-16 and their marks
     except (OSError, ValueError, RecursionError, MemoryError) as e:
         raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
     missing = [o for o in keys if not isinstance(found, dict) or found.get(o) is None]
-    if missing: raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
+    if missing:
+        raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
     return found
 
-def _write_json(path, content, sources=()): # `sources`: files of the pictures, which are not written over
+
+# `sources`: files of the pictures, which are not written over
+def _write_json(path, content, sources=()):
     refuse_overwrite(path, *sources)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")   # a name that is not UTF-8
+        # a name that is not UTF-8
+        temporary.write_text(
+            json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
+        )
 
-_KINDS = {"a name": lambda o: composed(o) if isinstance(o, str) and o.strip() else None, "text": lambda o: o if isinstance(o, str) and o.strip() else None, "a list": lambda o: o if isinstance(o, list) else None,
-          "an object": lambda o: o if isinstance(o, dict) else None, "a whole number": _whole,
-          "an id": lambda o: o if isinstance(o, str) else _whole(o), "a size in pixels": lambda o: (_whole(o) or 0) if (_whole(o) or 0) > 0 else None}
 
-def _get(entry, key:str, kind:str, where:str, needed:bool=True):
-    "The value of a key, of one of `_KINDS`; None if it is missing or null and not needed. Raises `SegmentationError`, which begins with `where`."
-    if not isinstance(entry, dict): raise SegmentationError(f"{where} is {str(entry)[:60]!r}, not an object")
+_KINDS = {
+    "a name": lambda o: composed(o) if isinstance(o, str) and o.strip() else None,
+    "text": lambda o: o if isinstance(o, str) and o.strip() else None,
+    "a list": lambda o: o if isinstance(o, list) else None,
+    "an object": lambda o: o if isinstance(o, dict) else None,
+    "a whole number": _whole,
+    "an id": lambda o: o if isinstance(o, str) else _whole(o),
+    "a size in pixels": lambda o: (_whole(o) or 0) if (_whole(o) or 0) > 0 else None,
+}
+
+
+def _get(entry, key: str, kind: str, where: str, needed: bool = True):
+    """The value of a key, of one of `_KINDS`;
+    None if it is missing or null and not needed. Raises `SegmentationError`, which begins with `where`.
+    """
+    if not isinstance(entry, dict):
+        raise SegmentationError(f"{where} is {str(entry)[:60]!r}, not an object")
     value = entry.get(key)
     if value is None:
-        if needed: raise SegmentationError(f"{where} has no {key!r}: add {kind}")
+        if needed:
+            raise SegmentationError(f"{where} has no {key!r}: add {kind}")
         return None
     found = _KINDS[kind](value)
-    if found is None: raise SegmentationError(f"{where}: {key!r} is {str(value)[:60]!r}, not {kind}")
+    if found is None:
+        raise SegmentationError(f"{where}: {key!r} is {str(value)[:60]!r}, not {kind}")
     return found
 
-def _size(entry, where:str) -> tuple[int, int]|None: # None: it says none, or half of one
+
+def _size(entry, where: str) -> tuple[int, int] | None:  # None: it says none, or half of one
     "`height` and `width` of an entry. Raises `SegmentationError` for what cannot be one."
     height, width = (_get(entry, o, "a size in pixels", where, needed=False) for o in ("height", "width"))
-    if height and width and height*width > MAX_PIXELS:
+    if height and width and height * width > MAX_PIXELS:
         raise SegmentationError(f"{where}: {height} x {width} pixels are more than {MAX_PIXELS:,}")
     return (height, width) if height and width else None
 
 # %% ../../nbs/core/11_formats.ipynb #d8802598
-def _categories(results:dict[str, Segmentation]) -> list[dict]:
-    "COCO's categories for maps of one vocabulary. Raises `SegmentationError` for maps with different names, or none."
-    if not results: raise SegmentationError("There is nothing to write: give at least one segmentation")
+def _categories(results: dict[str, Segmentation]) -> list[dict]:
+    """COCO's categories for maps of one vocabulary.
+
+    Raises `SegmentationError` for maps with different names, or none.
+    """
+    if not results:
+        raise SegmentationError("There is nothing to write: give at least one segmentation")
     first, *others = results.values()
     if any(o.names != first.names for o in others):
         raise SegmentationError("The segmentations have different names: write them to different files")
-    return [{"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": colour.tolist()} for k, (name, colour) in enumerate(zip(first.names, first.palette))]
+    return [
+        {"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": colour.tolist()}
+        for k, (name, colour) in enumerate(zip(first.names, first.palette))
+    ]
 
-def _colour(entry:dict) -> list[int]|None:
+
+def _colour(entry: dict) -> list[int] | None:
     "The RGB colour of a category, if it has one that can be."
     colour = [_whole(o) for o in entry["color"]] if isinstance(entry.get("color"), list) else []
     return colour if len(colour) == 3 and all(o is not None and 0 <= o <= 255 for o in colour) else None
 
-def _vocabulary(path, categories) -> tuple[list[str], np.ndarray|None, dict[int|str, int]]:
-    "Names in the order of their numbers, their colours if all have one, and {number: index}. Raises `SegmentationError`."
-    if not isinstance(categories, list): raise SegmentationError(f"{path}: 'categories' is not a list")
-    rows = [(_get(o, "id", "an id", f"{path}: category {n}"), _get(o, "name", "a name", f"{path}: category {n}"), _colour(o)) for n, o in enumerate(categories)]
-    if all(isinstance(number, int) for number, *_ in rows): rows.sort(key=lambda o: o[0])
+
+def _vocabulary(path, categories) -> tuple[list[str], np.ndarray | None, dict[int | str, int]]:
+    """Names in the order of their numbers, their colours if all have one, and {number:
+    index}. Raises `SegmentationError`.
+    """
+    if not isinstance(categories, list):
+        raise SegmentationError(f"{path}: 'categories' is not a list")
+    rows = [
+        (
+            _get(o, "id", "an id", f"{path}: category {n}"),
+            _get(o, "name", "a name", f"{path}: category {n}"),
+            _colour(o),
+        )
+        for n, o in enumerate(categories)
+    ]
+    if all(isinstance(number, int) for number, *_ in rows):
+        rows.sort(key=lambda o: o[0])
     index = {number: k for k, (number, *_) in enumerate(rows)}
     for what, found in (("id", [o[0] for o in rows]), ("name", [o[1] for o in rows])):
         twice = next((o for o in found if found.count(o) > 1), None)
@@ -84,74 +128,136 @@ def _vocabulary(path, categories) -> tuple[list[str], np.ndarray|None, dict[int|
     colours = [o[2] for o in rows]
     return [o[1] for o in rows], np.array(colours) if rows and all(colours) else None, index
 
-def _images(path, images) -> dict[int|str, tuple[str, tuple[int, int]|None]]: # by id: the file's name, and its height and width
-    "The pictures that a file lists. Raises `SegmentationError`, also for two of one name, since results go by name."
-    if not isinstance(images, list): raise SegmentationError(f"{path}: 'images' is not a list")
+
+# by id: the file's name, and its height and width
+def _images(path, images) -> dict[int | str, tuple[str, tuple[int, int] | None]]:
+    """The pictures that a file lists.
+
+    Raises `SegmentationError`, also for two of one name, since results go by name.
+    """
+    if not isinstance(images, list):
+        raise SegmentationError(f"{path}: 'images' is not a list")
     found, places = {}, {}
     for n, o in enumerate(images):
         where = f"{path}: image {n}"
-        number, name, size = _get(o, "id", "an id", where), _get(o, "file_name", "text", where), _size(o, where)
+        number, name, size = (
+            _get(o, "id", "an id", where),
+            _get(o, "file_name", "text", where),
+            _size(o, where),
+        )
         if number in found:
-            raise SegmentationError(f"{where} has the id {number!r}, which another image has too: renumber one")
+            raise SegmentationError(
+                f"{where} has the id {number!r}, which another image has too: renumber one"
+            )
         if name in places:
-            raise SegmentationError(f"{where} is named {name!r} as image {places[name]} is: results go by name, so rename one (a path with folders is a name too)")
+            raise SegmentationError(
+                f"{where} is named {name!r} as image {places[name]} is: results go by name, so rename one (a"
+                " path with folders is a name too)"
+            )
         found[number], places[name] = (name, size), n
     return found
 
-def _finished(path, maps:dict[str, np.ndarray], names:list[str], palette:np.ndarray|None) -> dict[str, Segmentation]:
+
+def _finished(
+    path, maps: dict[str, np.ndarray], names: list[str], palette: np.ndarray | None
+) -> dict[str, Segmentation]:
     "Label maps in which -1 is `background`, a name that is added if it is needed and not there."
     names, ground = list(names), find_background(names)
     if ground is None and any((o < 0).any() for o in maps.values()):
         ground = len(names)
         names.append("background")
-        if palette is not None: palette = np.vstack([palette, np.zeros((1, 3), int)])
+        if palette is not None:
+            palette = np.vstack([palette, np.zeros((1, 3), int)])
     try:
-        return {name: Segmentation(np.where(labels < 0, ground or 0, labels), names, palette) for name, labels in maps.items()}
-    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
+        return {
+            name: Segmentation(np.where(labels < 0, ground or 0, labels), names, palette)
+            for name, labels in maps.items()
+        }
+    except SegmentationError as e:
+        raise SegmentationError(f"{path}: {e}") from None
 
 # %% ../../nbs/core/11_formats.ipynb #e5e5e24a
 def save_coco(
-    results:dict[str, Segmentation], # {file name of the picture: its label map}, all with the same names
-    path, # the JSON file
+    # {file name of the picture: its label map}, all with the same names
+    results: dict[str, Segmentation],
+    path,  # the JSON file
 ):
-    "Write label maps as one COCO file of RLE masks, one annotation per class and picture. Raises `SegmentationError` for maps of different names."
+    """Write label maps as one COCO file of RLE masks, one annotation per class and picture.
+
+    Raises `SegmentationError` for maps of different names.
+    """
     categories, images, annotations = _categories(results), [], []
     for number, (name, result) in enumerate(results.items(), 1):
-        images.append({"id": number, "file_name": name, "height": result.labels.shape[0], "width": result.labels.shape[1]})
+        images.append(
+            {
+                "id": number,
+                "file_name": name,
+                "height": result.labels.shape[0],
+                "width": result.labels.shape[1],
+            }
+        )
         annotations += result.to_coco(number)
-    _write_json(path, {"info": {"description": "label maps of ovss_nb"}, "licenses": [], "images": images,
-                       "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)], "categories": categories}, [o.source for o in results.values()])
+    _write_json(
+        path,
+        {
+            "info": {"description": "label maps of ovss_nb"},
+            "licenses": [],
+            "images": images,
+            "annotations": [{"id": i, **o} for i, o in enumerate(annotations, 1)],
+            "categories": categories,
+        },
+        [o.source for o in results.values()],
+    )
 
-def _no_mask(segmentation) -> bool: return segmentation is None or isinstance(segmentation, list) and not any(segmentation)
 
-def _painted(image:str, size:tuple[int, int]|None, rows:list) -> np.ndarray: # H x W, -1 where nothing is
+def _no_mask(segmentation) -> bool:
+    return segmentation is None or isinstance(segmentation, list) and not any(segmentation)
+
+
+def _painted(
+    image: str, size: tuple[int, int] | None, rows: list
+) -> np.ndarray:  # H x W, -1 where nothing is
     "The masks of one picture, crowds first. `rows`: where it stands, class, whether it is a crowd, mask."
     rows = sorted((o for o in rows if not _no_mask(o[3])), key=lambda o: not o[2])
     for where, _, _, mask in rows:
-        if not isinstance(mask, dict): continue
-        try: own = _rle_size(mask)
-        except ValueError as e: raise SegmentationError(f"{where}: broken mask ({e})") from None
+        if not isinstance(mask, dict):
+            continue
+        try:
+            own = _rle_size(mask)
+        except ValueError as e:
+            raise SegmentationError(f"{where}: broken mask ({e})") from None
         if size and own != size:
-            raise SegmentationError(f"{where}: its mask has {own[0]} x {own[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+            raise SegmentationError(
+                f"{where}: its mask has {own[0]} x {own[1]} pixels, but its image has {size[0]} x {size[1]}."
+                " Mend the one that is wrong"
+            )
         size = own
     if size is None:
-        raise SegmentationError(f"{image} has no 'height' and 'width', and no run-length mask that says them: add them")
+        raise SegmentationError(
+            f"{image} has no 'height' and 'width', and no run-length mask that says them: add them"
+        )
     labels = np.full(size, -1)
     for where, k, _, mask in rows:
-        try: labels[_object_mask(mask, *size)] = k
+        try:
+            labels[_object_mask(mask, *size)] = k
         except (ValueError, TypeError, OverflowError, MemoryError) as e:
             raise SegmentationError(f"{where}: broken mask ({e})") from e
     return labels
 
+
 def load_coco(
-    path, # a COCO file; masks may be polygons or run lengths, compressed or not
-) -> dict[str, Segmentation]: # {file name of the picture: its label map}
-    """The inverse of `save_coco`; also for such files from elsewhere. Pixels under no annotation are `background`, a name that is added at
-    the end if no category has it. Raises `SegmentationError`, which names the entry at fault, and warns of annotations without a mask."""
+    path,  # a COCO file; masks may be polygons or run lengths, compressed or not
+) -> dict[str, Segmentation]:  # {file name of the picture: its label map}
+    """The inverse of `save_coco`; also for such files from elsewhere. Pixels under no annotation are
+    `background`, a name that is added at
+    the end if no category has it. Raises `SegmentationError`, which names the entry at fault, and warns of
+    annotations without a mask.
+    """
     stored = _read_json(path, ("images", "annotations", "categories"), "COCO")
     names, palette, index = _vocabulary(path, stored["categories"])
     images, annotations = _images(path, stored["images"]), stored["annotations"]
-    if not isinstance(annotations, list): raise SegmentationError(f"{path}: 'annotations' is not a list")
+    if not isinstance(annotations, list):
+        raise SegmentationError(f"{path}: 'annotations' is not a list")
     rows = {number: [] for number in images}
     for n, o in enumerate(annotations):
         where = f"{path}: annotation {o.get('id', n) if isinstance(o, dict) else n}"
@@ -165,47 +271,81 @@ def load_coco(
     if bare and len(bare) == len(annotations):
         raise SegmentationError(f"{path} has boxes only: no annotation has a mask in 'segmentation'")
     if bare:
-        warnings.warn(f"{bare[0]} has no mask" + (f", and {len(bare) - 1} others have none" if len(bare) > 1 else "") + ": left out", stacklevel=2)
-    maps = {name: _painted(f"{path}: image {name}", size, rows[number]) for number, (name, size) in images.items()}
+        warnings.warn(
+            f"{bare[0]} has no mask"
+            + (f", and {len(bare) - 1} others have none" if len(bare) > 1 else "")
+            + ": left out",
+            stacklevel=2,
+        )
+    maps = {
+        name: _painted(f"{path}: image {name}", size, rows[number]) for number, (name, size) in images.items()
+    }
     return _finished(path, maps, names, palette)
 
 # %% ../../nbs/core/11_formats.ipynb #6702922c
 def save_panoptic(
-    results:dict[str, Segmentation], # {file name of the picture: its label map}, all with the same names
-    path, # the JSON file; the PNG files go to the folder of the same name beside it
+    # {file name of the picture: its label map}, all with the same names
+    results: dict[str, Segmentation],
+    path,  # the JSON file; the PNG files go to the folder of the same name beside it
 ):
-    "Write label maps in COCO's panoptic format. Raises `SegmentationError` for maps of different names, or two pictures that differ in their suffix only."
+    """Write label maps in COCO's panoptic format.
+
+    Raises `SegmentationError` for maps of different names, or two pictures that differ in their suffix only.
+    """
     path, categories, images, annotations = Path(path), _categories(results), [], []
     stems = [Path(o).stem for o in results]
     if len(set(stems)) < len(stems):
-        raise SegmentationError("Two pictures have one name without the suffix: rename one, since both would be written to one PNG")
+        raise SegmentationError(
+            "Two pictures have one name without the suffix: rename one, since both would be written to"
+            " one PNG"
+        )
     pictures = path.with_suffix("")
-    refuse_overwrite([path, *(pictures/f"{o}.png" for o in stems)], *results, *(o.source for o in results.values()))
+    refuse_overwrite(
+        [path, *(pictures / f"{o}.png" for o in stems)], *results, *(o.source for o in results.values())
+    )
     pictures.mkdir(parents=True, exist_ok=True)
     for number, (name, result) in enumerate(results.items(), 1):
         file, ids = f"{Path(name).stem}.png", result.labels + 1
         rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-        with atomic_path(pictures/file) as temporary: Image.fromarray(rgb).save(temporary, "PNG")
-        segments = [{key: o[key] for key in ("category_id", "area", "bbox", "iscrowd")} | {"id": o["category_id"]} for o in result.to_coco(number)]
+        with atomic_path(pictures / file) as temporary:
+            Image.fromarray(rgb).save(temporary, "PNG")
+        segments = [
+            {key: o[key] for key in ("category_id", "area", "bbox", "iscrowd")} | {"id": o["category_id"]}
+            for o in result.to_coco(number)
+        ]
         images.append({"id": number, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
         annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
     _write_json(path, {"images": images, "annotations": annotations, "categories": categories})
 
-def _panoptic_picture(file:Path, size:tuple[int, int]|None) -> np.ndarray: # H x W numbers of segments
-    "The numbers that a panoptic PNG stores. Raises `SegmentationError` for another kind of file, or another size."
+
+# H x W numbers of segments
+def _panoptic_picture(file: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """The numbers that a panoptic PNG stores.
+
+    Raises `SegmentationError` for another kind of file, or another size.
+    """
     try:
         with Image.open(file, formats=["PNG"]) as image:
             rgb = np.asarray(image.convert("RGB")).astype(np.int64)
-    except PILLOW_ERRORS as e: raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
+    except PILLOW_ERRORS as e:
+        raise SegmentationError(f"{file} is not a readable PNG file ({e})") from e
     if size and rgb.shape[:2] != size:
-        raise SegmentationError(f"{file} has {rgb.shape[0]} x {rgb.shape[1]} pixels, but its image has {size[0]} x {size[1]}. Mend the one that is wrong")
+        raise SegmentationError(
+            f"{file} has {rgb.shape[0]} x {rgb.shape[1]} pixels, but its image has {size[0]} x {size[1]}."
+            " Mend the one that is wrong"
+        )
     return rgb @ [1, 256, 65536]
 
+
 def load_panoptic(
-    path, # the JSON file, with the PNG files in the folder of the same name
-) -> dict[str, Segmentation]: # {file name of the picture: its label map}; segments of one category become one class
-    """The inverse of `save_panoptic`; also for such files from elsewhere. Number 0, and a picture without an annotation, is `background`, a name
-    that is added at the end if no category has it. Raises `SegmentationError`, which names the entry at fault."""
+    path,  # the JSON file, with the PNG files in the folder of the same name
+    # {file name of the picture: its label map}; segments of one category become one class
+) -> dict[str, Segmentation]:
+    """The inverse of `save_panoptic`; also for such files from elsewhere. Number 0, and a picture without an
+    annotation, is `background`, a name
+    that is added at the end if no category has it. Raises `SegmentationError`, which names the entry at
+    fault.
+    """
     stored = _read_json(path, ("images", "annotations", "categories"), "panoptic")
     names, palette, index = _vocabulary(path, stored["categories"])
     images, maps = _images(path, stored["images"]), {}
@@ -217,81 +357,136 @@ def load_panoptic(
         if number not in images:
             raise SegmentationError(f"{where} belongs to image {number!r}, which the file does not list")
         name, size = images[number]
-        if name in maps: raise SegmentationError(f"{where} is the second one of image {number!r}: remove one")
-        file = Path(path).with_suffix("")/_get(annotation, "file_name", "text", where)
+        if name in maps:
+            raise SegmentationError(f"{where} is the second one of image {number!r}: remove one")
+        file = Path(path).with_suffix("") / _get(annotation, "file_name", "text", where)
         for k, o in enumerate(_get(annotation, "segments_info", "a list", where)):
-            segment, category = _get(o, "id", "a whole number", f"{where}, segment {k}"), _get(o, "category_id", "an id", f"{where}, segment {k}")
+            segment, category = (
+                _get(o, "id", "a whole number", f"{where}, segment {k}"),
+                _get(o, "category_id", "an id", f"{where}, segment {k}"),
+            )
             if category not in index:
-                raise SegmentationError(f"{where}, segment {k} has category {category!r}, which the file does not list")
+                raise SegmentationError(
+                    f"{where}, segment {k} has category {category!r}, which the file does not list"
+                )
             table[segment] = index[category]
         picture = _panoptic_picture(file, size)
         ids, position = np.unique(picture, return_inverse=True)
         strange = next((o for o in ids.tolist() if o not in table), None)
         if strange is not None:
-            raise SegmentationError(f"{file}: segment {strange} has no category. Add it to 'segments_info', or paint it 0")
+            raise SegmentationError(
+                f"{file}: segment {strange} has no category. Add it to 'segments_info', or paint it 0"
+            )
         maps[name] = np.array([table[o] for o in ids.tolist()])[position].reshape(picture.shape)
     for name, size in images.values():
-        if name in maps: continue
+        if name in maps:
+            continue
         if size is None:
-            raise SegmentationError(f"{path}: image {name} has no annotation, and no 'height' and 'width': add them")
+            raise SegmentationError(
+                f"{path}: image {name} has no annotation, and no 'height' and 'width': add them"
+            )
         maps[name] = np.full(size, -1)
     return _finished(path, maps, names, palette)
 
 # %% ../../nbs/core/11_formats.ipynb #18d7e105
-def _ring_area(ring:np.ndarray) -> float:
+def _ring_area(ring: np.ndarray) -> float:
     "Signed area of a closed ring `n x 2`: positive if x turns towards y."
     (x, y), (u, v) = ring[:-1].T, ring[1:].T
-    return float((x*v - u*y).sum()/2)
+    return float((x * v - u * y).sum() / 2)
+
 
 def polygons(
-    segmentation:Segmentation,
-) -> list[tuple[int, list[np.ndarray]]]: # per connected part its class, and its closed rings `n x 2` (x, y): the outer one first, then holes
+    segmentation: Segmentation,
+    # per connected part its class, and its closed rings `n x 2` (x, y): the outer one first, then holes
+) -> list[tuple[int, list[np.ndarray]]]:
     "Exact outlines along the edges of pixels, 4-connected. Needs the extra `geo`."
     shapes = require("rasterio.features", "geo").shapes(segmentation.labels, connectivity=4)
     found = []
     for shape, k in shapes:
         rings = [np.array(o) for o in shape["coordinates"]]
-        found.append((int(k), [o if (_ring_area(o) > 0) == (i == 0) else o[::-1] for i, o in enumerate(rings)]))
+        found.append(
+            (int(k), [o if (_ring_area(o) > 0) == (i == 0) else o[::-1] for i, o in enumerate(rings)])
+        )
     return found
 
 # %% ../../nbs/core/11_formats.ipynb #1e10df02
-def _turned(rings:list[np.ndarray], matrix:np.ndarray) -> list[list]:
+def _turned(rings: list[np.ndarray], matrix: np.ndarray) -> list[list]:
     "Rings at their places, the outer one counter-clockwise as RFC 7946 wants it."
     placed = [o @ matrix[:, :2].T + matrix[:, 2] for o in rings]
     return [(o if (_ring_area(o) > 0) == (i == 0) else o[::-1]).tolist() for i, o in enumerate(placed)]
 
+
 def save_geojson(
-    segmentation:Segmentation,
-    path, # the file to write
-    transform=None, # six numbers a, b, c, d, e, f from pixels to places, such as rasterio's `Affine`; default: pixels
-    crs:str="", # the reference system of these places, e.g. "EPSG:32633"; empty for longitude and latitude, or pixels
+    segmentation: Segmentation,
+    path,  # the file to write
+    # six numbers a, b, c, d, e, f from pixels to places, such as rasterio's `Affine`; default: pixels
+    transform=None,
+    # the reference system of these places, e.g. "EPSG:32633"; empty for longitude and latitude, or pixels
+    crs: str = "",
 ):
     "Write one `MultiPolygon` per class that occurs. Needs the extra `geo`."
     matrix = np.array([1, 0, 0, 0, 1, 0] if transform is None else tuple(transform)[:6], float).reshape(2, 3)
     parts = {}
-    for k, rings in polygons(segmentation): parts.setdefault(k, []).append(_turned(rings, matrix))
-    features = [{"type": "Feature", "properties": {"name": segmentation.names[k], "class": k, "pixels": int((segmentation.labels == k).sum())},
-                 "geometry": {"type": "MultiPolygon", "coordinates": parts[k]}} for k in sorted(parts)]
-    own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "size": segmentation.labels.shape, "transform": matrix.ravel().tolist()}
-    reference = {"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:" + crs.replace(":", "::")}}} if crs else {}
-    _write_json(path, {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own}, [segmentation.source])
+    for k, rings in polygons(segmentation):
+        parts.setdefault(k, []).append(_turned(rings, matrix))
+    features = [
+        {
+            "type": "Feature",
+            "properties": {
+                "name": segmentation.names[k],
+                "class": k,
+                "pixels": int((segmentation.labels == k).sum()),
+            },
+            "geometry": {"type": "MultiPolygon", "coordinates": parts[k]},
+        }
+        for k in sorted(parts)
+    ]
+    own = {
+        "names": segmentation.names,
+        "palette": segmentation.palette.tolist(),
+        "size": segmentation.labels.shape,
+        "transform": matrix.ravel().tolist(),
+    }
+    reference = (
+        {"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:" + crs.replace(":", "::")}}}
+        if crs
+        else {}
+    )
+    _write_json(
+        path,
+        {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own},
+        [segmentation.source],
+    )
 
-def _own_member(stored:dict, path) -> tuple[list[str], np.ndarray|None]:
-    "Names and colours in the member `ovss_nb` of a file. Raises `SegmentationError` for names that cannot be."
+
+def _own_member(stored: dict, path) -> tuple[list[str], np.ndarray | None]:
+    """Names and colours in the member `ovss_nb` of a file.
+
+    Raises `SegmentationError` for names that cannot be.
+    """
     where = f"{path}: 'ovss_nb'"
     names = _get(stored["ovss_nb"], "names", "a list", where)
     if not names or not all(isinstance(o, str) for o in names):
         raise SegmentationError(f"{where}: 'names' is {str(names)[:60]}, not a list of names")
-    colours = [_colour(dict(color=o)) for o in stored["ovss_nb"].get("palette") or [] ] if isinstance(stored["ovss_nb"].get("palette"), list) else []
-    return list(map(composed, names)), np.array(colours) if len(colours) == len(names) and all(colours) else None
+    colours = (
+        [_colour(dict(color=o)) for o in stored["ovss_nb"].get("palette") or []]
+        if isinstance(stored["ovss_nb"].get("palette"), list)
+        else []
+    )
+    return list(map(composed, names)), (
+        np.array(colours) if len(colours) == len(names) and all(colours) else None
+    )
 
-def _rings(geometry:dict, where:str) -> dict: # the geometry in plain numbers
+
+def _rings(geometry: dict, where: str) -> dict:  # the geometry in plain numbers
     "Check a polygon or multi-polygon, since GDAL leaves out what it cannot read. Raises `SegmentationError`."
     kind, parts = _get(geometry, "type", "text", where), _get(geometry, "coordinates", "a list", where)
     if kind not in ("Polygon", "MultiPolygon"):
         raise SegmentationError(f"{where} is a {kind}: redraw it as a polygon")
     try:
-        parts = [[np.array(ring, float) for ring in part] for part in ([parts] if kind == "Polygon" else parts)]
+        parts = [
+            [np.array(ring, float) for ring in part] for part in ([parts] if kind == "Polygon" else parts)
+        ]
     except (ValueError, TypeError, OverflowError):
         raise SegmentationError(f"{where} has coordinates that are not lists of numbers") from None
     for ring in (ring for part in parts for ring in part):
@@ -299,207 +494,347 @@ def _rings(geometry:dict, where:str) -> dict: # the geometry in plain numbers
             raise SegmentationError(f"{where} has a ring that is not at least four [x, y]: draw it again")
     return dict(type="MultiPolygon", coordinates=[[ring.tolist() for ring in part] for part in parts if part])
 
+
 def load_geojson(
-    path, # a file of `save_geojson`; its geometry may have been edited since
+    path,  # a file of `save_geojson`; its geometry may have been edited since
 ) -> Segmentation:
-    "The inverse of `save_geojson`: features are drawn in their order. Raises `SegmentationError` for other files, unknown names, or uncovered pixels without a `background`."
+    """The inverse of `save_geojson`:
+    features are drawn in their order. Raises `SegmentationError` for other files, unknown names, or uncovered
+    pixels without a `background`.
+    """
     stored = _read_json(path, ("features", "ovss_nb"), "GeoJSON")
-    (names, palette), own, features = _own_member(stored, path), stored["ovss_nb"], require("rasterio.features", "geo")
+    (names, palette), own, features = (
+        _own_member(stored, path),
+        stored["ovss_nb"],
+        require("rasterio.features", "geo"),
+    )
     size = [_whole(o) for o in _get(own, "size", "a list", f"{path}: 'ovss_nb'")]
-    if len(size) != 2 or None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS:
+    if len(size) != 2 or None in size or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise SegmentationError(f"{path}: the size {own['size']} is no height and width in pixels")
     numbers = _get(own, "transform", "a list", f"{path}: 'ovss_nb'")
     good = len(numbers) == 6 and all(isinstance(o, (int, float)) and abs(o) < 1e12 for o in numbers)
-    if not good or abs(numbers[0]*numbers[4] - numbers[1]*numbers[3]) < 1e-24:
-        raise SegmentationError(f"{path}: the transform {numbers} is not six numbers that lead from pixels to places")
+    if not good or abs(numbers[0] * numbers[4] - numbers[1] * numbers[3]) < 1e-24:
+        raise SegmentationError(
+            f"{path}: the transform {numbers} is not six numbers that lead from pixels to places"
+        )
     shapes = []
     for n, o in enumerate(_get(stored, "features", "a list", str(path))):
         where = f"{path}: feature {n}"
-        name, geometry = _get(_get(o, "properties", "an object", where), "name", "a name", where), _get(o, "geometry", "an object", where, needed=False)
+        name, geometry = (
+            _get(_get(o, "properties", "an object", where), "name", "a name", where),
+            _get(o, "geometry", "an object", where, needed=False),
+        )
         if name not in names:
-            raise SegmentationError(f"{where}: there is no class {name!r}. The classes are: {', '.join(names[:20])}")
-        if geometry is None: continue   # which the standard allows: a feature without a place
+            raise SegmentationError(
+                f"{where}: there is no class {name!r}. The classes are: {', '.join(names[:20])}"
+            )
+        if geometry is None:
+            continue  # which the standard allows: a feature without a place
         geometry = _rings(geometry, where)
-        if geometry["coordinates"]: shapes.append((geometry, names.index(name) + 1))
+        if geometry["coordinates"]:
+            shapes.append((geometry, names.index(name) + 1))
     matrix = require("affine", "geo").Affine(*numbers)
-    labels = features.rasterize(shapes, size, transform=matrix, dtype="int32") if shapes else np.zeros(size, np.int32)
+    labels = (
+        features.rasterize(shapes, size, transform=matrix, dtype="int32")
+        if shapes
+        else np.zeros(size, np.int32)
+    )
     return _named(path, _covered(labels.astype(np.int64) - 1, names, path), names, palette)
 
-def _named(path, labels, names, palette) -> Segmentation:
-    try: return Segmentation(labels, names, palette)
-    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
 
-def _covered(labels:np.ndarray, names:list[str], path) -> np.ndarray:
+def _named(path, labels, names, palette) -> Segmentation:
+    try:
+        return Segmentation(labels, names, palette)
+    except SegmentationError as e:
+        raise SegmentationError(f"{path}: {e}") from None
+
+
+def _covered(labels: np.ndarray, names: list[str], path) -> np.ndarray:
     "Labels with -1 replaced by the background. Raises `SegmentationError` where there is none."
     if (labels < 0).any():
         if (background := find_background(names)) is None:
-            raise SegmentationError(f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them")
+            raise SegmentationError(
+                f"{path}: no polygon covers {(labels < 0).sum():,} pixels. Add the name 'background' for them"
+            )
         labels[labels < 0] = background
     return labels
 
 # %% ../../nbs/core/11_formats.ipynb #613a57f8
-def _through_centres(ring:np.ndarray) -> np.ndarray:
-    "The pixels along the inner side of a ring with positive area, `n x 2` (x, y), n at least 3; straight runs are shortened to their ends."
+def _through_centres(ring: np.ndarray) -> np.ndarray:
+    """The pixels along the inner side of a ring with positive area, `n x 2` (x, y), n at least 3;
+    straight runs are shortened to their ends.
+    """
     steps = np.diff(ring, axis=0).astype(int)
     length = np.abs(steps).sum(1)
-    unit = np.repeat(steps//length[:, None], length, 0)
+    unit = np.repeat(steps // length[:, None], length, 0)
     at = np.vstack([ring[:1].astype(int), ring[0].astype(int) + unit.cumsum(0)])[:-1]
-    inner = at + (unit + np.stack([-unit[:, 1], unit[:, 0]], 1) - 1)//2   # middle of the edge, half a pixel to its left
+    # middle of the edge, half a pixel to its left
+    inner = at + (unit + np.stack([-unit[:, 1], unit[:, 0]], 1) - 1) // 2
     inner = inner[(inner != np.roll(inner, 1, 0)).any(1)] if len(np.unique(inner, axis=0)) > 1 else inner[:1]
     turns = ((np.roll(inner, -1, 0) - inner) != (inner - np.roll(inner, 1, 0))).any(1)
     inner = inner[turns] if turns.any() else inner
     return np.vstack([inner, np.repeat(inner[-1:], max(0, 3 - len(inner)), 0)])
 
-def _seen_from(folder:Path, image) -> str:
+
+def _seen_from(folder: Path, image) -> str:
     "The path of a picture as labelme writes it: seen from the JSON file's folder, with forward slashes."
     image = Path(image)
-    place = os.path.realpath(image.parent)   # of the folder, since a way up through a link leads elsewhere
-    try: return Path(os.path.relpath(os.path.join(place, image.name), os.path.realpath(folder))).as_posix()
-    except ValueError: return Path(place, image.name).as_posix()   # another drive of Windows
+    # of the folder, since a way up through a link leads elsewhere
+    place = os.path.realpath(image.parent)
+    try:
+        return Path(os.path.relpath(os.path.join(place, image.name), os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return Path(place, image.name).as_posix()  # another drive of Windows
 
-def _drawn(shapes:list) -> str: # what labelme's users change
-    return hashlib.sha256(json.dumps([[o.get("label"), o.get("points")] for o in shapes]).encode()).hexdigest()[:16]
 
-def _refuse_to_replace(path:Path):
-    "Raise `SegmentationError` if a file holds labels that `save_labelme` did not write, or that were edited since."
-    if not path.exists(): return
-    try: stored = json.loads(path.read_bytes()); same = stored["ovss_nb"]["drawn"] == _drawn(stored["shapes"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): same = False
+def _drawn(shapes: list) -> str:  # what labelme's users change
+    return hashlib.sha256(
+        json.dumps([[o.get("label"), o.get("points")] for o in shapes]).encode()
+    ).hexdigest()[:16]
+
+
+def _refuse_to_replace(path: Path):
+    """Raise `SegmentationError` if a file holds labels that `save_labelme` did not write, or that were edited
+    since.
+    """
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+        same = stored["ovss_nb"]["drawn"] == _drawn(stored["shapes"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        same = False
     if not same:
-        raise SegmentationError(f"{path} holds labels that were not written here, or were edited since: it is not replaced. Write to another folder, or move it away")
+        raise SegmentationError(
+            f"{path} holds labels that were not written here, or were edited since: it is not replaced. Write"
+            " to another folder, or move it away"
+        )
+
 
 def save_labelme(
-    segmentation:Segmentation,
-    path, # the JSON file; labelme expects the name of the picture with .json
-    image="", # path of the picture; default, or where there is no such file: the segmentation's own picture is put into the file
-    embed:bool=False, # put the picture into the file in any case
+    segmentation: Segmentation,
+    path,  # the JSON file; labelme expects the name of the picture with .json
+    # path of the picture; default, or where there is no such file: the segmentation's own picture is put into
+    # the file
+    image="",
+    embed: bool = False,  # put the picture into the file in any case
 ):
-    """Write labelme polygons, large before small, so that painting them in order gives the map again. Needs the extra `geo`.
+    """Write labelme polygons, large before small, so that painting them in order gives the map again. Needs
+    the extra `geo`.
 
-    Raises `SegmentationError` rather than replace a file that somebody drew or edited."""
+    Raises `SegmentationError` rather than replace a file that somebody drew or edited.
+    """
     path = Path(path)
     _refuse_to_replace(path)
     rings = sorted(((k, o[0]) for k, o in polygons(segmentation)), key=lambda o: -_ring_area(o[1]))
-    shapes = [{"label": segmentation.names[k], "points": _through_centres(ring).astype(float).tolist(), "group_id": None, "description": "", "shape_type": "polygon", "flags": {}, "mask": None}
-              for k, ring in rings]
+    shapes = [
+        {
+            "label": segmentation.names[k],
+            "points": _through_centres(ring).astype(float).tolist(),
+            "group_id": None,
+            "description": "",
+            "shape_type": "polygon",
+            "flags": {},
+            "mask": None,
+        }
+        for k, ring in rings
+    ]
     height, width = segmentation.labels.shape
-    place = next((o for o in (Path(image), path.parent/image) if image and o.is_file()), None)
+    place = next((o for o in (Path(image), path.parent / image) if image and o.is_file()), None)
     inside = None
     if segmentation.image is not None and (embed or place is None):
         file = BytesIO()
         Image.fromarray(segmentation.image).save(file, "JPEG", quality=95)
         inside = base64.b64encode(file.getvalue()).decode()
     elif embed:
-        raise SegmentationError(f"{path}: the segmentation has no picture to put inside. Make it with image=...")
-    seen = _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
+        raise SegmentationError(
+            f"{path}: the segmentation has no picture to put inside. Make it with image=..."
+        )
+    seen = (
+        _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
+    )
     own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "drawn": _drawn(shapes)}
-    _write_json(path, {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": seen, "imageData": inside, "imageHeight": height, "imageWidth": width, "ovss_nb": own}, [segmentation.source, place])
+    _write_json(
+        path,
+        {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": seen,
+            "imageData": inside,
+            "imageHeight": height,
+            "imageWidth": width,
+            "ovss_nb": own,
+        },
+        [segmentation.source, place],
+    )
 
 # %% ../../nbs/core/11_formats.ipynb #9a68f182
-def _labelme_size(stored:dict, path:Path) -> tuple[int, int]:
-    "Height and width of the picture, as the file says, or else as its picture is. Raises `SegmentationError` where the two differ, or neither is there."
-    said = [_get(stored, o, "a size in pixels", str(path), needed=False) for o in ("imageHeight", "imageWidth")]
+def _labelme_size(stored: dict, path: Path) -> tuple[int, int]:
+    """Height and width of the picture, as the file says, or else as its picture is.
+
+    Raises `SegmentationError` where the two differ, or neither is there.
+    """
+    said = [
+        _get(stored, o, "a size in pixels", str(path), needed=False) for o in ("imageHeight", "imageWidth")
+    ]
     picture = None
     if isinstance(stored.get("imageData"), str) and stored["imageData"]:
-        try: picture = BytesIO(base64.b64decode(stored["imageData"]))
+        try:
+            picture = BytesIO(base64.b64decode(stored["imageData"]))
         except (binascii.Error, ValueError) as e:
             raise SegmentationError(f"{path}: 'imageData' is no picture ({e})") from None
     elif isinstance(stored.get("imagePath"), str) and stored["imagePath"].strip():
-        picture = path.parent/PureWindowsPath(stored["imagePath"]).as_posix()   # as labelme does: either slash
-        if not picture.is_file(): picture = None
+        # as labelme does: either slash
+        picture = path.parent / PureWindowsPath(stored["imagePath"]).as_posix()
+        if not picture.is_file():
+            picture = None
     if picture:
-        try: size = image_size(picture)
+        try:
+            size = image_size(picture)
         except ImageError as e:
             if isinstance(picture, BytesIO):
                 fix = "Set it to null, and lay the picture beside the file"
                 raise SegmentationError(f"{path}: 'imageData' is no picture. {fix}") from None
-            if None in said: raise SegmentationError(f"{path}: {e}") from None
+            if None in said:
+                raise SegmentationError(f"{path}: {e}") from None
             size = tuple(said)
         if None not in said and tuple(said) != size:
-            raise SegmentationError(f"{path} says {said[0]} x {said[1]} pixels, its picture has {size[0]} x {size[1]}: the labels belong to another picture")
+            raise SegmentationError(
+                f"{path} says {said[0]} x {said[1]} pixels, its picture has {size[0]} x {size[1]}: the labels"
+                " belong to another picture"
+            )
         said = size
     for key, value in zip(("imageHeight", "imageWidth"), said):
         if value is None:
             raise SegmentationError(f"{path} has no {key!r}, and its picture is not there: add it")
-    if said[0]*said[1] > MAX_PIXELS:
+    if said[0] * said[1] > MAX_PIXELS:
         raise SegmentationError(f"{path}: {said[0]} x {said[1]} pixels are more than {MAX_PIXELS:,}")
     return tuple(said)
 
-def _labelme_shape(o, where:str, size:tuple[int, int]) -> tuple[str, str, list]: # label, kind, points
+
+def _labelme_shape(o, where: str, size: tuple[int, int]) -> tuple[str, str, list]:  # label, kind, points
     "The parts of a shape. Raises `SegmentationError` for a kind that is not read, and points that are none."
-    label, kind = _get(o, "label", "a name", where), _get(o, "shape_type", "text", where, needed=False) or "polygon"   # as labelme does
+    # as labelme does
+    label, kind = (
+        _get(o, "label", "a name", where),
+        _get(o, "shape_type", "text", where, needed=False) or "polygon",
+    )
     given = _get(o, "points", "a list", where)
-    try: points = np.array(given, float).reshape(len(given), 2)
+    try:
+        points = np.array(given, float).reshape(len(given), 2)
     except (ValueError, TypeError, OverflowError):
         raise SegmentationError(f"{where}: the points of {label!r} are not a list of [x, y]") from None
-    if not (abs(points) <= 10*max(size)).all():
-        raise SegmentationError(f"{where}: {label!r} has points far outside the picture, or none that are numbers")
-    wanted = dict(polygon=len(given) > 2, rectangle=len(given) in (2, 4), oriented_rectangle=len(given) == 4, mask=len(given) == 2).get(kind, False)
+    if not (abs(points) <= 10 * max(size)).all():
+        raise SegmentationError(
+            f"{where}: {label!r} has points far outside the picture, or none that are numbers"
+        )
+    wanted = dict(
+        polygon=len(given) > 2,
+        rectangle=len(given) in (2, 4),
+        oriented_rectangle=len(given) == 4,
+        mask=len(given) == 2,
+    ).get(kind, False)
     if not wanted:
-        raise SegmentationError(f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a rectangle")
+        raise SegmentationError(
+            f"{where}: a {kind} of {len(given)} points is not read. Redraw {label!r} as a polygon or a"
+            " rectangle"
+        )
     return label, kind, [tuple(p) for p in points.tolist()]
 
-def _labelme_mask(o, where:str) -> Image.Image:
+
+def _labelme_mask(o, where: str) -> Image.Image:
     "The mask of a shape of kind `mask`: base64 of a PNG. Raises `SegmentationError`."
     try:
         with Image.open(BytesIO(base64.b64decode(_get(o, "mask", "text", where)))) as image:
             return Image.fromarray(np.array(image.convert("L")) > 0)
     except (*PILLOW_ERRORS, binascii.Error) as e:
-        if isinstance(e, SegmentationError): raise
+        if isinstance(e, SegmentationError):
+            raise
         raise SegmentationError(f"{where}: the mask is no picture ({e})") from e
 
+
 def load_labelme(
-    path, # a labelme file; shapes may be polygons, rectangles and masks
-    names=None, # all class names, in order; default: those of `save_labelme`, else the labels in the order of the shapes, after `background`
+    path,  # a labelme file; shapes may be polygons, rectangles and masks
+    # all class names, in order; default: those of `save_labelme`, else the labels in the order of the shapes,
+    # after `background`
+    names=None,
 ) -> Segmentation:
-    "Paint the shapes of a labelme file in order, as labelme does. Raises `SegmentationError` for other shapes, unknown labels, or uncovered pixels without a `background`."
+    """Paint the shapes of a labelme file in order, as labelme does.
+
+    Raises `SegmentationError` for other shapes, unknown labels, or uncovered pixels without a `background`.
+    """
     path = Path(path)
     stored = _read_json(path, ("shapes",), "labelme")
     size = _labelme_size(stored, path)
-    shapes = [(*_labelme_shape(o, f"{path}: shape {n}", size), o, f"{path}: shape {n}") for n, o in enumerate(_get(stored, "shapes", "a list", str(path)))]
+    shapes = [
+        (*_labelme_shape(o, f"{path}: shape {n}", size), o, f"{path}: shape {n}")
+        for n, o in enumerate(_get(stored, "shapes", "a list", str(path)))
+    ]
     own, palette = _own_member(stored, path) if isinstance(stored.get("ovss_nb"), dict) else (None, None)
     labels = list(dict.fromkeys(o[0] for o in shapes))
-    names = list(map(composed, names or own or ([] if find_background(labels) is not None else ["background"]) + labels))
+    names = list(
+        map(
+            composed, names or own or ([] if find_background(labels) is not None else ["background"]) + labels
+        )
+    )
     canvas = Image.new("I", size[::-1], -1)
     draw = ImageDraw.Draw(canvas)
     for label, kind, points, o, where in shapes:
         if label not in names:
-            raise SegmentationError(f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}")
+            raise SegmentationError(
+                f"{where}: there is no class {label!r}. The classes are: {', '.join(names[:20])}"
+            )
         k = names.index(label)
-        if kind == "rectangle" and len(points) == 2:   # X-AnyLabeling writes all four corners
+        if kind == "rectangle" and len(points) == 2:  # X-AnyLabeling writes all four corners
             draw.rectangle([(min(p), max(p))[i] for i in (0, 1) for p in zip(*points)], outline=k, fill=k)
-        elif kind == "mask": canvas.paste(k, tuple(map(int, points[0])), _labelme_mask(o, where))
-        else: draw.polygon(points, outline=k, fill=k)
+        elif kind == "mask":
+            canvas.paste(k, tuple(map(int, points[0])), _labelme_mask(o, where))
+        else:
+            draw.polygon(points, outline=k, fill=k)
     return _named(path, _covered(np.array(canvas), names, path), names, palette if names == own else None)
 
 # %% ../../nbs/core/11_formats.ipynb #5d08ae5b
 def save_scores(
-    segmentation:Segmentation, # with scores, or without
-    path, # *.safetensors or *.npz
+    segmentation: Segmentation,  # with scores, or without
+    path,  # *.safetensors or *.npz
 ):
-    "Write labels, names, palette and scores, these in their own precision. Raises `SegmentationError` for another suffix."
+    """Write labels, names, palette and scores, these in their own precision.
+
+    Raises `SegmentationError` for another suffix.
+    """
     labels = segmentation.labels.astype(np.uint8 if len(segmentation.names) <= 256 else np.int32)
-    arrays = {"labels": labels, "palette": segmentation.palette} | ({} if segmentation.scores is None else {"scores": np.ascontiguousarray(segmentation.scores)})
+    arrays = {"labels": labels, "palette": segmentation.palette} | (
+        {} if segmentation.scores is None else {"scores": np.ascontiguousarray(segmentation.scores)}
+    )
     names = json.dumps(segmentation.names, ensure_ascii=False)
-    if Path(path).suffix not in (".safetensors", ".npz"): raise SegmentationError(f"{path}: scores are written as .safetensors or .npz")
+    if Path(path).suffix not in (".safetensors", ".npz"):
+        raise SegmentationError(f"{path}: scores are written as .safetensors or .npz")
     refuse_overwrite(path, segmentation.source)
     with atomic_path(path) as temporary:
-        if temporary.suffix == ".npz": np.savez_compressed(temporary, names=np.array(names), **arrays)
-        else: save_file(arrays, temporary, {"names": names})
+        if temporary.suffix == ".npz":
+            np.savez_compressed(temporary, names=np.array(names), **arrays)
+        else:
+            save_file(arrays, temporary, {"names": names})
+
 
 def load_scores(
-    path, # a file of `save_scores`
+    path,  # a file of `save_scores`
 ) -> Segmentation:
     "The inverse of `save_scores`. Raises `SegmentationError` for any other file."
     try:
         if Path(path).suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file: arrays = dict(file)
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
             names = str(arrays.pop("names"))
         else:
-            with safe_open(path, "numpy") as file: names, arrays = (file.metadata() or {})["names"], {o: file.get_tensor(o) for o in file.keys()}
+            with safe_open(path, "numpy") as file:
+                names, arrays = (file.metadata() or {})["names"], {o: file.get_tensor(o) for o in file.keys()}
         return Segmentation(arrays["labels"], json.loads(names), arrays["palette"], arrays.get("scores"))
-    except SegmentationError as e: raise SegmentationError(f"{path}: {e}") from None
-    except (*PILLOW_ERRORS, SafetensorError, zipfile.BadZipFile, AttributeError, MemoryError) as e: raise SegmentationError(f"{path} holds no scores ({e}). Pass a file of save_scores") from e
+    except SegmentationError as e:
+        raise SegmentationError(f"{path}: {e}") from None
+    except (*PILLOW_ERRORS, SafetensorError, zipfile.BadZipFile, AttributeError, MemoryError) as e:
+        raise SegmentationError(f"{path} holds no scores ({e}). Pass a file of save_scores") from e
 
 # %% ../../nbs/core/11_formats.ipynb #267ab0e5
 FORMATS = {
@@ -512,17 +847,25 @@ FORMATS = {
     "npz": ("npz", "labels and scores"),
 }
 
+
 def save_as(
-    segmentation:Segmentation,
-    stem, # path of the file without its suffix
-    format:str, # one of `FORMATS`
-    image="", # path of the picture, for the formats that note it
-) -> Path: # the file written
+    segmentation: Segmentation,
+    stem,  # path of the file without its suffix
+    format: str,  # one of `FORMATS`
+    image="",  # path of the picture, for the formats that note it
+) -> Path:  # the file written
     "Write one label map in a format by its name. Raises `SegmentationError` for an unknown one."
-    if format not in FORMATS: raise SegmentationError(f"There is no format {format!r}. There are: {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise SegmentationError(f"There is no format {format!r}. There are: {', '.join(FORMATS)}")
     path = Path(f"{stem}.{FORMATS[format][0]}")
-    if format == "png": segmentation.save_png(path)
-    elif format in ("coco", "panoptic"): (save_coco if format == "coco" else save_panoptic)({Path(image).name or f"{path.stem}.png": segmentation}, path)
-    elif format == "labelme": save_labelme(segmentation, path, image)
-    else: (save_geojson if format == "geojson" else save_scores)(segmentation, path)
+    if format == "png":
+        segmentation.save_png(path)
+    elif format in ("coco", "panoptic"):
+        (save_coco if format == "coco" else save_panoptic)(
+            {Path(image).name or f"{path.stem}.png": segmentation}, path
+        )
+    elif format == "labelme":
+        save_labelme(segmentation, path, image)
+    else:
+        (save_geojson if format == "geojson" else save_scores)(segmentation, path)
     return path

@@ -21,69 +21,120 @@ from .optional import MissingExtra, require
 # %% ../../nbs/core/08_images.ipynb #d4e4fec5
 MAX_PIXELS = 178_956_970
 
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
 
 class ImageError(ValueError):
     """An image could not be read or has an unsuitable form; the message names the source and the fix.
 
     `shell` is the message in the words of the command line."""
-    def __init__(self, message:str, shell:str=""):
+
+    def __init__(self, message: str, shell: str = ""):
         super().__init__(message)
         self.shell = shell or message
 
 # %% ../../nbs/core/08_images.ipynb #3a4e5335
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga",
-                  ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+
 
 def is_system_file(
-    name:str, # of a file, without its folder
+    name: str,  # of a file, without its folder
 ) -> bool:
     "Whether a file is hidden (`.DS_Store`, `._x.jpg`), or one that Windows puts into folders."
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
+
 def is_image_name(
-    name:str, # of a file, without its folder
+    name: str,  # of a file, without its folder
 ) -> bool:
     "Whether a file's name says that it is an image: one of `IMAGE_SUFFIXES` in any case, and no system file."
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_system_file(name)
 
+
 def image_size(
-    path, # of an image file, or an open one
-) -> tuple[int, int]: # height and width in pixels
-    "The size that `load_image` will give, from the header alone: the EXIF orientation counts. Raises `ImageError`."
+    path,  # of an image file, or an open one
+) -> tuple[int, int]:  # height and width in pixels
+    """The size that `load_image` will give, from the header alone:
+    the EXIF orientation counts. Raises `ImageError`.
+    """
     try:
         with Image.open(path) as image:
-            try: sideways = image.getexif().get(274) in (5, 6, 7, 8)   # 274: EXIF orientation
-            except PILLOW_ERRORS: sideways = False   # load_image ignores damaged EXIF data too
+            try:
+                sideways = image.getexif().get(274) in (5, 6, 7, 8)  # 274: EXIF orientation
+            except PILLOW_ERRORS:
+                sideways = False  # load_image ignores damaged EXIF data too
             return image.size if sideways else image.size[::-1]
     except PILLOW_ERRORS as e:
         try:
-            with open(path, "rb") as file: tags = _tiff_tags(file)   # Pillow does not know every kind of TIFF
+            # Pillow does not know every kind of TIFF
+            with open(path, "rb") as file:
+                tags = _tiff_tags(file)
             return (tags[256], tags[257]) if tags.get(274, 1) in (5, 6, 7, 8) else (tags[257], tags[256])
         except (OSError, KeyError, TypeError):
             raise ImageError(f"{path} is not a readable image ({e})") from e
 
 # %% ../../nbs/core/08_images.ipynb #5800e562
-def _check_size(width:int, height:int, max_pixels:int, name:str):
+def _check_size(width: int, height: int, max_pixels: int, name: str):
     "Refuse an empty image, or one of more than `max_pixels` pixels."
-    if width * height == 0: raise ImageError(f"{name}: the image is empty ({height} x {width} pixels)")
-    if width * height > max_pixels: raise _too_large(f"{height} x {width} = {width * height:,} pixels", max_pixels, name)
+    if width * height == 0:
+        raise ImageError(f"{name}: the image is empty ({height} x {width} pixels)")
+    if width * height > max_pixels:
+        raise _too_large(f"{height} x {width} = {width * height:,} pixels", max_pixels, name)
 
-def _too_large(size:str, max_pixels:int, name:str) -> ImageError:
+
+def _too_large(size: str, max_pixels: int, name: str) -> ImageError:
     many, tiff, convert = f"{name}: {size} are more than", shlex.quote(name), ""
     if not name.lower().endswith((".tif", ".tiff")):
         blocks = "--co tiled=yes --co blockxsize=512 --co blockysize=512"
-        convert, tiff = f"Convert it to a tiled TIFF (`rio convert {tiff} large.tif {blocks}`, extra `geo`), and l", "large.tif"
-    return ImageError(f"{many} max_pixels={max_pixels:,}. Make the image smaller, label it in tiles (segment_tiles, from a tiled TIFF "
-                      "of any size), or pass a larger max_pixels to load_image if you trust it",
-                      f"{many} {max_pixels:,}. {convert or 'L'}abel it in tiles: ovss-nb tiles {tiff} --classes ... --out labels.tif")
+        convert, tiff = (
+            f"Convert it to a tiled TIFF (`rio convert {tiff} large.tif {blocks}`, extra `geo`), and l",
+            "large.tif",
+        )
+    return ImageError(
+        f"{many} max_pixels={max_pixels:,}. Make the image smaller, label it in tiles (segment_tiles, from a"
+        " tiled TIFF of any size), or pass a larger max_pixels to load_image if you trust it",
+        f"{many} {max_pixels:,}. {convert or 'L'}abel it in tiles: ovss-nb tiles {tiff} --classes ... --out"
+        " labels.tif",
+    )
 
 # %% ../../nbs/core/08_images.ipynb #08f3f81b
 _pillow_lock = threading.RLock()
 
+
 @contextmanager
-def _pillow_allows(max_pixels:int):
+def _pillow_allows(max_pixels: int):
     "Inside the block Pillow accepts images of up to `max_pixels` pixels without error or warning."
     if max_pixels <= MAX_PIXELS:
         yield
@@ -91,105 +142,172 @@ def _pillow_allows(max_pixels:int):
     with _pillow_lock:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None if before is None else max(before, max_pixels)
-        try: yield
-        finally: Image.MAX_IMAGE_PIXELS = before
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 # %% ../../nbs/core/08_images.ipynb #43634aee
 def check_limits(
-    limits:tuple[float, float]|str|None, # the values that become black and white, "stretch", or None for those of the type
-) -> tuple[float, float]|str|None: # the same, as floats
+    # the values that become black and white, "stretch", or None for those of the type
+    limits: tuple[float, float] | str | None,
+) -> tuple[float, float] | str | None:  # the same, as floats
     "Limits that can be meant. Raises `ImageError` for all else."
     if limits is None or (isinstance(limits, str) and limits == "stretch"):
         return limits
     try:
-        low, high = (float("nan"),)*2 if isinstance(limits, (str, bytes)) else map(float, limits)
+        low, high = (float("nan"),) * 2 if isinstance(limits, (str, bytes)) else map(float, limits)
     except (TypeError, ValueError):
         low = high = float("nan")
     if -np.inf < low < high < np.inf:
         return low, high
     given = " ".join(map(str, limits)) if isinstance(limits, (tuple, list)) else limits
     what = "black and white, two numbers, the first below the second"
-    raise ImageError(f"limits={limits!r}: limits are {what}, e.g. limits=(0, 4095), or limits='stretch' to take them from the image",
-                     f"--limits {given}: limits are {what}, e.g. --limits 0 4095, or --limits stretch to take them from the image")
+    raise ImageError(
+        f"limits={limits!r}: limits are {what}, e.g. limits=(0, 4095), or limits='stretch' to take them from"
+        " the image",
+        f"--limits {given}: limits are {what}, e.g. --limits 0 4095, or --limits stretch to take them from"
+        " the image",
+    )
 
-def _levels(a:np.ndarray, black:float, white:float) -> np.ndarray:
+
+def _levels(a: np.ndarray, black: float, white: float) -> np.ndarray:
     "Grey levels 0..255 of values between `black` and `white`, shape kept; NaN becomes white."
     if a.dtype == np.uint8 and (black, white) == (0, 255):
         return a
     if a.dtype == np.uint16 and (black, white) == (0, 65535):
-        return ((a.astype(np.uint32) + 128)//257).astype(np.uint8)
+        return ((a.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if a.dtype.kind == "f" and (black, white) == (0, 1):
-        return (np.nan_to_num(a, nan=1).clip(0, 1)*255 + .5).astype(np.uint8)
+        return (np.nan_to_num(a, nan=1).clip(0, 1) * 255 + 0.5).astype(np.uint8)
     a = a.astype(np.float32 if a.dtype.itemsize < 4 or a.dtype == np.float32 else np.float64)
-    return np.rint((np.nan_to_num(a, nan=white).clip(black, white) - black)*(255/(white - black))).astype(np.uint8)
+    return np.rint((np.nan_to_num(a, nan=white).clip(black, white) - black) * (255 / (white - black))).astype(
+        np.uint8
+    )
 
 # %% ../../nbs/core/08_images.ipynb #b5c88b7d
-def _fixed_white(dtype:np.dtype, low:float, high:float, name:str) -> float:
+def _fixed_white(dtype: np.dtype, low: float, high: float, name: str) -> float:
     "The value of white that a type implies. Raises `ImageError` for types that imply none."
-    if dtype.kind == "b": return 1
-    if dtype in (np.uint8, np.uint16): return np.iinfo(dtype).max
-    if dtype.kind in "iu" and dtype.itemsize == 4 and low >= 0 and high <= 65535: return 65535   # nearly always a 16-bit file
-    ask = "limits=({0:.6g}, {1:.6g}), or limits='stretch', in load_image", "--limits {0:.6g} {1:.6g}, or --limits stretch"
+    if dtype.kind == "b":
+        return 1
+    if dtype in (np.uint8, np.uint16):
+        return np.iinfo(dtype).max
+    # nearly always a 16-bit file
+    if dtype.kind in "iu" and dtype.itemsize == 4 and low >= 0 and high <= 65535:
+        return 65535
+    ask = (
+        "limits=({0:.6g}, {1:.6g}), or limits='stretch', in load_image",
+        "--limits {0:.6g} {1:.6g}, or --limits stretch",
+    )
     ask = [o.format(low, high) for o in ask]
     if dtype.kind == "f":
         if not np.isfinite((low, high)).all():
             what = f"{name}: float pixels must lie in 0..1, some are NaN or infinite. "
-            raise ImageError(f"{what}Say what is black and white, limits=(BLACK, WHITE), and NaN is shown white; or replace them, "
-                             "e.g. by np.nan_to_num",
-                             f"{what}Say what is black and white: --limits BLACK WHITE, and NaN is shown white")
-        if low >= -1e-3 and high <= 1 + 1e-3: return 1
+            raise ImageError(
+                f"{what}Say what is black and white, limits=(BLACK, WHITE), and NaN is shown white; or"
+                " replace them, e.g. by np.nan_to_num",
+                f"{what}Say what is black and white: --limits BLACK WHITE, and NaN is shown white",
+            )
+        if low >= -1e-3 and high <= 1 + 1e-3:
+            return 1
         what = f"{name}: float pixels must lie in 0..1, these span {low:.4g}..{high:.4g}. "
-        raise ImageError(f"{what}Divide by the largest value, or say what is black and white: {ask[0]}", f"{what}Say what is black and white: {ask[1]}")
-    what = f"{name}: {8*dtype.itemsize}-bit pixels of type {dtype} have no fixed range, these span {low:.6g}..{high:.6g}. "
-    raise ImageError(f"{what}Say what is black and white: {ask[0]}. Or convert to uint8 (0..255), uint16, bool, or float in 0..1",
-                     f"{what}Say what is black and white: {ask[1]}")
+        raise ImageError(
+            f"{what}Divide by the largest value, or say what is black and white: {ask[0]}",
+            f"{what}Say what is black and white: {ask[1]}",
+        )
+    what = (
+        f"{name}: {8 * dtype.itemsize}-bit pixels of type {dtype} have no fixed range, these span"
+        f" {low:.6g}..{high:.6g}. "
+    )
+    raise ImageError(
+        f"{what}Say what is black and white: {ask[0]}. Or convert to uint8 (0..255), uint16, bool, or float"
+        " in 0..1",
+        f"{what}Say what is black and white: {ask[1]}",
+    )
 
-def _check_use(low:float, high:float, most:float, white:float, name:str):
-    "Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black; 99 % lie below `most`."
+
+def _check_use(low: float, high: float, most: float, white: float, name: str):
+    """Refuse, or warn of, an image that uses so little of 0..`white` that it would be nearly black;
+    99 % lie below `most`.
+    """
     deep = white > 255
     span = f"{name}: values {low:.6g}..{high:.6g} are few of 0..{white:.6g}"
-    likely = 2**int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
+    likely = 2 ** int(high).bit_length() - 1 if white > 1 else float(f"{high:.2g}")
     first, last, take = 0, likely, "to take them from the image"
-    if deep and low > high/2 >= white/8: first, last = f"{low:.6g}", f"{high:.6g}"   # a narrow band, of a thermal camera perhaps
-    ask = f"limits=({first}, {last}), or limits='stretch' {take}", f"--limits {first} {last}, or --limits stretch {take}"
-    if deep and 0 < high < white/4:
+    # a narrow band, of a thermal camera perhaps
+    if deep and low > high / 2 >= white / 8:
+        first, last = f"{low:.6g}", f"{high:.6g}"
+    ask = (
+        f"limits=({first}, {last}), or limits='stretch' {take}",
+        f"--limits {first} {last}, or --limits stretch {take}",
+    )
+    if deep and 0 < high < white / 4:
         say = f"{span}, and the image would be nearly black. Say what is black and what is white, e.g. "
-        raise ImageError(f"{say}{ask[0]} (load_image, open_picture); or convert the file to 8 bits", say + ask[1])
-    if 0 < high < white/(2 if deep else 8) or (deep and 0 < high - low < white/8):
+        raise ImageError(
+            f"{say}{ask[0]} (load_image, open_picture); or convert the file to 8 bits", say + ask[1]
+        )
+    if 0 < high < white / (2 if deep else 8) or (deep and 0 < high - low < white / 8):
         mask = "" if deep or white == 1 else " Is it a mask or a label map?"
-        warnings.warn(f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell {ask[1]})", stacklevel=2)
-    elif deep and most < white/4 < high:   # a few hot pixels, or lamps at night
-        warnings.warn(f"{name}: 99 % of the values lie below {most:.6g}, of 0..{white:.6g}, and the image looks dark. If a few "
-                      "pixels are too bright, say limits='stretch', or limits=(BLACK, WHITE) "
-                      "(in the shell --limits stretch, or --limits BLACK WHITE)", stacklevel=2)
+        warnings.warn(
+            f"{span}, and the image looks dark or pale.{mask} If not meant so, say {ask[0]} (in the shell"
+            f" {ask[1]})",
+            stacklevel=2,
+        )
+    elif deep and most < white / 4 < high:  # a few hot pixels, or lamps at night
+        warnings.warn(
+            f"{name}: 99 % of the values lie below {most:.6g}, of 0..{white:.6g}, and the image looks dark."
+            " If a few pixels are too bright, say limits='stretch', or limits=(BLACK, WHITE) (in the shell"
+            " --limits stretch, or --limits BLACK WHITE)",
+            stacklevel=2,
+        )
 
-def _check_limits_fit(black:float, white:float, values:np.ndarray, name:str):
+
+def _check_limits_fit(black: float, white: float, values: np.ndarray, name: str):
     "Warn of limits that make nearly all of an image black or white: they may belong to another one."
     low, high = np.percentile(values, (1, 99)) if values.size else (0, 0)
-    shown = "black" if high <= black + (white - black)/16 else "white" if low >= white else None
+    shown = "black" if high <= black + (white - black) / 16 else "white" if low >= white else None
     if low < high and shown:
-        warnings.warn(f"{name}: with limits=({black:g}, {white:g}) (in the shell --limits {black:g} {white:g}) the image is nearly "
-                      f"all {shown}, since 98 % of its values lie in {low:.6g}..{high:.6g}. Are these the limits of another image?",
-                      stacklevel=2)
+        warnings.warn(
+            f"{name}: with limits=({black:g}, {white:g}) (in the shell --limits {black:g} {white:g}) the"
+            f" image is nearly all {shown}, since 98 % of its values lie in {low:.6g}..{high:.6g}. Are these"
+            " the limits of another image?",
+            stacklevel=2,
+        )
 
-def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callable,
-                 white:float|None=None, trusted:bool=False) -> tuple[float, float]:
+
+def _black_white(
+    limits,
+    dtype: np.dtype,
+    name: str,
+    span: Callable,
+    sample: Callable,
+    white: float | None = None,
+    trusted: bool = False,
+) -> tuple[float, float]:
     """The values that become black and white.
 
-    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the file says it; `trusted`:
-    given limits are not looked at."""
+    `span()`: smallest and largest value; `sample()`: enough values for percentiles; `white`: where the
+    file says it; `trusted`:
+    given limits are not looked at.
+    """
     if dtype.kind not in "buif":
-        raise ImageError(f"{name}: pixels of type {dtype} are no brightness. Convert them to real numbers first, e.g. by np.abs")
+        raise ImageError(
+            f"{name}: pixels of type {dtype} are no brightness. Convert them to real numbers first, e.g. by"
+            " np.abs"
+        )
+
     def finite():
         values = sample()
         return values[np.isfinite(values)]
+
     if limits == "stretch":
         values = finite()
         low, high = np.percentile(values, (2, 98)) if values.size else (0, 1)
-        if low == high: low, high = float(values.min()), float(values.max())
+        if low == high:
+            low, high = float(values.min()), float(values.max())
         return (low, high) if low < high else (low, low + 1)
     if limits is not None:
-        if not trusted: _check_limits_fit(*limits, finite(), name)
+        if not trusted:
+            _check_limits_fit(*limits, finite(), name)
         return limits
     low, high = map(float, span())
     white = white or _fixed_white(dtype, low, high, name)
@@ -199,81 +317,132 @@ def _black_white(limits, dtype:np.dtype, name:str, span:Callable, sample:Callabl
 
 # %% ../../nbs/core/08_images.ipynb #2c56688b
 def check_bands(
-    bands, # numbers of bands from 1: three for red, green and blue, or one for grey; None for those the file names
-) -> tuple[int, ...]|None:
+    # numbers of bands from 1: three for red, green and blue, or one for grey; None for those the file names
+    bands,
+) -> tuple[int, ...] | None:
     "Bands that can be meant. Raises `ImageError` for all else."
-    if bands is None: return None
+    if bands is None:
+        return None
     try:
-        numbers = tuple(operator.index(o) for o in (bands if isinstance(bands, (tuple, list, np.ndarray)) else (bands,)))
+        numbers = tuple(
+            operator.index(o) for o in (bands if isinstance(bands, (tuple, list, np.ndarray)) else (bands,))
+        )
     except TypeError:
         numbers = ()
-    if len(numbers) in (1, 3) and min(numbers) > 0: return numbers
+    if len(numbers) in (1, 3) and min(numbers) > 0:
+        return numbers
     given = ",".join(map(str, bands)) if isinstance(bands, (tuple, list)) else bands
     what = "bands are counted from 1: three for red, green and blue, or one for grey"
-    raise ImageError(f"bands={bands!r}: {what}, e.g. bands=(3, 2, 1)", f"--bands {given}: {what}, e.g. --bands 3,2,1")
+    raise ImageError(
+        f"bands={bands!r}: {what}, e.g. bands=(3, 2, 1)", f"--bands {given}: {what}, e.g. --bands 3,2,1"
+    )
 
-def _check_count(bands:tuple[int, ...], count:int, name:str):
+
+def _check_count(bands: tuple[int, ...], count: int, name: str):
     "Refuse bands that an image does not have."
     if max(bands) > count:
-        what = f"{name} has {count} band{'s'*(count > 1)}: "
-        raise ImageError(f"{what}bands={bands} asks for number {max(bands)}", f"{what}--bands {','.join(map(str, bands))} asks for number {max(bands)}")
+        what = f"{name} has {count} band{'s' * (count > 1)}: "
+        raise ImageError(
+            f"{what}bands={bands} asks for number {max(bands)}",
+            f"{what}--bands {','.join(map(str, bands))} asks for number {max(bands)}",
+        )
 
-def _on_white(rgb:np.ndarray, alpha:np.ndarray|None) -> np.ndarray:
+
+def _on_white(rgb: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
     "RGB composited on white paper."
-    if alpha is None: return rgb
+    if alpha is None:
+        return rgb
     image = Image.fromarray(np.dstack([rgb, alpha]))
     return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
-def _colour(samples:np.ndarray, alpha:np.ndarray|None, limits, name:str,
-            white:float|None=None, trusted:bool=False) -> np.ndarray:
+
+def _colour(
+    samples: np.ndarray,
+    alpha: np.ndarray | None,
+    limits,
+    name: str,
+    white: float | None = None,
+    trusted: bool = False,
+) -> np.ndarray:
     "`H x W x 3` `uint8` RGB of samples `H x W x C`, C = 1 or 3, of any type, and an opacity `H x W` `uint8`."
-    step = max(1, round((samples.shape[0]*samples.shape[1]/2**20)**.5))
-    def span(): return samples.min(), samples.max()
-    black, white = _black_white(limits, samples.dtype, name, span, lambda: samples[::step, ::step], white, trusted)
+    step = max(1, round((samples.shape[0] * samples.shape[1] / 2**20) ** 0.5))
+
+    def span():
+        return samples.min(), samples.max()
+
+    black, white = _black_white(
+        limits, samples.dtype, name, span, lambda: samples[::step, ::step], white, trusted
+    )
     rgb = _levels(samples, black, white)
     return _on_white(np.repeat(rgb, 3, axis=2) if rgb.shape[2] == 1 else rgb, alpha)
 
 # %% ../../nbs/core/08_images.ipynb #3febdb9b
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
-def _sixteen_bits(image:Image.Image, file) -> np.ndarray|None:
-    "`H x W x C` `uint16` of a file whose colours have 16 bits, of which Pillow would give the high 8; None for other files."
+
+def _sixteen_bits(image: Image.Image, file) -> np.ndarray | None:
+    """`H x W x C` `uint16` of a file whose colours have 16 bits, of which Pillow would give the high 8;
+    None for other files.
+    """
     rawmode = _rawmode(image)
-    if image.format == "PPM" and image.mode == "RGB" and image.tile and image.tile[0][0] == "ppm" and image.tile[0][3][1] > 255:
+    if (
+        image.format == "PPM"
+        and image.mode == "RGB"
+        and image.tile
+        and image.tile[0][0] == "ppm"
+        and image.tile[0][3][1] > 255
+    ):
         file.seek(image.tile[0][2])
-        return np.frombuffer(file.read(image.width*image.height*6), ">u2").reshape(image.height, image.width, 3).astype(np.uint16)
-    if not re.fullmatch(r"(RGBA?|RGBX|LA);16[BLN]", rawmode): return None
+        return (
+            np.frombuffer(file.read(image.width * image.height * 6), ">u2")
+            .reshape(image.height, image.width, 3)
+            .astype(np.uint16)
+        )
+    if not re.fullmatch(r"(RGBA?|RGBX|LA);16[BLN]", rawmode):
+        return None
+
     def decoded(rawmode):
         def renamed(tile):
             arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
             return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+
         file.seek(0)
         with Image.open(file, formats=[image.format]) as again:
             again.tile = [renamed(o) for o in again.tile]
             return np.asarray(again).astype(np.uint16)
-    if rawmode.startswith("LA"):   # four bytes per pixel, as RGBA has
-        both = decoded("RGBA")
-        return both[..., ::2]*256 + both[..., 1::2]
-    return decoded(rawmode)*256 + decoded(rawmode[:-1] + _OTHER_BYTE[rawmode[-1]])
 
-def _rawmode(image:Image.Image) -> str:
+    if rawmode.startswith("LA"):  # four bytes per pixel, as RGBA has
+        both = decoded("RGBA")
+        return both[..., ::2] * 256 + both[..., 1::2]
+    return decoded(rawmode) * 256 + decoded(rawmode[:-1] + _OTHER_BYTE[rawmode[-1]])
+
+
+def _rawmode(image: Image.Image) -> str:
     "How the file stores its samples, by Pillow's name; empty once the image is decoded."
     arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
-def _samples(image:Image.Image, bands, name:str) -> tuple[np.ndarray, np.ndarray|None]:
-    "Samples `H x W x C`, C = 1 or 3, and opacity `H x W` or None, of a Pillow image; `bands` counts its channels."
+
+def _samples(image: Image.Image, bands, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples `H x W x C`, C = 1 or 3, and opacity `H x W` or None, of a Pillow image;
+    `bands` counts its channels.
+    """
     if bands:
         _check_count(bands, len(image.getbands()), name)
-        if image.mode in ("P", "PA"): return np.asarray(image.convert("RGB")), None
+        if image.mode in ("P", "PA"):
+            return np.asarray(image.convert("RGB")), None
         channels = np.asarray(image)
         return np.atleast_3d(channels)[..., [o - 1 for o in bands]], None
     if image.mode.startswith("I") or image.mode == "F":
         deep = np.asarray(image)[..., None]
         clear = image.info.get("transparency")
-        return deep, np.where(deep[..., 0] == clear, np.uint8(0), np.uint8(255)) if isinstance(clear, int) else None
+        return deep, (
+            np.where(deep[..., 0] == clear, np.uint8(0), np.uint8(255)) if isinstance(clear, int) else None
+        )
     if image.has_transparency_data:
-        if image.mode == "La": image = image.convert("LA") # Pillow has no direct way from premultiplied grey
+        # Pillow has no direct way from premultiplied grey
+        if image.mode == "La":
+            image = image.convert("LA")
         rgba = np.array(image.convert("RGBA"))
         return rgba[..., :3], rgba[..., 3]
     return np.array(image if image.mode == "RGB" else image.convert("RGB")), None
@@ -282,13 +451,16 @@ def _samples(image:Image.Image, bands, name:str) -> tuple[np.ndarray, np.ndarray
 @dataclass
 class Picture:
     "A picture that is read by windows."
-    size:tuple[int, int] # height and width
-    read:Callable # top, left, height, width -> H x W x 3 uint8 RGB
-    place:dict|None = None # of a GeoTIFF: `crs`, `transform`, `gcps`, as rasterio takes them
-    holes:Callable|None = None # as `read` -> H x W uint8, 0 where there are no data
-    files:tuple[str, ...] = () # all that it is read from, where that may be more than its own file: of a mosaic, its parts
 
-def _orientation(image:Image.Image, name:str) -> int:
+    size: tuple[int, int]  # height and width
+    read: Callable  # top, left, height, width -> H x W x 3 uint8 RGB
+    place: dict | None = None  # of a GeoTIFF: `crs`, `transform`, `gcps`, as rasterio takes them
+    holes: Callable | None = None  # as `read` -> H x W uint8, 0 where there are no data
+    # all that it is read from, where that may be more than its own file: of a mosaic, its parts
+    files: tuple[str, ...] = ()
+
+
+def _orientation(image: Image.Image, name: str) -> int:
     "The EXIF orientation of a decoded image, 1 to 8."
     try:
         return image.getexif().get(0x0112, 1)
@@ -296,84 +468,135 @@ def _orientation(image:Image.Image, name:str) -> int:
         warnings.warn(f"{name}: damaged EXIF data, orientation not applied ({e})", stacklevel=4)
         return 1
 
-def _turned(picture:Picture, orientation:int) -> Picture:
-    "The picture with an EXIF orientation applied: from 5 on transposed, then perhaps mirrored down and across."
-    if orientation not in range(2, 9): return picture
+
+def _turned(picture: Picture, orientation: int) -> Picture:
+    """The picture with an EXIF orientation applied:
+    from 5 on transposed, then perhaps mirrored down and across.
+    """
+    if orientation not in range(2, 9):
+        return picture
     transposed, down, across = orientation >= 5, orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     height, width = picture.size[::-1] if transposed else picture.size
+
     def turn(read):
         def window(top, left, h, w):
             top, left = height - top - h if down else top, width - left - w if across else left
             a = read(left, top, w, h).swapaxes(0, 1) if transposed else read(top, left, h, w)
-            return a[::-1 if down else 1, ::-1 if across else 1]
+            return a[:: -1 if down else 1, :: -1 if across else 1]
+
         return window
-    return Picture((height, width), turn(picture.read), None, picture.holes and turn(picture.holes), picture.files)
+
+    return Picture(
+        (height, width), turn(picture.read), None, picture.holes and turn(picture.holes), picture.files
+    )
 
 # %% ../../nbs/core/08_images.ipynb #c6cdfdff
-def _pillow_picture(image:Image.Image, file, limits, bands, name:str) -> Picture:
+def _pillow_picture(image: Image.Image, file, limits, bands, name: str) -> Picture:
     "A `Picture` of a Pillow image; `file`, if it is at hand, holds the 16-bit samples that Pillow shortens."
     deep = None if file is None else _sixteen_bits(image, file)
     white = 4095 if _rawmode(image) == "I;12" else None
-    most = image.tile[0][3][1] if image.format == "PPM" and image.tile and image.tile[0][0] != "raw" else None   # white of a PGM or PPM
-    if deep is not None: white = most
+    # white of a PGM or PPM
+    most = image.tile[0][3][1] if image.format == "PPM" and image.tile and image.tile[0][0] != "raw" else None
+    if deep is not None:
+        white = most
     image.load()
     orientation = _orientation(image, name)
-    if image.format == "TIFF" and image.mode == "RGBA" and not bands and _is_picture(np.asarray(image.getchannel("A")), name):
+    if (
+        image.format == "TIFF"
+        and image.mode == "RGBA"
+        and not bands
+        and _is_picture(np.asarray(image.getchannel("A")), name)
+    ):
         image, deep = image.convert("RGB"), None if deep is None else deep[..., :3]
-    if deep is None and not bands and limits is None and not (image.mode.startswith("I") or image.mode == "F"):
+    if (
+        deep is None
+        and not bands
+        and limits is None
+        and not (image.mode.startswith("I") or image.mode == "F")
+    ):
         seen = image.convert("RGB") if image.mode in ("P", "PA") else image
         if seen.mode in ("L", "LA", "RGB", "RGBA", "RGBX"):
-            low, high = np.array(seen.getextrema()).reshape(-1, 2)[:3 if seen.mode.startswith("RGB") else 1].T
+            low, high = (
+                np.array(seen.getextrema()).reshape(-1, 2)[: 3 if seen.mode.startswith("RGB") else 1].T
+            )
             _check_use(low.min(), high.max(), high.max(), 255, name)
+
         def read(top, left, height, width):
             whole = (height, width) == image.size[::-1]
-            return _on_white(*_samples(image if whole else image.crop((left, top, left + width, top + height)), None, name))
+            return _on_white(
+                *_samples(image if whole else image.crop((left, top, left + width, top + height)), None, name)
+            )
+
         return _turned(Picture(image.size[::-1], read), orientation)
-    if deep is None: samples, alpha = _samples(image, bands, name)
-    else: samples, alpha = _deep_samples(deep, image.info.get("transparency"), bands, name)
+    if deep is None:
+        samples, alpha = _samples(image, bands, name)
+    else:
+        samples, alpha = _deep_samples(deep, image.info.get("transparency"), bands, name)
     # Pillow has scaled a PGM to 16 bits; `limits` count in the values of the file
-    if most and image.mode == "I": samples, white = np.rint(samples*(most/65535)).astype(np.uint16), most
+    if most and image.mode == "I":
+        samples, white = np.rint(samples * (most / 65535)).astype(np.uint16), most
     return _turned(_array_picture(_colour(samples, alpha, limits, name, white)), orientation)
 
-def _deep_samples(deep:np.ndarray, clear, bands, name:str) -> tuple[np.ndarray, np.ndarray|None]:
+
+def _deep_samples(deep: np.ndarray, clear, bands, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     "Samples and opacity of `H x W x C` `uint16`, C = 2 to 4; `clear`: the one colour that is transparent."
     if bands:
         _check_count(bands, deep.shape[2], name)
         return deep[..., [o - 1 for o in bands]], None
-    if deep.shape[2] in (2, 4): return deep[..., :-1], _levels(deep[..., -1], 0, 65535)
-    return deep, np.where((deep == clear).all(2), np.uint8(0), np.uint8(255)) if isinstance(clear, tuple) else None
+    if deep.shape[2] in (2, 4):
+        return deep[..., :-1], _levels(deep[..., -1], 0, 65535)
+    return deep, (
+        np.where((deep == clear).all(2), np.uint8(0), np.uint8(255)) if isinstance(clear, tuple) else None
+    )
 
-def _array_picture(rgb:np.ndarray) -> Picture:
-    return Picture(rgb.shape[:2], lambda top, left, height, width: rgb[top:top + height, left:left + width])
 
-def _decode(file, limits, bands, max_pixels:int, name:str) -> Picture:
+def _array_picture(rgb: np.ndarray) -> Picture:
+    return Picture(
+        rgb.shape[:2], lambda top, left, height, width: rgb[top : top + height, left : left + width]
+    )
+
+
+def _decode(file, limits, bands, max_pixels: int, name: str) -> Picture:
     "A `Picture` of a binary file object."
-    Image.init() # all plugins, so that the list of formats is complete
+    Image.init()  # all plugins, so that the list of formats is complete
     formats = [f for f in Image.ID if f != "EPS"]
     try:
         with _pillow_allows(max_pixels), Image.open(file, formats=formats) as image:
             _check_size(*image.size, max_pixels, name)
             return _pillow_picture(image, file, limits, bands, name)
-    except ImageError: raise
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} cannot be read: it is not an image of a known format. Check the file, or convert it to PNG or JPEG") from None
+        raise ImageError(
+            f"{name} cannot be read: it is not an image of a known format. Check the file, or convert it to"
+            " PNG or JPEG"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         size = re.search(r"(\d+) pixels", str(e))
         raise _too_large(f"{int(size[1]):,} pixels" if size else "its pixels", max_pixels, name) from None
     except PILLOW_ERRORS as e:
-        raise ImageError(f"{name}: the image is damaged or incomplete ({e}). Copy or download the file again") from e
+        raise ImageError(
+            f"{name}: the image is damaged or incomplete ({e}). Copy or download the file again"
+        ) from e
 
 # %% ../../nbs/core/08_images.ipynb #f30f9c1f
-_PLACED = {33550, 33922, 34264, 34735} # tags that make a TIFF a GeoTIFF
+_PLACED = {33550, 33922, 34264, 34735}  # tags that make a TIFF a GeoTIFF
 
-def _is_picture(alpha:np.ndarray, name:str) -> bool:
-    "Whether a band that a TIFF calls transparency holds a picture, since more than half of it is neither clear nor opaque; warns."
+
+def _is_picture(alpha: np.ndarray, name: str) -> bool:
+    """Whether a band that a TIFF calls transparency holds a picture, since more than half of it is neither
+    clear nor opaque; warns.
+    """
     most = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
     found = alpha.min() < alpha.max() and ((alpha > 0) & (alpha < most)).mean() > 0.5
     if found:
-        warnings.warn(f"{name}: its last band is marked as transparency, but holds a picture (near infrared?), and is left out. "
-                      "To choose bands, say bands=(1, 2, 3) (in the shell --bands 1,2,3)", stacklevel=2)
+        warnings.warn(
+            f"{name}: its last band is marked as transparency, but holds a picture (near infrared?), and is"
+            " left out. To choose bands, say bands=(1, 2, 3) (in the shell --bands 1,2,3)",
+            stacklevel=2,
+        )
     return bool(found)
+
 
 def _tiff_tags(file) -> dict:
     """Tags of the first page of a TIFF, which begins a binary file; empty for other files.
@@ -381,19 +604,22 @@ def _tiff_tags(file) -> dict:
     Tag 0 says whether a later page is its mask, tag 1 how many are pictures of its size."""
     head = file.read(8)
     try:
-        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return {}
+        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return {}
         pages = ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[:4] else b""))
         file.seek(pages.next)
         pages.load(file)
         wanted = 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113, *_PLACED
         tags = {o: pages.get(o) for o in wanted if o in pages}
         for _ in range(16):
-            if not pages.next: break
+            if not pages.next:
+                break
             file.seek(pages.next)
             pages.load(file)
             kind = pages.get(254, 0)
             tags[0] = tags.get(0, False) or bool(kind & 4)
-            alike = not kind & 5 and all(pages.get(o) == tags.get(o) for o in (256, 257))   # no thumbnail, no mask
+            # no thumbnail, no mask
+            alike = not kind & 5 and all(pages.get(o) == tags.get(o) for o in (256, 257))
             tags[1] = tags.get(1, 0) + alike
         return tags
     except PILLOW_ERRORS:
@@ -401,143 +627,238 @@ def _tiff_tags(file) -> dict:
     finally:
         file.seek(0)
 
+
 def _for_rasterio(file, limits, bands) -> str:
     "How a file needs rasterio: 'only' it reads the file rightly, it is 'better', or not at all ('')."
     tags, head = _tiff_tags(file), file.read(100)
     file.seek(0)
     header = head.find(b"ihdr")
-    if header > 0 or head.startswith(b"\xff\x4f\xff\x51"):   # JPEG 2000: the depth of its first channel
-        depth = head[header + 14:header + 15] if header > 0 else head[42:43]
+    if header > 0 or head.startswith(b"\xff\x4f\xff\x51"):  # JPEG 2000: the depth of its first channel
+        depth = head[header + 14 : header + 15] if header > 0 else head[42:43]
         return "better" if (depth and (depth[0] & 127) + 1 > 8) or limits or bands else ""
-    if not tags: return ""
+    if not tags:
+        return ""
     bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
     photometric, samples, extra = tags.get(262), tags.get(277, 1), np.atleast_1d(tags.get(338, ()))
     alpha = int(np.isin(extra, (1, 2)).sum())
-    fits = {0: 1 + alpha, 1: 1 + alpha, 2: 3 + len(extra)}.get(photometric, samples)   # Pillow takes a band more for alpha
-    if samples != fits or set(bits) == {12} or (16 in bits and (photometric == 0 or tags.get(284) == 2)): return "only"
-    if set(kinds) != {1} and (set(bits) == {8} or samples > 1): return "only"
+    # Pillow takes a band more for alpha
+    fits = {0: 1 + alpha, 1: 1 + alpha, 2: 3 + len(extra)}.get(photometric, samples)
+    if samples != fits or set(bits) == {12} or (16 in bits and (photometric == 0 or tags.get(284) == 2)):
+        return "only"
+    if set(kinds) != {1} and (set(bits) == {8} or samples > 1):
+        return "only"
     try:
-        with Image.open(file, formats=["TIFF"]): pass
+        with Image.open(file, formats=["TIFF"]):
+            pass
     except Image.DecompressionBombError:
-        return ""   # said where it is decoded
+        return ""  # said where it is decoded
     except PILLOW_ERRORS:
         return "only"
     finally:
         file.seek(0)
-    named = 'role="description"' in str(tags.get(42112))   # GDAL's name of a band
+    named = 'role="description"' in str(tags.get(42112))  # GDAL's name of a band
     return "better" if set(kinds) != {1} or 42113 in tags or named or tags.get(0) or bands else ""
 
 # %% ../../nbs/core/08_images.ipynb #ddce1402
-def _choose_bands(source, bands, name:str) -> list[int]:
-    "Numbers of the bands to show, of an open rasterio data set: three, or one. Raises `ImageError` where the file does not say which."
+def _choose_bands(source, bands, name: str) -> list[int]:
+    """Numbers of the bands to show, of an open rasterio data set:
+    three, or one. Raises `ImageError` where the file does not say which.
+    """
     from rasterio.enums import ColorInterp as Kind
+
     if bands:
         _check_count(bands, source.count, name)
         return list(bands)
     kinds, colours = source.colorinterp, ("red", "green", "blue")
-    if kinds[0] == Kind.palette: return [1]
+    if kinds[0] == Kind.palette:
+        return [1]
     names = [(o or "").strip().lower() for o in source.descriptions]
     for wanted in colours, ("r", "g", "b"):
-        if set(wanted) <= set(names): return [names.index(o) + 1 for o in wanted]
+        if set(wanted) <= set(names):
+            return [names.index(o) + 1 for o in wanted]
     kinds = [o.name for o in kinds]
     others = [i for i, kind in enumerate(kinds, 1) if kind != "alpha"]
-    if set(colours) <= set(kinds): others = [kinds.index(o) + 1 for o in colours]
+    if set(colours) <= set(kinds):
+        others = [kinds.index(o) + 1 for o in colours]
     if len(others) in (1, 3):
         _doubt_order([source.descriptions[o - 1] for o in others], name)
         return others
-    said = f" ({', '.join(o or '?' for o in source.descriptions)})" if any(source.descriptions) and len(others) < 20 else ""
-    what = f"{name} has {len(others)} bands{said}, and does not say which are red, green and blue. Say it, counted from 1, e.g. "
-    raise ImageError(f"{what}bands=(3, 2, 1) of load_image or segment_tiles; or one band for grey", f"{what}--bands 3,2,1; or one band for grey")
+    said = (
+        f" ({', '.join(o or '?' for o in source.descriptions)})"
+        if any(source.descriptions) and len(others) < 20
+        else ""
+    )
+    what = (
+        f"{name} has {len(others)} bands{said}, and does not say which are red, green and blue. Say it,"
+        " counted from 1, e.g. "
+    )
+    raise ImageError(
+        f"{what}bands=(3, 2, 1) of load_image or segment_tiles; or one band for grey",
+        f"{what}--bands 3,2,1; or one band for grey",
+    )
 
-def _doubt_order(descriptions:list[str|None], name:str):
-    "Warn of bands 2, 3, 4 of a satellite, which are blue, green, red with Sentinel-2 and Landsat 8 and 9, taken as red, green, blue."
-    if [re.sub(r"(?i)^(b|band)[ _]?0?(?=\d$)", "", (o or "").strip()) for o in descriptions] == ["2", "3", "4"]:
-        warnings.warn(f"{name}: its bands are called {', '.join(descriptions)}, and are taken as red, green and blue in this order. Satellites "
-                      "call blue, green, red so: if these are, say bands=(3, 2, 1) (in the shell --bands 3,2,1)", stacklevel=2)
 
-def _span_of_rows(read:Callable, size:tuple[int, int], enough:float) -> tuple[float, float]:
-    "Smallest and largest of the values that `read(top, left, height, width)` gives, 256 rows at a time, until one reaches `enough`."
+def _doubt_order(descriptions: list[str | None], name: str):
+    """Warn of bands 2, 3, 4 of a satellite, which are blue, green, red with Sentinel-2 and Landsat 8 and 9,
+    taken as red, green, blue.
+    """
+    if [re.sub(r"(?i)^(b|band)[ _]?0?(?=\d$)", "", (o or "").strip()) for o in descriptions] == [
+        "2",
+        "3",
+        "4",
+    ]:
+        warnings.warn(
+            f"{name}: its bands are called {', '.join(descriptions)}, and are taken as red, green and blue in"
+            " this order. Satellites call blue, green, red so: if these are, say bands=(3, 2, 1) (in the"
+            " shell --bands 3,2,1)",
+            stacklevel=2,
+        )
+
+
+def _span_of_rows(read: Callable, size: tuple[int, int], enough: float) -> tuple[float, float]:
+    """Smallest and largest of the values that `read(top, left, height, width)` gives, 256 rows at a time,
+    until one reaches `enough`.
+    """
     low, high = np.inf, -np.inf
     for top in range(0, size[0], 256):
         values = read(top, 0, min(256, size[0] - top), size[1])
-        values = values[values == values]   # NaN holds no data
+        values = values[values == values]  # NaN holds no data
         if values.size:
             low, high = min(low, float(values.min())), max(high, float(values.max()))
-        if high >= enough: break
+        if high >= enough:
+            break
     return (low, high) if low <= high else (0, 0)
 
 # %% ../../nbs/core/08_images.ipynb #f36ef1ee
 @contextmanager
 def _raster_picture(
-    source, # a path, or the bytes of a file
-    limits, bands, name:str,
-    orientation:int=1,
-    keep_place:bool=False, # let the place on Earth win over the orientation
-    max_pixels:float=MAX_PIXELS,
-): # yields a `Picture`
+    source,  # a path, or the bytes of a file
+    limits,
+    bands,
+    name: str,
+    orientation: int = 1,
+    keep_place: bool = False,  # let the place on Earth win over the orientation
+    max_pixels: float = MAX_PIXELS,
+):  # yields a `Picture`
     "Open a file by rasterio, to be read by windows."
     rasterio = require("rasterio", "geo")
     from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         # GDAL would keep a twentieth of the machine's memory for what it has read.
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=64))
         try:
-            if isinstance(source, bytes): data = stack.enter_context(stack.enter_context(rasterio.MemoryFile(source)).open())
-            else: data = stack.enter_context(rasterio.open(fsdecode(source)))
+            if isinstance(source, bytes):
+                data = stack.enter_context(stack.enter_context(rasterio.MemoryFile(source)).open())
+            else:
+                data = stack.enter_context(rasterio.open(fsdecode(source)))
         except RasterioIOError as e:
             raise ImageError(f"{name} cannot be read ({e})") from e
         _check_size(data.width, data.height, max_pixels, name)
         picture = _Raster(data, limits, bands, name).picture()
         if picture.place and keep_place and orientation != 1:
-            warnings.warn(f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place counts, and it is labelled as it is stored")
+            warnings.warn(
+                f"{name} has a place on Earth and an orientation (tag 274 is {orientation}): its place"
+                " counts, and it is labelled as it is stored"
+            )
         yield picture if picture.place and keep_place else _turned(picture, orientation)
+
 
 class _Raster:
     "An open rasterio data set as samples, by windows of (top, left, height, width)."
-    def __init__(self, data, limits, bands, name:str):
+
+    def __init__(self, data, limits, bands, name: str):
         from rasterio.enums import ColorInterp, MaskFlags
+
         self.data, self.name, self.chosen = data, name, _choose_bands(data, bands, name)
         first, kinds = self.chosen[0] - 1, data.colorinterp
-        self.alpha, flags = kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else None, data.mask_flag_enums[first]
-        if self.alpha and (bands or _is_picture(data.read(self.alpha, out_shape=self.small()), name)): self.alpha = None
+        self.alpha, flags = (
+            (kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else None),
+            data.mask_flag_enums[first],
+        )
+        if self.alpha and (bands or _is_picture(data.read(self.alpha, out_shape=self.small()), name)):
+            self.alpha = None
         self.whole = MaskFlags.all_valid in flags or (self.alpha is None and MaskFlags.alpha in flags)
         self.dtype = np.dtype(complex if data.dtypes[first].startswith("complex") else data.dtypes[first])
-        self.table = _colour_table(data, self.dtype) if kinds[first] == ColorInterp.palette and len(self.chosen) == 1 else None
-        bits = int(data.tags(first + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0)) if self.dtype.kind == "u" else 0
+        self.table = (
+            _colour_table(data, self.dtype)
+            if kinds[first] == ColorInterp.palette and len(self.chosen) == 1
+            else None
+        )
+        bits = (
+            int(data.tags(first + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0)) if self.dtype.kind == "u" else 0
+        )
         self.white = 2**bits - 1 if bits and self.table is None else None
-        self.inverted = data.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and self.table is None and not isinstance(limits, tuple)
-        self.black_white = _black_white(limits, np.dtype(np.uint8) if self.table is not None else self.dtype, name, self.span, self.sample, self.white)
+        self.inverted = (
+            data.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+            and self.table is None
+            and not isinstance(limits, tuple)
+        )
+        self.black_white = _black_white(
+            limits,
+            np.dtype(np.uint8) if self.table is not None else self.dtype,
+            name,
+            self.span,
+            self.sample,
+            self.white,
+        )
 
-    def fetch(self, call:Callable, *arguments, window, shape=None) -> np.ndarray:
+    def fetch(self, call: Callable, *arguments, window, shape=None) -> np.ndarray:
         from rasterio.errors import RasterioIOError
         from rasterio.windows import Window
+
         top, left, height, width = window
         try:
-            return call(*arguments, window=Window(left, top, width, height), **(dict(out_shape=shape) if shape else {}))
+            return call(
+                *arguments,
+                window=Window(left, top, width, height),
+                **(dict(out_shape=shape) if shape else {}),
+            )
         except RasterioIOError as e:
             raise ImageError(f"{self.name} is damaged ({e})") from e
 
     def samples(self, window, shape=None) -> np.ndarray:
         "H x W x C; `shape`: height and width to read it at, if not its own."
-        a = self.fetch(self.data.read, self.chosen, window=window, shape=shape and (len(self.chosen), *shape)).transpose(1, 2, 0)
-        if self.table is not None: return self.table[a[..., 0]]
+        a = self.fetch(
+            self.data.read, self.chosen, window=window, shape=shape and (len(self.chosen), *shape)
+        ).transpose(1, 2, 0)
+        if self.table is not None:
+            return self.table[a[..., 0]]
         return (self.white or np.iinfo(a.dtype).max) - a if self.inverted and a.dtype.kind == "u" else a
 
     def valid(self, window, shape=None) -> np.ndarray:
         "H x W uint8, 0 where there are no data."
-        mask = np.full(shape or window[2:], 255, np.uint8) if self.whole else self.fetch(self.data.dataset_mask, window=window, shape=shape)
-        return mask if self.dtype.kind != "f" else np.where(np.isnan(self.samples(window, shape)).any(2), np.uint8(0), mask)
+        mask = (
+            np.full(shape or window[2:], 255, np.uint8)
+            if self.whole
+            else self.fetch(self.data.dataset_mask, window=window, shape=shape)
+        )
+        return (
+            mask
+            if self.dtype.kind != "f"
+            else np.where(np.isnan(self.samples(window, shape)).any(2), np.uint8(0), mask)
+        )
 
     def span(self) -> tuple[float, float]:
-        most = self.white or (255 if self.table is not None else np.iinfo(self.dtype).max if self.dtype.kind == "u" and self.dtype.itemsize < 4 else np.inf)
-        return _span_of_rows(lambda *window: self.samples(window)[self.valid(window) > 0], self.data.shape, most/(2 if most > 255 else 8))
+        most = self.white or (
+            255
+            if self.table is not None
+            else np.iinfo(self.dtype).max
+            if self.dtype.kind == "u" and self.dtype.itemsize < 4
+            else np.inf
+        )
+        return _span_of_rows(
+            lambda *window: self.samples(window)[self.valid(window) > 0],
+            self.data.shape,
+            most / (2 if most > 255 else 8),
+        )
 
     def small(self) -> tuple[int, int]:
         "Height and width of a copy of a million pixels at most."
-        share = min(1, (2**20/(self.data.width*self.data.height))**.5)
-        return max(1, int(self.data.height*share)), max(1, int(self.data.width*share))
+        share = min(1, (2**20 / (self.data.width * self.data.height)) ** 0.5)
+        return max(1, int(self.data.height * share)), max(1, int(self.data.width * share))
 
     def sample(self) -> np.ndarray:
         window, shape = (0, 0, *self.data.shape), self.small()
@@ -545,94 +866,132 @@ class _Raster:
 
     def rgb(self, *window) -> np.ndarray:
         rgb = _levels(self.samples(window), *self.black_white)
-        if rgb.shape[2] == 1: rgb = np.repeat(rgb, 3, axis=2)
+        if rgb.shape[2] == 1:
+            rgb = np.repeat(rgb, 3, axis=2)
         if self.alpha and self.data.dtypes[self.alpha - 1] in ("uint8", "uint16"):
             alpha = self.fetch(self.data.read, self.alpha, window=window)
             rgb = _on_white(rgb, _levels(alpha, 0, np.iinfo(alpha.dtype).max))
-        if self.whole and self.dtype.kind != "f": return rgb
+        if self.whole and self.dtype.kind != "f":
+            return rgb
         return np.where(self.valid(window)[..., None] == 0, np.uint8(255), rgb)
 
     def picture(self) -> Picture:
         data = self.data
         known = data.crs is not None or not data.transform.is_identity
         place = dict(crs=data.crs, transform=data.transform) if known else None
-        if data.gcps[0]: place = dict(crs=data.gcps[1], gcps=data.gcps[0])
-        return Picture(data.shape, self.rgb, place, None if self.whole and self.dtype.kind != "f" else lambda *window: self.valid(window),
-                       tuple(o for o in data.files if os.path.isfile(o)))
+        if data.gcps[0]:
+            place = dict(crs=data.gcps[1], gcps=data.gcps[0])
+        return Picture(
+            data.shape,
+            self.rgb,
+            place,
+            None if self.whole and self.dtype.kind != "f" else lambda *window: self.valid(window),
+            tuple(o for o in data.files if os.path.isfile(o)),
+        )
 
-def _colour_table(data, dtype:np.dtype) -> np.ndarray:
+
+def _colour_table(data, dtype: np.dtype) -> np.ndarray:
     "Colours of a palette, one row per value."
     table = np.zeros((np.iinfo(dtype).max + 1, 3), np.uint8)
-    for value, colour in data.colormap(1).items(): table[value] = colour[:3]
+    for value, colour in data.colormap(1).items():
+        table[value] = colour[:3]
     return table
 
 # %% ../../nbs/core/08_images.ipynb #c6590a10
-def _from_array(a:np.ndarray, limits, bands, max_pixels:int, name:str) -> np.ndarray:
-    "`H x W x 3` `uint8` RGB from an array `H x W` or `H x W x C`, `C` in 1, 3, 4, or more if `bands` chooses."
-    if a.ndim == 2: a = a[:, :, None]
+def _from_array(a: np.ndarray, limits, bands, max_pixels: int, name: str) -> np.ndarray:
+    """`H x W x 3` `uint8` RGB from an array `H x W` or `H x W x C`, `C` in 1, 3, 4, or more if `bands`
+    chooses.
+    """
+    if a.ndim == 2:
+        a = a[:, :, None]
     if a.ndim != 3 or (a.shape[2] not in (1, 3, 4) and not bands):
-        raise ImageError(f"{name} has shape {a.shape}; one image is H x W or H x W x C with C = 1, 3 or 4. "
-                         "Of other bands choose those to see: load_image(..., bands=(3, 2, 1))")
+        raise ImageError(
+            f"{name} has shape {a.shape}; one image is H x W or H x W x C with C = 1, 3 or 4. "
+            "Of other bands choose those to see: load_image(..., bands=(3, 2, 1))"
+        )
     _check_size(a.shape[1], a.shape[0], max_pixels, name)
-    if a.dtype.kind in "iuf": a = a.astype(a.dtype.newbyteorder("="), copy=False)
+    if a.dtype.kind in "iuf":
+        a = a.astype(a.dtype.newbyteorder("="), copy=False)
     if bands:
         _check_count(bands, a.shape[2], name)
         a = a[..., [o - 1 for o in bands]]
-    if limits is None and a.dtype == np.uint8: limits = 0, 255
+    if limits is None and a.dtype == np.uint8:
+        limits = 0, 255
     colour, alpha = a[..., :3], None
     if a.shape[2] == 4:
         alpha = _levels(a[..., 3], 0, _fixed_white(a.dtype, a[..., 3].min(), a[..., 3].max(), name))
-    return np.array(_colour(colour, alpha, limits, name, trusted=True))   # it may be a dark part of an image
+    # it may be a dark part of an image
+    return np.array(_colour(colour, alpha, limits, name, trusted=True))
+
 
 def _tensor_array(t, bands=None) -> np.ndarray:
     "A tensor `C x H x W` or `H x W x C` as an array `H x W x C`."
     t = t.detach().cpu()
-    if t.is_floating_point(): t = t.float() # bfloat16 has no NumPy type
+    if t.is_floating_point():
+        t = t.float()  # bfloat16 has no NumPy type
     a = t.numpy()
     first = a.ndim == 3 and (a.shape[0] in (1, 3, 4) or (bands and a.shape[0] < min(a.shape[1:])))
     return a.transpose(1, 2, 0) if first else a
 
 # %% ../../nbs/core/08_images.ipynb #8463a3c8
-def _named_file(source): # a path, bytes or a binary file object -> an open binary file and its name
+def _named_file(source):  # a path, bytes or a binary file object -> an open binary file and its name
     "Open what holds the bytes of a file. Raises `ImageError`."
-    if isinstance(source, (bytes, bytearray, memoryview)): return BytesIO(source), f"These {len(source):,} bytes"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return BytesIO(source), f"These {len(source):,} bytes"
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "The file object"))
-        try: data = source.read()
-        except (OSError, ValueError) as e: raise ImageError(f"{name} cannot be read ({e}). Open it with open(path, 'rb')") from e
-        if not isinstance(data, bytes): raise ImageError(f"{name} is open as text. Open it with open(path, 'rb')")
+        try:
+            data = source.read()
+        except (OSError, ValueError) as e:
+            raise ImageError(f"{name} cannot be read ({e}). Open it with open(path, 'rb')") from e
+        if not isinstance(data, bytes):
+            raise ImageError(f"{name} is open as text. Open it with open(path, 'rb')")
         return BytesIO(data), name
     if not isinstance(source, (str, PathLike)):
-        raise ImageError(f"Cannot read an image from {type(source).__name__}. Pass a path, bytes, a file object, a Pillow image, an array or a tensor")
+        raise ImageError(
+            f"Cannot read an image from {type(source).__name__}. Pass a path, bytes, a file object, a Pillow"
+            " image, an array or a tensor"
+        )
     path = fsdecode(source)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ImageError(f"{path} is a web address. Download the file first, then pass its path")
-    try: return open(path, "rb"), path
-    except FileNotFoundError: raise ImageError(f"{path} does not exist. Check the path") from None
-    except IsADirectoryError: raise ImageError(f"{path} is a folder. Pass one image file") from None
-    except (OSError, ValueError) as e: raise ImageError(f"{path} cannot be opened ({e}). Check the path and its permissions") from e
+    try:
+        return open(path, "rb"), path
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist. Check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder. Pass one image file") from None
+    except (OSError, ValueError) as e:
+        raise ImageError(f"{path} cannot be opened ({e}). Check the path and its permissions") from e
 
-def _not_decoded(image:Image.Image) -> BytesIO|None:
+
+def _not_decoded(image: Image.Image) -> BytesIO | None:
     "The file of a Pillow image of a format that can be deep, as long as Pillow has not decoded it."
     file = getattr(image, "fp", None)
     deep = image.format in ("PPM", "TIFF", "JPEG2000") or "16" in _rawmode(image)
-    if not (file and deep and getattr(image, "tile", None)) or image.tell(): return None
+    if not (file and deep and getattr(image, "tile", None)) or image.tell():
+        return None
     at = file.tell()
     file.seek(0)
     data = BytesIO(file.read())
     file.seek(at)
     return data
 
-def _from_pillow(image:Image.Image, limits, bands, max_pixels:int, name:str) -> Picture:
+
+def _from_pillow(image: Image.Image, limits, bands, max_pixels: int, name: str) -> Picture:
     "A `Picture` of a Pillow image, which stays as it is."
     _check_size(*image.size, max_pixels, name)
     try:
-        with _pillow_allows(max_pixels): return _pillow_picture(image, None, limits, bands, name)
-    except ImageError: raise
-    except PILLOW_ERRORS as e: raise ImageError(f"{name}: the image cannot be decoded ({e}). Open it again") from e
+        with _pillow_allows(max_pixels):
+            return _pillow_picture(image, None, limits, bands, name)
+    except ImageError:
+        raise
+    except PILLOW_ERRORS as e:
+        raise ImageError(f"{name}: the image cannot be decoded ({e}). Open it again") from e
+
 
 @contextmanager
-def _opened(source, limits, bands, max_pixels:int, large:bool=False):
+def _opened(source, limits, bands, max_pixels: int, large: bool = False):
     "Anything `load_image` takes as a `Picture`; `large`: a TIFF by windows, at its place on Earth."
     limits, bands = check_limits(limits), check_bands(bands)
     file = None
@@ -645,9 +1004,12 @@ def _opened(source, limits, bands, max_pixels:int, large:bool=False):
     tensor = hasattr(source, "detach") and hasattr(source, "cpu")
     if tensor or isinstance(source, np.ndarray):
         a = _tensor_array(source, bands) if tensor else source
-        yield _array_picture(_from_array(a, limits, bands, max_pixels, "The tensor" if tensor else "The NumPy array"))
+        yield _array_picture(
+            _from_array(a, limits, bands, max_pixels, "The tensor" if tensor else "The NumPy array")
+        )
         return
-    if file is None: file, name = _named_file(source)
+    if file is None:
+        file, name = _named_file(source)
     with file:
         path = None if isinstance(file, BytesIO) else name
         wanted = "only" if name.lower().endswith(".vrt") else _for_rasterio(file, limits, bands)
@@ -657,46 +1019,72 @@ def _opened(source, limits, bands, max_pixels:int, large:bool=False):
             try:
                 require("rasterio", "geo")
             except MissingExtra as e:
-                if by_window and (wanted == "only" or _PLACED & tags.keys()): raise
-                if wanted == "only": raise ImageError(f"{name}: this kind of TIFF is read by rasterio only: {e}. Or convert it to 8 bits of RGB") from None
+                if by_window and (wanted == "only" or _PLACED & tags.keys()):
+                    raise
+                if wanted == "only":
+                    raise ImageError(
+                        f"{name}: this kind of TIFF is read by rasterio only: {e}. Or convert it to 8 bits"
+                        " of RGB"
+                    ) from None
                 wanted = by_window = None
         if tags.get(1):
             pages = tags[1] + 1 if tags[1] < 16 else "more than 16"
-            warnings.warn(f"{name}: {pages} pages of one size, of which the first is read. If they are bands, save them as bands of one page; "
-                          "if pictures, each as a file of its own")
+            warnings.warn(
+                f"{name}: {pages} pages of one size, of which the first is read. If they are bands, save them"
+                " as bands of one page; if pictures, each as a file of its own"
+            )
         if not (wanted or by_window):
             yield _decode(file, limits, bands, max_pixels, name)
             return
         most = np.inf if by_window else max_pixels
-        with _raster_picture(path or file.getvalue(), limits, bands, name, tags.get(274, 1), large, most) as picture: yield picture
+        with _raster_picture(
+            path or file.getvalue(), limits, bands, name, tags.get(274, 1), large, most
+        ) as picture:
+            yield picture
+
 
 @contextmanager
 def open_picture(
-    source, # anything `load_image` takes
-    limits:tuple[float, float]|str|None=None, # as for `load_image`
-    bands:tuple[int, ...]|None=None,
-): # yields a `Picture`
+    source,  # anything `load_image` takes
+    limits: tuple[float, float] | str | None = None,  # as for `load_image`
+    bands: tuple[int, ...] | None = None,
+):  # yields a `Picture`
     """Open a picture to be read by windows: a TIFF of any size by rasterio (extra `geo`), all else by Pillow.
 
     Raises `ImageError` as `load_image` does, `MissingExtra` for a GeoTIFF without `geo`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # it begins at half of our limit
-        with _opened(source, limits, bands, MAX_PIXELS, large=True) as picture: yield picture
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it begins at half of our limit
+        with _opened(source, limits, bands, MAX_PIXELS, large=True) as picture:
+            yield picture
+
 
 def load_image(
-    source, # path, bytes, binary file object, Pillow image, NumPy array or torch tensor
-    max_pixels:int=MAX_PIXELS, # the largest number of pixels accepted, read from the header before decoding
-    limits:tuple[float, float]|str|None=None, # the values of black and white, or "stretch": 2 % of this image's become black, 2 % white; default: those of the type
-    bands:tuple[int, ...]|None=None, # from 1, those for red, green and blue, or one for grey; default: those that the file names
-) -> np.ndarray: # `H x W x 3`, `uint8`, RGB; a fresh array
+    source,  # path, bytes, binary file object, Pillow image, NumPy array or torch tensor
+    # the largest number of pixels accepted, read from the header before decoding
+    max_pixels: int = MAX_PIXELS,
+    # the values of black and white, or "stretch": 2 % of this image's become black, 2 % white; default: those
+    # of the type
+    limits: tuple[float, float] | str | None = None,
+    # from 1, those for red, green and blue, or one for grey; default: those that the file names
+    bands: tuple[int, ...] | None = None,
+) -> np.ndarray:  # `H x W x 3`, `uint8`, RGB; a fresh array
     """Read one image as `H x W x 3` `uint8` RGB.
 
-    EXIF orientation is applied, transparency is composited on white, 16-bit levels are scaled, an animated file gives its
-    first frame. Arrays: `H x W` or `H x W x C` with 1, 3 or 4 channels, of type `uint8`, `uint16`, `bool`, or float in 0..1.
+    EXIF orientation is applied, transparency is composited on white, 16-bit levels are scaled, an animated
+    file gives its
+    first frame. Arrays: `H x W` or `H x W x C` with 1, 3 or 4 channels, of type `uint8`, `uint16`, `bool`,
+    or float in 0..1.
     Tensors: `C x H x W` or `H x W x C`. Other types and other numbers of channels need `limits` and `bands`.
-    Raises `ImageError` for anything that is not one whole image of at most `max_pixels` pixels, and for deep pixels (more than
-    8 bits) that use less than a quarter of their range; warns of an image that looks dark because it uses little of it.
+    Raises `ImageError` for anything that is not one whole image of at most `max_pixels` pixels, and for
+    deep pixels (more than
+    8 bits) that use less than a quarter of their range; warns of an image that looks dark because it uses
+    little of it.
+
     """
     with _opened(source, limits, bands, max_pixels) as picture:
         pixels = picture.read(0, 0, *picture.size)
-        return pixels if pixels.flags.c_contiguous and pixels.flags.writeable and pixels.base is None else pixels.copy()
+        return (
+            pixels
+            if pixels.flags.c_contiguous and pixels.flags.writeable and pixels.base is None
+            else pixels.copy()
+        )

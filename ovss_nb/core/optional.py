@@ -13,13 +13,18 @@ from types import ModuleType
 class MissingExtra(ImportError):
     "An optional dependency is not installed; the message names the pip command that installs it."
 
+
 def require(
-    module:str, # dotted module to import, e.g. `pydensecrf.densecrf`
-    extra:str, # the extra of `ovss_nb` that installs it, e.g. `crf`
-) -> ModuleType: # the imported module
+    module: str,  # dotted module to import, e.g. `pydensecrf.densecrf`
+    extra: str,  # the extra of `ovss_nb` that installs it, e.g. `crf`
+) -> ModuleType:  # the imported module
     "Import an optional `module`, or raise `MissingExtra` naming the pip command."
-    try: return import_module(module)
+    try:
+        return import_module(module)
     except ModuleNotFoundError as e:
         # A module that is there but lacks one of its own imports is a different fault: let it show itself.
-        if e.name is None or module.split(".")[0] != e.name.split(".")[0]: raise
-        raise MissingExtra(f"`{module}` is not installed. Install the extra `{extra}`: pip install 'ovss_nb[{extra}]'") from None
+        if e.name is None or module.split(".")[0] != e.name.split(".")[0]:
+            raise
+        raise MissingExtra(
+            f"`{module}` is not installed. Install the extra `{extra}`: pip install 'ovss_nb[{extra}]'"
+        ) from None

@@ -22,12 +22,14 @@ import numpy as np
 class OptionError(ValueError):
     "An option has a value that it cannot have; the message says which, what it takes, and what it was given."
 
+
 @dataclass(frozen=True)
 class Range:
     "Bounds of a number, to stand beside its type: `Annotated[int, Range(1)]`."
-    low:float
-    high:float = math.inf
-    open:Literal["", "low", "high", "both"] = "" # which of the bounds is not allowed itself
+
+    low: float
+    high: float = math.inf
+    open: Literal["", "low", "high", "both"] = ""  # which of the bounds is not allowed itself
 
     def __contains__(self, value) -> bool:
         above = value > self.low if self.open in ("low", "both") else value >= self.low
@@ -35,32 +37,44 @@ class Range:
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.open in ("low", "both") else f"from {self.low:g}"
-        if self.high == math.inf: return low if self.open else f"{low} up"
+        if self.high == math.inf:
+            return low if self.open else f"{low} up"
         return f"{low} to {'below ' if self.open in ('high', 'both') else ''}{self.high:g}"
 
-Count = Annotated[int, Range(1)] # of things, or of pixels
-Index = Annotated[int, Range(0)] # a position, counted from 0, or a number of things that may be none
+
+Count = Annotated[int, Range(1)]  # of things, or of pixels
+Index = Annotated[int, Range(0)]  # a position, counted from 0, or a number of things that may be none
 Positive = Annotated[float, Range(0, open="low")]
 NotNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)] # of a whole, or a probability
+Share = Annotated[float, Range(0, 1)]  # of a whole, or a probability
 
 # %% ../../nbs/core/02_options.ipynb #8c9097be
 _NAMES = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "text",
-    NoneType: "none", list: "a list", dict: "a table",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "none",
+    list: "a list",
+    dict: "a table",
 }
 
-def _either(parts:list[str], last:str) -> str:
+
+def _either(parts: list[str], last: str) -> str:
     return last.join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
+
 def expected(
-    kind, # a type, or several: `Annotated`, `Literal`, a union, `tuple[...]`, `list[...]`, `dict[...]`
+    kind,  # a type, or several: `Annotated`, `Literal`, a union, `tuple[...]`, `list[...]`, `dict[...]`
 ) -> str:
     "What a type takes, in words."
     origin, inside = get_origin(kind) or kind, get_args(kind)
-    if origin is Annotated: return " ".join([expected(inside[0]), *map(str, inside[1:])])
-    if origin is Literal: return _either(list(map(repr, inside)), " or ")
-    if origin in (Union, UnionType): return _either(list(dict.fromkeys(map(expected, inside))), ", or ")
+    if origin is Annotated:
+        return " ".join([expected(inside[0]), *map(str, inside[1:])])
+    if origin is Literal:
+        return _either(list(map(repr, inside)), " or ")
+    if origin in (Union, UnionType):
+        return _either(list(dict.fromkeys(map(expected, inside))), ", or ")
     if origin in (tuple, list) and inside:
         number = "" if origin is list or inside[-1] is Ellipsis else f" of {len(inside)}"
         return f"a list{number}, each {expected(inside[0])}"
@@ -68,183 +82,253 @@ def expected(
 
 # %% ../../nbs/core/02_options.ipynb #eff8b213
 def fitted(value, kind):
-    "`value` as `kind` has it. Raises `TypeError` if it does not fit, `OverflowError` if no float can hold it."
+    """`value` as `kind` has it.
+
+    Raises `TypeError` if it does not fit, `OverflowError` if no float can hold it.
+    """
     origin, inside = get_origin(kind) or kind, get_args(kind)
-    if kind in (object, Any): return value
+    if kind in (object, Any):
+        return value
     if origin is Annotated:
         value = fitted(value, inside[0])
-        if all(value in o for o in inside[1:]): return value
+        if all(value in o for o in inside[1:]):
+            return value
     elif origin in (Union, UnionType):
         for o in inside:
-            try: return fitted(value, o)
-            except (TypeError, OverflowError): continue
+            try:
+                return fitted(value, o)
+            except (TypeError, OverflowError):
+                continue
     elif origin is Literal:
         for o in inside:
-            if type(value) is type(o) and value == o: return o
+            if type(value) is type(o) and value == o:
+                return o
     elif origin is bool or isinstance(value, (bool, np.bool_)):
-        if origin is bool and isinstance(value, (bool, np.bool_)): return bool(value)
-    elif origin is int and isinstance(value, Integral): return int(value)
-    elif origin is float and isinstance(value, Real) and math.isfinite(value): return float(value)
-    elif origin is str and isinstance(value, (str, os.PathLike)): return os.fspath(value)
-    elif origin in (tuple, list): return _fitted_items(value, origin, inside)
+        if origin is bool and isinstance(value, (bool, np.bool_)):
+            return bool(value)
+    elif origin is int and isinstance(value, Integral):
+        return int(value)
+    elif origin is float and isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    elif origin is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    elif origin in (tuple, list):
+        return _fitted_items(value, origin, inside)
     elif origin is dict and isinstance(value, dict):
         return {name: fitted(o, inside[1]) for name, o in value.items()} if inside else value
-    elif isinstance(origin, type) and origin not in _NAMES and isinstance(value, origin): return value
-    elif value is None and origin in (None, NoneType): return None
+    elif isinstance(origin, type) and origin not in _NAMES and isinstance(value, origin):
+        return value
+    elif value is None and origin in (None, NoneType):
+        return None
     raise TypeError(f"{value!r} is not {expected(kind)}")
+
 
 def _fitted_items(value, origin, inside):
     "The items of a list or a tuple, each fitted."
     allowed = (list, tuple) if origin is tuple else list
-    if not isinstance(value, allowed): raise TypeError(f"{value!r} is no list")
-    if not inside: return origin(value)
+    if not isinstance(value, allowed):
+        raise TypeError(f"{value!r} is no list")
+    if not inside:
+        return origin(value)
     endless = origin is list or inside[-1] is Ellipsis
-    if not endless and len(value) != len(inside): raise TypeError(f"{value!r} has not {len(inside)} items")
-    return origin(fitted(o, kind) for o, kind in zip(value, inside[:1]*len(value) if endless else inside))
+    if not endless and len(value) != len(inside):
+        raise TypeError(f"{value!r} has not {len(inside)} items")
+    return origin(fitted(o, kind) for o, kind in zip(value, inside[:1] * len(value) if endless else inside))
+
 
 def fit_option(
-    name:str, # as the user wrote it, for the message
-    value, kind, # see `fitted`
+    name: str,  # as the user wrote it, for the message
+    value,
+    kind,  # see `fitted`
 ):
     "The value of an option, checked. Raises `OptionError`."
-    try: return fitted(value, kind)
+    try:
+        return fitted(value, kind)
     except (TypeError, OverflowError):
         raise OptionError(f"{name} must be {expected(kind)}, not {value!r}") from None
 
 # %% ../../nbs/core/02_options.ipynb #218267ff
 @lru_cache
 def option_kinds(
-    cls:type, # a dataclass
-) -> dict[str, object]: # {name: type}
+    cls: type,  # a dataclass
+) -> dict[str, object]:  # {name: type}
     "What each field of a dataclass takes, in order."
     kinds = get_type_hints(cls, include_extras=True)
     return {o.name: kinds[o.name] for o in fields(cls)}
 
+
 def check_options(config):
-    "Check every field of a dataclass by its annotation, in place. Raises `OptionError`, which names the field."
+    """Check every field of a dataclass by its annotation, in place.
+
+    Raises `OptionError`, which names the field.
+    """
     for name, kind in option_kinds(type(config)).items():
         object.__setattr__(config, name, fit_option(name, getattr(config, name), kind))
 
+
 def check_names(
-    names:Iterable[str], # that somebody used
-    known:Iterable[str],
-    owner:str, # what has the options, for the message
+    names: Iterable[str],  # that somebody used
+    known: Iterable[str],
+    owner: str,  # what has the options, for the message
 ):
     "Raises `OptionError` for a name that is not known, with the nearest one that is."
     known = list(known)
     for name in names:
-        if name in known: continue
+        if name in known:
+            continue
         near = "".join(f"; did you mean {o!r}?" for o in get_close_matches(str(name), known, 1)) or "."
         raise OptionError(f"{owner} has no knob {name!r}{near} Known: {', '.join(known)}")
 
 # %% ../../nbs/core/02_options.ipynb #e51d912e
 _PLAIN = (bool, int, float, str, NoneType)
 
+
 def _is_plain(kind) -> bool:
     "Whether a type is made of what `fitted` knows by itself."
     origin, inside = get_origin(kind) or kind, get_args(kind)
-    if origin is Annotated: return _is_plain(inside[0])
-    if origin is Literal: return True
+    if origin is Annotated:
+        return _is_plain(inside[0])
+    if origin is Literal:
+        return True
     return all(o is Ellipsis or _is_plain(o) for o in inside) if inside else origin in _PLAIN
 
+
 def checked_arguments(
-    function:Callable, # with annotations
-    error:type[ValueError]=OptionError, # what is raised
+    function: Callable,  # with annotations
+    error: type[ValueError] = OptionError,  # what is raised
 ) -> Callable:
     "Decorator: arguments of plain types are checked by their annotations before the call. Raises `error`."
     signature = inspect.signature(function)
+
     @wraps(function)
     def call(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         for name, kind in get_type_hints(function, include_extras=True).items():
-            if name not in bound.arguments or not _is_plain(kind): continue
-            try: bound.arguments[name] = fit_option(name, bound.arguments[name], kind)
-            except OptionError as e: raise error(str(e)) from None
+            if name not in bound.arguments or not _is_plain(kind):
+                continue
+            try:
+                bound.arguments[name] = fit_option(name, bound.arguments[name], kind)
+            except OptionError as e:
+                raise error(str(e)) from None
         return function(*bound.args, **bound.kwargs)
+
     return call
 
 # %% ../../nbs/core/02_options.ipynb #867c8635
-_SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
 # A union is tried in this order: what takes everything comes last.
 _ORDER = (NoneType, bool, int, float, Literal, tuple, list, dict, str)
 
+
 def _rank(kind) -> int:
-    while get_origin(kind) is Annotated: kind = get_args(kind)[0]
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     origin = get_origin(kind) or kind
     return _ORDER.index(origin) if origin in _ORDER else len(_ORDER)
 
-def guess(text:str):
+
+def guess(text: str):
     "The value that a text is in JSON or TOML, else the text itself."
     for read in (json.loads, lambda text: tomllib.loads(f"value = {text}")["value"]):
-        try: return text if "\n" in text else read(text)
-        except (ValueError, RecursionError): continue
+        try:
+            return text if "\n" in text else read(text)
+        except (ValueError, RecursionError):
+            continue
     return text
 
-def _read(text:str, kind):
+
+def _read(text: str, kind):
     "The value that a text stands for, not yet checked. Raises `TypeError`, `ValueError` or `KeyError`."
     origin, inside = get_origin(kind) or kind, get_args(kind)
-    if origin is Annotated: return _read(text, inside[0])
-    if origin in (Union, UnionType): return _read_union(text, inside)
+    if origin is Annotated:
+        return _read(text, inside[0])
+    if origin in (Union, UnionType):
+        return _read_union(text, inside)
     if origin is NoneType:
-        if text.lower() not in ("none", "null", ""): raise ValueError(text)
+        if text.lower() not in ("none", "null", ""):
+            raise ValueError(text)
         return None
-    if origin is bool: return _SWITCHES[text.lower()]
-    if origin in (int, float): return origin(text)
-    if origin in (tuple, list): return _read_items(text, inside)
+    if origin is bool:
+        return _SWITCHES[text.lower()]
+    if origin in (int, float):
+        return origin(text)
+    if origin in (tuple, list):
+        return _read_items(text, inside)
     written = guess(text)
-    if origin is dict or kind in (object, Any): return written
+    if origin is dict or kind in (object, Any):
+        return written
     return written if isinstance(written, str) else text
 
-def _read_union(text:str, kinds):
+
+def _read_union(text: str, kinds):
     "The value of the first type, in `_ORDER`, that a text can be read as and that takes it."
     listed = "," in text or text.startswith("[")
     for kind in sorted(kinds, key=_rank):
-        if str in kinds and (get_origin(kind) or kind) in (tuple, list) and not listed: continue
-        try: return fitted(_read(text, kind), kind)
-        except (TypeError, ValueError, KeyError, ArithmeticError): continue
+        if str in kinds and (get_origin(kind) or kind) in (tuple, list) and not listed:
+            continue
+        try:
+            return fitted(_read(text, kind), kind)
+        except (TypeError, ValueError, KeyError, ArithmeticError):
+            continue
     raise ValueError(text)
 
-def _read_items(text:str, inside):
+
+def _read_items(text: str, inside):
     "The items of a list, as JSON or TOML, or with commas between them."
-    if text.lower() in ("none", "null"): return []
-    if isinstance(items := guess(text), list): return items
-    if isinstance(items, str): text = items   # quotes around them all
+    if text.lower() in ("none", "null"):
+        return []
+    if isinstance(items := guess(text), list):
+        return items
+    if isinstance(items, str):
+        text = items  # quotes around them all
     bare = text[1:-1] if re.fullmatch(r"\(.*\)|\[.*\]", text) else text
     items = [o.strip() for o in bare.split(",")] if bare.strip() else []
-    if "" in items: raise ValueError(text)
+    if "" in items:
+        raise ValueError(text)
     endless = not inside or inside[1:] in ((), (...,))
-    kinds = (inside[:1] or (object,))*len(items) if endless else inside
+    kinds = (inside[:1] or (object,)) * len(items) if endless else inside
     return [_read(o, kind) for o, kind in zip(items, kinds, strict=True)]
 
 # %% ../../nbs/core/02_options.ipynb #4685f944
 def read_option(
-    name:str, # as the user wrote it, for the message
-    text:str, # what stands behind the `=`
-    kind, # see `expected`
+    name: str,  # as the user wrote it, for the message
+    text: str,  # what stands behind the `=`
+    kind,  # see `expected`
 ):
     "The value that a text from the shell stands for. Raises `OptionError`."
     text = text.strip()
-    try: return fitted(_read(text, kind), kind)
+    try:
+        return fitted(_read(text, kind), kind)
     except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError):
         raise OptionError(f"{name} must be {expected(kind)}, not {text!r}") from None
 
+
 def argument(
-    kind, # see `expected`
-) -> Callable[[str], object]: # what argparse takes as `type`
+    kind,  # see `expected`
+) -> Callable[[str], object]:  # what argparse takes as `type`
     "What reads an argument of the command line."
+
     def read(text):
-        try: return read_option("it", text, kind)
+        try:
+            return read_option("it", text, kind)
         except OptionError:
             raise argparse.ArgumentTypeError(f"must be {expected(kind)}, not {text!r}") from None
+
     return read
 
+
 def read_options(
-    texts:Iterable[str], # "name=value" each
-    kinds:dict[str, object], # {name: type}, as of `option_kinds`
-    owner:str, # what has the options, for messages
-    door:str="", # what stands before each text where it was typed, e.g. "--set "
+    texts: Iterable[str],  # "name=value" each
+    kinds: dict[str, object],  # {name: type}, as of `option_kinds`
+    owner: str,  # what has the options, for messages
+    door: str = "",  # what stands before each text where it was typed, e.g. "--set "
 ) -> dict[str, object]:
-    "Options from texts. Raises `OptionError` for one without `=`, a name unknown or given twice, and as `read_option`."
+    """Options from texts.
+
+    Raises `OptionError` for one without `=`, a name unknown or given twice, and as `read_option`.
+    """
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -252,6 +336,7 @@ def read_options(
         if not equals or not name:
             raise OptionError(f"{door}takes NAME=VALUE, e.g. {door}size=640, not {text!r}")
         check_names([name], kinds, owner)
-        if name in found: raise OptionError(f"{door}{name} is given twice: leave one out")
+        if name in found:
+            raise OptionError(f"{door}{name} is given twice: leave one out")
         found[name] = read_option(door + name, value, kinds[name])
     return found

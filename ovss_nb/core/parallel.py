@@ -19,13 +19,16 @@ from .optional import require
 class WorkerDied(RuntimeError):
     "A worker process ended without an answer each time it was tried, e.g. killed for want of memory."
 
+
 def _attempt(call, *arguments) -> tuple:
     "`(call(*arguments), None)`, or `(None, exception)` with the traceback as a note."
-    try: return call(*arguments), None
+    try:
+        return call(*arguments), None
     # Whatever the caller's own code raises belongs to one item; the others go on.
     except Exception as e:
         e.add_note("In a worker:\n" + "".join(traceback.format_exception(e)))
         return None, e
+
 
 def _packed(result, error) -> bytes:
     "A pair as bytes that can certainly be read again. Notes go apart, for some classes leave them behind."
@@ -33,35 +36,50 @@ def _packed(result, error) -> bytes:
     data, fault = _attempt(cloudpickle.dumps, (result, error, notes))
     if error is not None and (fault is not None or _attempt(pickle.loads, data)[1] is not None):
         return cloudpickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), notes))
-    return data if fault is None else cloudpickle.dumps((None, RuntimeError(f"The result cannot be sent to another process: {fault}"), []))
+    return (
+        data
+        if fault is None
+        else cloudpickle.dumps(
+            (None, RuntimeError(f"The result cannot be sent to another process: {fault}"), [])
+        )
+    )
 
-def _unpacked(data:bytes) -> tuple:
+
+def _unpacked(data: bytes) -> tuple:
     "The pair again, as far as this process knows the classes in it."
     answer, fault = _attempt(pickle.loads, data)
-    if fault is not None: return None, fault
+    if fault is not None:
+        return None, fault
     result, error, notes = answer
-    if error is not None: error.__notes__ = notes
+    if error is not None:
+        error.__notes__ = notes
     return result, error
 
 # %% ../../nbs/core/05_parallel.ipynb #a55e290f
 class _Worker:
     "Holds what `build` returned and applies it to item after item."
-    def __init__(self, build:bytes, environment:dict|None=None):
+
+    def __init__(self, build: bytes, environment: dict | None = None):
         os.environ.update(environment or {})
         self.call, self.fault = _attempt(lambda: pickle.loads(build)())
 
-    def ready(self) -> bytes: return _packed(None, self.fault)
+    def ready(self) -> bytes:
+        return _packed(None, self.fault)
 
-    def answer(self, item:bytes) -> bytes: return _packed(*_attempt(lambda: self.call(pickle.loads(item))))
+    def answer(self, item: bytes) -> bytes:
+        return _packed(*_attempt(lambda: self.call(pickle.loads(item))))
 
 # %% ../../nbs/core/05_parallel.ipynb #86a25121
 def _listen(pipe, inbox):
     "Pass on what the caller sends; without a caller there is no reason to live."
     while True:
-        try: inbox.put(pipe.recv_bytes())
-        except (EOFError, OSError): os._exit(1)
+        try:
+            inbox.put(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(1)
 
-def _serve(pipe, build:bytes):
+
+def _serve(pipe, build: bytes):
     "The life of a worker process: build, then answer items until an empty one comes."
     # A handler that does nothing, rather than SIG_IGN, which programs started from here would inherit.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -69,40 +87,51 @@ def _serve(pipe, build:bytes):
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
     worker = _Worker(build)
     pipe.send_bytes(worker.ready())
-    while item := inbox.get(): pipe.send_bytes(worker.answer(item))
+    while item := inbox.get():
+        pipe.send_bytes(worker.answer(item))
 
 # %% ../../nbs/core/05_parallel.ipynb #4309b084
 class _Gone(Exception):
     "A worker ended; the message says how."
 
+
 class _Processes:
     "Workers that are processes on this computer. A worker is known by our end of its pipe."
-    def __init__(self, build:bytes, environments:list[dict]):
-        self.build, self.environments, self.running, self.leaving = build, environments, {}, []
-        atexit.register(self.close)   # a generator left open must not hold up the end of the program
 
-    def start(self, n:int):
+    def __init__(self, build: bytes, environments: list[dict]):
+        self.build, self.environments, self.running, self.leaving = build, environments, {}, []
+        atexit.register(self.close)  # a generator left open must not hold up the end of the program
+
+    def start(self, n: int):
         ours, theirs = Pipe()
-        process = get_context("loky").Process(target=_serve, args=(theirs, self.build), env=self.environments[n])
+        process = get_context("loky").Process(
+            target=_serve, args=(theirs, self.build), env=self.environments[n]
+        )
         process.start()
         theirs.close()
         self.running[ours] = process
         return ours
 
-    def send(self, pipe, item:bytes):
-        try: pipe.send_bytes(item)
-        except OSError: pass   # it has just died, which `receive` will report
+    def send(self, pipe, item: bytes):
+        try:
+            pipe.send_bytes(item)
+        except OSError:
+            pass  # it has just died, which `receive` will report
 
-    def wait(self, pipes:list) -> list: return wait(pipes)
+    def wait(self, pipes: list) -> list:
+        return wait(pipes)
 
     def receive(self, pipe) -> bytes:
-        try: return pipe.recv_bytes()
+        try:
+            return pipe.recv_bytes()
         except (EOFError, OSError):
             process = self.running.pop(pipe)
             pipe.close()
             process.join(10)
             code = process.exitcode
-            raise _Gone(signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}") from None
+            raise _Gone(
+                signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            ) from None
 
     def end(self, pipe):
         self.send(pipe, b"")
@@ -110,30 +139,40 @@ class _Processes:
 
     def close(self):
         atexit.unregister(self.close)
-        for process in self.running.values(): kill_process_tree(process)
+        for process in self.running.values():
+            kill_process_tree(process)
         for _, process in self.leaving:
             process.join(10)
-            if process.is_alive(): kill_process_tree(process)
-        for pipe in [*self.running, *(pipe for pipe, _ in self.leaving)]: pipe.close()
+            if process.is_alive():
+                kill_process_tree(process)
+        for pipe in [*self.running, *(pipe for pipe, _ in self.leaving)]:
+            pipe.close()
         self.running, self.leaving = {}, []
 
 # %% ../../nbs/core/05_parallel.ipynb #39f61623
 @dataclass(eq=False)
 class _Actor:
-    actor: object   # Ray's handle
+    actor: object  # Ray's handle
     answer: object  # reference to the answer that is due
+
 
 class _Actors:
     "Workers that are Ray actors, in a Ray that runs already or is started here."
-    def __init__(self, build:bytes, environments:list[dict], address:str, threads:int, gpu:bool):
+
+    def __init__(self, build: bytes, environments: list[dict], address: str, threads: int, gpu: bool):
         self.ray, self.running = require("ray", "ray"), set()
         self.build, self.environments = build, environments
         self.started = not self.ray.is_initialized()
-        size = dict(num_cpus=len(environments)*threads, include_dashboard=False) if address == "local" else {}
-        if self.started: self.ray.init(address, logging_level=logging.WARNING, **size)
-        self.needs = dict(num_cpus=threads, num_gpus=int(gpu and self.ray.cluster_resources().get("GPU", 0) > 0))
+        size = (
+            dict(num_cpus=len(environments) * threads, include_dashboard=False) if address == "local" else {}
+        )
+        if self.started:
+            self.ray.init(address, logging_level=logging.WARNING, **size)
+        self.needs = dict(
+            num_cpus=threads, num_gpus=int(gpu and self.ray.cluster_resources().get("GPU", 0) > 0)
+        )
 
-    def start(self, n:int) -> _Actor:
+    def start(self, n: int) -> _Actor:
         # Threads must be set before the process starts; CUDA_VISIBLE_DEVICES again after Ray has set its own.
         settings = self.needs | dict(max_restarts=0, runtime_env={"env_vars": self.environments[n]})
         actor = self.ray.remote(_Worker).options(**settings).remote(self.build, self.environments[n])
@@ -141,14 +180,16 @@ class _Actors:
         self.running.add(worker)
         return worker
 
-    def send(self, worker, item:bytes): worker.answer = worker.actor.answer.remote(item)
+    def send(self, worker, item: bytes):
+        worker.answer = worker.actor.answer.remote(item)
 
-    def wait(self, workers:list) -> list:
+    def wait(self, workers: list) -> list:
         due = {worker.answer: worker for worker in workers}
         return [due[answer] for answer in self.ray.wait(list(due), num_returns=1)[0]]
 
     def receive(self, worker) -> bytes:
-        try: return self.ray.get(worker.answer)
+        try:
+            return self.ray.get(worker.answer)
         except self.ray.exceptions.RayError as e:
             self.end(worker)
             raise _Gone(str(e).strip()) from None
@@ -158,81 +199,130 @@ class _Actors:
         self.ray.kill(worker.actor)
 
     def close(self):
-        for worker in list(self.running): self.end(worker)
-        if self.started: self.ray.shutdown()
+        for worker in list(self.running):
+            self.end(worker)
+        if self.started:
+            self.ray.shutdown()
 
 # %% ../../nbs/core/05_parallel.ipynb #a1d7c97c
 @dataclass
 class _Slot:
     n: int
     worker: object = None
-    ready: bool = False      # the worker has built
-    position: int|None = None  # of the item it is busy with
+    ready: bool = False  # the worker has built
+    position: int | None = None  # of the item it is busy with
     item: bytes = b""
-    deaths: int = 0          # of workers, over that item
+    deaths: int = 0  # of workers, over that item
 
-def _results(pool, items, workers:int, retries:int):
+
+def _results(pool, items, workers: int, retries: int):
     "The loop of `spread`."
     pool, slots, done, items, more = pool(), [_Slot(n) for n in range(workers)], [], enumerate(items), True
     try:
         while True:
             for slot in slots:
                 while more and slot.position is None:
-                    try: position, item = next(items)
-                    except StopIteration: more = False; break
+                    try:
+                        position, item = next(items)
+                    except StopIteration:
+                        more = False
+                        break
                     data, fault = _attempt(cloudpickle.dumps, item)
-                    if fault: done.append((position, None, fault)); continue
+                    if fault:
+                        done.append((position, None, fault))
+                        continue
                     slot.position, slot.item, slot.deaths = position, data, 0
-                    if slot.worker is None: slot.worker, slot.ready = pool.start(slot.n), False
-                    else: pool.send(slot.worker, data)
-                if slot.position is None and slot.worker is not None: slot.worker = pool.end(slot.worker)
+                    if slot.worker is None:
+                        slot.worker, slot.ready = pool.start(slot.n), False
+                    else:
+                        pool.send(slot.worker, data)
+                if slot.position is None and slot.worker is not None:
+                    slot.worker = pool.end(slot.worker)
             # Only now that everybody is busy again: the caller may take its time.
             yield from done
             done = []
             busy = {slot.worker: slot for slot in slots if slot.position is not None}
-            if not busy: return
+            if not busy:
+                return
             for slot in map(busy.get, pool.wait(list(busy))):
-                try: result, error = _unpacked(pool.receive(slot.worker))
+                try:
+                    result, error = _unpacked(pool.receive(slot.worker))
                 except _Gone as e:
                     slot.deaths += 1
-                    if slot.deaths <= retries: slot.worker, slot.ready = pool.start(slot.n), False; continue
+                    if slot.deaths <= retries:
+                        slot.worker, slot.ready = pool.start(slot.n), False
+                        continue
                     what = f"item {slot.position}" if slot.ready else "build()"
-                    error = WorkerDied(f"The worker died on {what}, {slot.deaths} times, the last time with {e}. "
-                                       "If memory ran out (SIGKILL), use fewer workers or smaller items")
-                    if not slot.ready: raise error from None
+                    error = WorkerDied(
+                        f"The worker died on {what}, {slot.deaths} times, the last time with {e}. "
+                        "If memory ran out (SIGKILL), use fewer workers or smaller items"
+                    )
+                    if not slot.ready:
+                        raise error from None
                     done.append((slot.position, None, error))
                     slot.worker = slot.position = None
                     continue
-                if slot.ready: done.append((slot.position, result, error)); slot.position = None
-                elif error is not None: raise error
-                else: slot.ready = True; pool.send(slot.worker, slot.item)
-    finally: pool.close()
+                if slot.ready:
+                    done.append((slot.position, result, error))
+                    slot.position = None
+                elif error is not None:
+                    raise error
+                else:
+                    slot.ready = True
+                    pool.send(slot.worker, slot.item)
+    finally:
+        pool.close()
+
 
 def spread(
-    build, # called without arguments once in each worker; returns the function that is applied to each item
-    items, # any iterable, of any length; drawn as workers become free
-    workers:int=1, # how many at once
+    # called without arguments once in each worker; returns the function that is applied to each item
+    build,
+    items,  # any iterable, of any length; drawn as workers become free
+    workers: int = 1,  # how many at once
     *,
-    ray:str|None=None, # None: processes here; "local": a Ray started here; else the address of a Ray cluster, e.g. "auto"
-    devices:list|None=None, # CUDA ids; worker n sees devices[n % len(devices)] only, none of an empty list. With Ray, None: a GPU each, if there are any
-    threads:int=1, # of OpenMP, MKL and OpenBLAS in each worker; 1 so that results do not depend on the number of workers
-    retries:int=2, # how often an item is tried again whose worker has died
-): # generator of (position, result, error) in the order they finish
+    # None: processes here; "local": a Ray started here; else the address of a Ray cluster, e.g. "auto"
+    ray: str | None = None,
+    # CUDA ids; worker n sees devices[n % len(devices)] only, none of an empty list. With Ray, None: a GPU
+    # each, if there are any
+    devices: list | None = None,
+    # of OpenMP, MKL and OpenBLAS in each worker; 1 so that results do not depend on the number of workers
+    threads: int = 1,
+    retries: int = 2,  # how often an item is tried again whose worker has died
+):  # generator of (position, result, error) in the order they finish
     """Apply `build()` to every item, each exactly once, on several workers.
 
-    An exception that the call raises is the `error` of its item; an item over which workers die `retries + 1` times gets `WorkerDied`;
-    the rest go on. What `build` raises is raised here. Exceptions carry the worker's traceback as a note. `build`, items and results must
-    be picklable (by cloudpickle, so lambdas and functions of a notebook are). Closing the generator ends the workers.
+    An exception that the call raises is the `error` of its item; an item over which workers die `retries +
+    1` times gets `WorkerDied`;
+    the rest go on. What `build` raises is raised here. Exceptions carry the worker's traceback as a note.
+    `build`, items and results must
+    be picklable (by cloudpickle, so lambdas and functions of a notebook are). Closing the generator ends
+    the workers.
     Raises ValueError for arguments out of range and `MissingExtra` without Ray.
+
     """
-    if not callable(build): raise ValueError(f"build must be a function that returns a function, not {build!r}")
+    if not callable(build):
+        raise ValueError(f"build must be a function that returns a function, not {build!r}")
     for name, value, least in (("workers", workers, 1), ("threads", threads, 1), ("retries", retries, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    if isinstance(devices, str): raise ValueError(f"devices must be a list of CUDA ids, e.g. [0, 1], not {devices!r}")
-    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    visible = [{}] if devices is None else [{"CUDA_VISIBLE_DEVICES": str(o)} for o in devices] or [{"CUDA_VISIBLE_DEVICES": ""}]
+    if isinstance(devices, str):
+        raise ValueError(f"devices must be a list of CUDA ids, e.g. [0, 1], not {devices!r}")
+    environment = {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    visible = (
+        [{}]
+        if devices is None
+        else [{"CUDA_VISIBLE_DEVICES": str(o)} for o in devices] or [{"CUDA_VISIBLE_DEVICES": ""}]
+    )
     environments = [environment | visible[n % len(visible)] for n in range(workers)]
     data = cloudpickle.dumps(build)
-    def pool(): return _Processes(data, environments) if ray is None else _Actors(data, environments, ray, threads, devices is None)
+
+    def pool():
+        return (
+            _Processes(data, environments)
+            if ray is None
+            else _Actors(data, environments, ray, threads, devices is None)
+        )
+
     return _results(pool, items, workers, retries)

@@ -22,36 +22,55 @@ from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
 from .vocabulary import composed, find_background, is_background
 
 # %% ../../nbs/core/10_segmentation.ipynb #aff60117
-def _oklab(rgb:np.ndarray) -> np.ndarray:
-    "Oklab coordinates `N x 3` (lightness, green-red, blue-yellow) of `N x 3` sRGB colours 0..255 (Ottosson, 2020)."
+def _oklab(rgb: np.ndarray) -> np.ndarray:
+    """Oklab coordinates `N x 3` (lightness, green-red, blue-yellow) of `N x 3` sRGB colours 0..255 (Ottosson,
+    2020).
+    """
     c = rgb / 255
-    linear = np.where(c <= .04045, c / 12.92, ((c + .055) / 1.055)**2.4)
-    cones = linear @ np.array([[.4122214708, .2119034982, .0883024619], [.5363325363, .6806995451, .2817188376], [.0514459929, .1073969566, .6299787005]])
-    return np.cbrt(cones) @ np.array([[.2104542553, 1.9779984951, .0259040371], [.7936177850, -2.4285922050, .7827717662], [-.0040720468, .4505937099, -.8086757660]])
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.4122214708, 0.2119034982, 0.0883024619],
+            [0.5363325363, 0.6806995451, 0.2817188376],
+            [0.0514459929, 0.1073969566, 0.6299787005],
+        ]
+    )
+    return np.cbrt(cones) @ np.array(
+        [
+            [0.2104542553, 1.9779984951, 0.0259040371],
+            [0.7936177850, -2.4285922050, 0.7827717662],
+            [-0.0040720468, 0.4505937099, -0.8086757660],
+        ]
+    )
 
 # %% ../../nbs/core/10_segmentation.ipynb #6da456aa
 @lru_cache(maxsize=8)
-def _colours(count:int) -> np.ndarray:
-    "The first `count` colours of a sequence in which each is farthest from all before it, `count x 3` `uint8`."
+def _colours(count: int) -> np.ndarray:
+    """The first `count` colours of a sequence in which each is farthest from all before it, `count x 3`
+    `uint8`.
+    """
     levels = np.arange(0, 256, 17)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = _oklab(grid)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
-    good = (lab[:, 0] > .5) & (lab[:, 0] < .92) & (chroma > .09) & (chroma < .25)
+    good = (lab[:, 0] > 0.5) & (lab[:, 0] < 0.92) & (chroma > 0.09) & (chroma < 0.25)
     grid, lab = grid[good], lab[good]
-    chosen = [int(((grid - (255, 85, 34))**2).sum(1).argmin())] # orange-red: stands out on most photos
+    chosen = [int(((grid - (255, 85, 34)) ** 2).sum(1).argmin())]  # orange-red: stands out on most photos
     nearest = np.full(len(grid), np.inf)
     while len(chosen) < min(count, len(grid)):
-        nearest = np.minimum(nearest, ((lab - lab[chosen[-1]])**2).sum(1))
+        nearest = np.minimum(nearest, ((lab - lab[chosen[-1]]) ** 2).sum(1))
         chosen.append(int(nearest.argmax()))
     return np.resize(grid[chosen], (count, 3)).astype(np.uint8)
 
-def default_palette(
-    names, # the class names, in order
-) -> np.ndarray: # `K x 3`, `uint8`, RGB
-    """One well distinguishable colour per name, the same at every call; a background, however it is spelt, is black and takes no colour from the sequence.
 
-    All colours differ up to 2296 names; after that the sequence starts again."""
+def default_palette(
+    names,  # the class names, in order
+) -> np.ndarray:  # `K x 3`, `uint8`, RGB
+    """One well distinguishable colour per name, the same at every call; a background, however it is spelt, is
+    black and takes no colour from the sequence.
+
+    All colours differ up to 2296 names; after that the sequence starts again.
+    """
     ground = np.array([is_background(str(name)) for name in names])
     palette = np.zeros((len(ground), 3), np.uint8)
     palette[~ground] = _colours(int((~ground).sum()))
@@ -61,53 +80,82 @@ def default_palette(
 class SegmentationError(ValueError):
     "Labels, names or a file do not make up a segmentation; the message names the fix."
 
+
 @dataclass(eq=False, repr=False)
 class Segmentation:
     """For every pixel of an image, the index of one of `names`.
 
     Raises `SegmentationError` if the parts do not fit each other.
     """
-    labels: np.ndarray # `H x W` integers (kept as `int32`), indices into `names`
-    names: tuple[str, ...] # the `K` class names, in the order given
-    palette: np.ndarray|None = None # `K x 3` `uint8` RGB; default: `default_palette(names)`
-    scores: np.ndarray|None = None # `K x h x w`, at any resolution, as the system gave them
-    image: np.ndarray|None = None # the photo, anything `load_image` takes; kept as `H x W x 3` `uint8`
-    source: object = None # the photo's file, or the opened image, which is never written over; default: `image`, if it is one
+
+    labels: np.ndarray  # `H x W` integers (kept as `int32`), indices into `names`
+    names: tuple[str, ...]  # the `K` class names, in the order given
+    palette: np.ndarray | None = None  # `K x 3` `uint8` RGB; default: `default_palette(names)`
+    scores: np.ndarray | None = None  # `K x h x w`, at any resolution, as the system gave them
+    image: np.ndarray | None = None  # the photo, anything `load_image` takes; kept as `H x W x 3` `uint8`
+    # the photo's file, or the opened image, which is never written over; default: `image`, if it is one
+    source: object = None
 
     def __post_init__(self):
-        if isinstance(self.names, str): raise SegmentationError(f"names must be a list of names, not the text {self.names!r}")
+        if isinstance(self.names, str):
+            raise SegmentationError(f"names must be a list of names, not the text {self.names!r}")
         self.names = tuple(self.names)
-        if not self.names: raise SegmentationError("names is empty: give at least one")
+        if not self.names:
+            raise SegmentationError("names is empty: give at least one")
         for name in self.names:
-            if not isinstance(name, str) or not name.strip(): raise SegmentationError(f"{name!r} is not a name: give non-empty text")
+            if not isinstance(name, str) or not name.strip():
+                raise SegmentationError(f"{name!r} is not a name: give non-empty text")
         self.names = tuple(map(composed, self.names))
         if len(set(self.names)) < len(self.names):
             double = Counter(self.names).most_common(1)[0]
             raise SegmentationError("The name {!r} occurs {} times: names must differ".format(*double))
         labels = _array(self.labels)
-        if labels.ndim != 2 or labels.size == 0: raise SegmentationError(f"labels must be a non-empty H x W array, not of shape {labels.shape}")
-        if labels.dtype.kind not in "iu": raise SegmentationError(f"labels must be integers, not {labels.dtype}: convert with labels.astype(int)")
+        if labels.ndim != 2 or labels.size == 0:
+            raise SegmentationError(f"labels must be a non-empty H x W array, not of shape {labels.shape}")
+        if labels.dtype.kind not in "iu":
+            raise SegmentationError(
+                f"labels must be integers, not {labels.dtype}: convert with labels.astype(int)"
+            )
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(self.names):
-            raise SegmentationError(f"labels span {low}..{high}, but {len(self.names)} names allow 0..{len(self.names) - 1}: every pixel needs a name")
+            raise SegmentationError(
+                f"labels span {low}..{high}, but {len(self.names)} names allow 0..{len(self.names) - 1}:"
+                " every pixel needs a name"
+            )
         self.labels = labels.astype(np.int32)
         palette = default_palette(self.names) if self.palette is None else np.asarray(self.palette)
-        if palette.shape != (len(self.names), 3) or palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
-            raise SegmentationError(f"palette must be {len(self.names)} x 3 integers in 0..255, one RGB colour per name")
+        if (
+            palette.shape != (len(self.names), 3)
+            or palette.dtype.kind not in "iu"
+            or palette.min() < 0
+            or palette.max() > 255
+        ):
+            raise SegmentationError(
+                f"palette must be {len(self.names)} x 3 integers in 0..255, one RGB colour per name"
+            )
         self.palette = palette.astype(np.uint8)
         if self.scores is not None:
             self.scores = _array(self.scores)
             if self.scores.ndim != 3 or len(self.scores) != len(self.names):
-                raise SegmentationError(f"scores must be K x h x w with K = {len(self.names)} names, not of shape {self.scores.shape}")
+                raise SegmentationError(
+                    f"scores must be K x h x w with K = {len(self.names)} names, not of shape"
+                    f" {self.scores.shape}"
+                )
         if self.image is not None:
-            if self.source is None and not hasattr(self.image, "shape"): self.source = self.image
+            if self.source is None and not hasattr(self.image, "shape"):
+                self.source = self.image
             self.image = self._photo(self.image)
 
     def _photo(self, image) -> np.ndarray:
         image = load_image(image)
         if image.shape[:2] != self.labels.shape:
-            raise SegmentationError("The image has {} x {} pixels, the labels {} x {}: resize one of them".format(*image.shape[:2], *self.labels.shape))
+            raise SegmentationError(
+                "The image has {} x {} pixels, the labels {} x {}: resize one of them".format(
+                    *image.shape[:2], *self.labels.shape
+                )
+            )
         return image
+
 
 def _array(a) -> np.ndarray:
     "An array from an array or a tensor."
@@ -115,37 +163,55 @@ def _array(a) -> np.ndarray:
 
 # %% ../../nbs/core/10_segmentation.ipynb #054fc8d7
 @patch
-def mask(self:Segmentation,
-    name:str, # one of `names`
-) -> np.ndarray: # `H x W` booleans
+def mask(
+    self: Segmentation,
+    name: str,  # one of `names`
+) -> np.ndarray:  # `H x W` booleans
     "The pixels of one class. Raises `SegmentationError` for an unknown name and suggests a close one."
     name = composed(name) if isinstance(name, str) else name
     if name not in self.names:
         close = get_close_matches(str(name), self.names, n=1)
-        raise SegmentationError(f"There is no class {name!r}. " + (f"Did you mean {close[0]!r}?" if close else f"The classes are: {', '.join(self.names[:20])}"))
+        raise SegmentationError(
+            f"There is no class {name!r}. "
+            + (f"Did you mean {close[0]!r}?" if close else f"The classes are: {', '.join(self.names[:20])}")
+        )
     return self.labels == self.names.index(name)
 
+
 @patch
-def areas(self:Segmentation) -> dict[str, float]:
+def areas(self: Segmentation) -> dict[str, float]:
     "The fraction of the image that each class covers, in the order of `names`; zeros included, the sum is 1."
     counts = np.bincount(self.labels.ravel(), minlength=len(self.names))
     return dict(zip(self.names, (counts / self.labels.size).tolist()))
 
-@patch
-def __repr__(self:Segmentation):
-    present = sorted(((area, name) for name, area in self.areas().items() if area > 0), key=lambda pair: -pair[0])
-    rest = f" and {len(present) - 5} more" if len(present) > 5 else ""
-    return "Segmentation({} x {}: ".format(*self.labels.shape) + ", ".join(f"{name} {_percent(area)}" for area, name in present[:5]) + rest + ")"
 
-def _percent(fraction:float) -> str: return f"{100 * fraction:.0f} %" if fraction >= .005 else "<1 %"
+@patch
+def __repr__(self: Segmentation):
+    present = sorted(
+        ((area, name) for name, area in self.areas().items() if area > 0), key=lambda pair: -pair[0]
+    )
+    rest = f" and {len(present) - 5} more" if len(present) > 5 else ""
+    return (
+        "Segmentation({} x {}: ".format(*self.labels.shape)
+        + ", ".join(f"{name} {_percent(area)}" for area, name in present[:5])
+        + rest
+        + ")"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %" if fraction >= 0.005 else "<1 %"
 
 # %% ../../nbs/core/10_segmentation.ipynb #9d40b2f6
 class NotebookImage(Image.Image):
-    "A Pillow image of any size that a notebook shows as one small JPEG, where others put a PNG and a JPEG of full size into its file."
+    """A Pillow image of any size that a notebook shows as one small JPEG, where others put a PNG and a JPEG
+    of full size into its file.
+    """
+
     _repr_png_ = None
 
     @classmethod
-    def of(cls, image:Image.Image) -> "NotebookImage":
+    def of(cls, image: Image.Image) -> "NotebookImage":
         "The image itself, from now on of this kind."
         image.__class__ = cls
         return image
@@ -157,8 +223,10 @@ class NotebookImage(Image.Image):
         return file.getvalue()
 
 # %% ../../nbs/core/10_segmentation.ipynb #852d98c3
-def _borders(labels:np.ndarray, width:int) -> np.ndarray:
-    "`H x W` booleans: the pixels at which another label begins, from the left or from above, as lines `width` pixels wide."
+def _borders(labels: np.ndarray, width: int) -> np.ndarray:
+    """`H x W` booleans:
+    the pixels at which another label begins, from the left or from above, as lines `width` pixels wide.
+    """
     line = np.zeros(labels.shape, bool)
     line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     line[1:] |= labels[1:] != labels[:-1]
@@ -168,44 +236,66 @@ def _borders(labels:np.ndarray, width:int) -> np.ndarray:
         line[1:] |= thin[:-1]
     return line
 
-def _legend(entries:list, width:int) -> Image.Image:
-    "A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it). `entries`: triples of RGB colour, name, area."
+
+def _legend(entries: list, width: int) -> Image.Image:
+    """A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it).
+
+    `entries`: triples of RGB colour, name, area.
+    """
     size = min(max(width // 38, 12), 40)
     pad = size // 2
-    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries] # single lines are drawn only
-    behind = [size + pad + round(text_length(name, size)) + size // 3 for _, name, _ in entries] # where the area stands
+    # single lines are drawn only
+    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries]
+    # where the area stands
+    behind = [size + pad + round(text_length(name, size)) + size // 3 for _, name, _ in entries]
     lengths = [at + round(text_length(area, size)) for at, (*_, area) in zip(behind, entries)]
     width, x, y, places = max(width, max(lengths) + 2 * pad), pad, pad, []
     for length in lengths:
-        if x > pad and x + length + pad > width: x, y = pad, y + size + pad
+        if x > pad and x + length + pad > width:
+            x, y = pad, y + size + pad
         places.append((x, y))
         x += length + 2 * pad
     strip = Image.new("RGB", (width, y + size + pad), "white")
     draw = ImageDraw.Draw(strip)
     for (colour, name, area), at, (x, y) in zip(entries, behind, places):
-        draw.rounded_rectangle((x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour))
+        draw.rounded_rectangle(
+            (x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour)
+        )
         draw_text(draw, (x + size + pad, y + size / 2), name, size, (30, 30, 30))
         draw_text(draw, (x + at, y + size / 2), area, size, (130, 130, 130))
     return strip
 
+
 @patch
-def overlay(self:Segmentation,
-    image=None, # the photo, anything `load_image` takes; default: the segmentation's own; without any, the colours alone
-    opacity:float=.5, # of the colours over the photo, 0..1
-    outline:bool=True, # draw the borders between classes
-    legend:bool=True, # add a strip with the names and areas below the picture
-) -> Image.Image: # RGB, `H x W` without the legend
-    "The class colours over the photo. Raises `SegmentationError` for an image of another size or an opacity outside 0..1."
-    if not 0 <= opacity <= 1: raise SegmentationError(f"opacity must lie in 0..1, not {opacity}")
+def overlay(
+    self: Segmentation,
+    # the photo, anything `load_image` takes; default: the segmentation's own; without any, the colours alone
+    image=None,
+    opacity: float = 0.5,  # of the colours over the photo, 0..1
+    outline: bool = True,  # draw the borders between classes
+    legend: bool = True,  # add a strip with the names and areas below the picture
+) -> Image.Image:  # RGB, `H x W` without the legend
+    """The class colours over the photo.
+
+    Raises `SegmentationError` for an image of another size or an opacity outside 0..1.
+    """
+    if not 0 <= opacity <= 1:
+        raise SegmentationError(f"opacity must lie in 0..1, not {opacity}")
     photo = self.image if image is None else self._photo(image)
     colours = self.palette[self.labels]
     picture = colours
     if photo is not None:
-        picture = (photo * np.float32(1 - opacity) + colours * np.float32(opacity) + np.float32(.5)).astype(np.uint8)
-    if outline: picture[_borders(self.labels, max(1, round(max(self.labels.shape) / 600)))] = 255
+        picture = (photo * np.float32(1 - opacity) + colours * np.float32(opacity) + np.float32(0.5)).astype(
+            np.uint8
+        )
+    if outline:
+        picture[_borders(self.labels, max(1, round(max(self.labels.shape) / 600)))] = 255
     picture = NotebookImage.of(Image.fromarray(picture))
-    if not legend: return picture
-    present = sorted(((area, k) for k, area in enumerate(self.areas().values()) if area > 0), key=lambda pair: -pair[0])
+    if not legend:
+        return picture
+    present = sorted(
+        ((area, k) for k, area in enumerate(self.areas().values()) if area > 0), key=lambda pair: -pair[0]
+    )
     strip = _legend([(self.palette[k], self.names[k], _percent(area)) for area, k in present], picture.width)
     sheet = Image.new("RGB", (strip.width, picture.height + strip.height), "white")
     sheet.paste(picture, ((strip.width - picture.width) // 2, 0))
@@ -214,127 +304,221 @@ def overlay(self:Segmentation,
 
 # %% ../../nbs/core/10_segmentation.ipynb #7f055cee
 @patch
-def _repr_jpeg_(self:Segmentation) -> bytes:
+def _repr_jpeg_(self: Segmentation) -> bytes:
     step = -(-max(self.labels.shape) // 1024)
-    small = self if step == 1 else Segmentation(self.labels[::step, ::step], self.names, self.palette, image=None if self.image is None else self.image[::step, ::step])
+    small = (
+        self
+        if step == 1
+        else Segmentation(
+            self.labels[::step, ::step],
+            self.names,
+            self.palette,
+            image=None if self.image is None else self.image[::step, ::step],
+        )
+    )
     file = BytesIO()
     small.overlay().save(file, "JPEG", quality=90, subsampling=0)
     return file.getvalue()
 
 # %% ../../nbs/core/10_segmentation.ipynb #b3376956
 @patch
-def save_png(self:Segmentation,
-    path, # the file to write; replaced as a whole
+def save_png(
+    self: Segmentation,
+    path,  # the file to write; replaced as a whole
 ):
-    "Write labels, names and palette as PNG: mode P up to 256 classes, 16-bit grey above. Photo and scores are not stored. Raises `OverwriteError` for the photo's own file."
+    """Write labels, names and palette as PNG:
+    mode P up to 256 classes, 16-bit grey above. Photo and scores are not stored. Raises `OverwriteError` for
+    the photo's own file.
+    """
     refuse_overwrite(path, self.source)
     count = len(self.names)
-    if count > 65536: raise SegmentationError(f"A PNG holds at most 65536 classes, not {count}: store the labels with numpy.savez_compressed")
+    if count > 65536:
+        raise SegmentationError(
+            f"A PNG holds at most 65536 classes, not {count}: store the labels with numpy.savez_compressed"
+        )
     if count <= 256:
         image = Image.fromarray(self.labels.astype(np.uint8))
         image.putpalette(self.palette.tobytes())
-    else: image = Image.fromarray(self.labels.astype(np.uint16))
+    else:
+        image = Image.fromarray(self.labels.astype(np.uint16))
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("ovss_nb", json.dumps({"names": self.names, "palette": self.palette.tolist()}))
-    with atomic_path(path) as temporary: image.save(temporary, "PNG", pnginfo=chunk)
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=chunk)
+
 
 @patch(cls_method=True)
-def from_png(cls:Segmentation,
-    path, # a file written by `save_png`
+def from_png(
+    cls: Segmentation,
+    path,  # a file written by `save_png`
 ) -> Segmentation:
     "Read what `save_png` wrote: labels, names and palette. Raises `SegmentationError` for any other file."
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             chunk, mode, labels = image.text.get("ovss_nb"), image.mode, np.asarray(image)
-    except PILLOW_ERRORS as e: raise SegmentationError(f"{path} is not a readable PNG file ({e}). Pass a file written by save_png") from e
+    except PILLOW_ERRORS as e:
+        raise SegmentationError(
+            f"{path} is not a readable PNG file ({e}). Pass a file written by save_png"
+        ) from e
     if chunk is None or not (mode == "P" or mode.startswith("I")):
-        raise SegmentationError(f"{path} is not a label map with names. For one from elsewhere: Segmentation(np.asarray(PIL.Image.open(path)), names)")
-    try: stored = json.loads(chunk); return cls(labels, stored["names"], np.array(stored["palette"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise SegmentationError(f"{path}: the stored names do not fit the labels ({e})") from e
+        raise SegmentationError(
+            f"{path} is not a label map with names. For one from elsewhere:"
+            " Segmentation(np.asarray(PIL.Image.open(path)), names)"
+        )
+    try:
+        stored = json.loads(chunk)
+        return cls(labels, stored["names"], np.array(stored["palette"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise SegmentationError(f"{path}: the stored names do not fit the labels ({e})") from e
 
 # %% ../../nbs/core/10_segmentation.ipynb #26f35495
-def _run_lengths(code:str) -> list[int]:
-    "The counts in a compressed run-length code (COCO's `maskApi`). ValueError if it is cut or has foreign characters."
+def _run_lengths(code: str) -> list[int]:
+    """The counts in a compressed run-length code (COCO's `maskApi`).
+
+    ValueError if it is cut or has foreign characters.
+    """
     runs, value, shift = [], 0, 0
     for c in code:
         bits = ord(c) - 48
-        if not 0 <= bits < 64 or shift > 30: raise ValueError(f"no run-length code: {code[:20]!r}")
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError(f"no run-length code: {code[:20]!r}")
         value |= (bits & 31) << shift
         shift += 5
-        if bits & 32: continue
-        if bits & 16: value -= 1 << shift
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
-    if shift: raise ValueError("the run-length code is cut")
+    if shift:
+        raise ValueError("the run-length code is cut")
     return runs
 
-def _whole(value) -> int|None: # None: it is none
+
+def _whole(value) -> int | None:  # None: it is none
     "A whole number, which JSON's writers may have put down as 3 or as 3.0."
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return int(value) if number and abs(value) < 2**53 and value == value//1 else None
+    return int(value) if number and abs(value) < 2**53 and value == value // 1 else None
 
-def _rle_size(rle:dict) -> tuple[int, int]:
+
+def _rle_size(rle: dict) -> tuple[int, int]:
     "Height and width of a run-length code. ValueError if it has none, or none that a picture can have."
     size = rle.get("size")
     size = [_whole(o) for o in size] if isinstance(size, (list, tuple)) and len(size) == 2 else [None]
-    if None in size or min(size) < 1 or size[0]*size[1] > MAX_PIXELS: raise ValueError(f"its size is {str(rle.get('size'))[:40]}")
+    if None in size or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"its size is {str(rle.get('size'))[:40]}")
     return tuple(size)
 
-def _object_mask(segmentation, height:int, width:int) -> np.ndarray:
+
+def _object_mask(segmentation, height: int, width: int) -> np.ndarray:
     "Polygons or a run-length code as H x W bool. ValueError if they make no sense."
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
-        if isinstance(counts, bytes): counts = counts.decode("ascii")   # as pycocotools has it in memory
-        if isinstance(counts, list): counts = [o if (whole := _whole(o)) is None else whole for o in counts]   # 3.0, as some tools write it
+        if isinstance(counts, bytes):
+            counts = counts.decode("ascii")  # as pycocotools has it in memory
+        # 3.0, as some tools write it
+        if isinstance(counts, list):
+            counts = [o if (whole := _whole(o)) is None else whole for o in counts]
         counts = np.asarray(_run_lengths(counts) if isinstance(counts, str) else counts)
-        whole = counts.ndim == 1 and counts.dtype.kind == "i" and len(counts) and 0 <= counts.min() and counts.max() <= height * width
+        whole = (
+            counts.ndim == 1
+            and counts.dtype.kind == "i"
+            and len(counts)
+            and 0 <= counts.min()
+            and counts.max() <= height * width
+        )
         if not whole or counts.sum() != height * width or _rle_size(segmentation) != (height, width):
             raise ValueError(f"its run-length code is not of {height} x {width} pixels")
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-    if not isinstance(segmentation, list) or not segmentation: raise ValueError("it has neither polygons nor a run-length code")
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError("it has neither polygons nor a run-length code")
     polygons = [np.asarray(o, float) for o in segmentation]
-    reach = 2 * max(height, width)   # pycocotools steps along each edge: a corner a billion pixels away would take a billion steps
+    # pycocotools steps along each edge: a corner a billion pixels away would take a billion steps
+    reach = 2 * max(height, width)
     if any(o.ndim != 1 or len(o) < 6 or len(o) % 2 or not (abs(o) <= reach).all() for o in polygons):
         raise ValueError("a polygon needs x, y, x, y, ... of at least three points within the picture")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([o.tolist() for o in polygons], height, width))).astype(bool)
+    return coco_mask.decode(
+        coco_mask.merge(coco_mask.frPyObjects([o.tolist() for o in polygons], height, width))
+    ).astype(bool)
 
 # %% ../../nbs/core/10_segmentation.ipynb #2686c590
 @patch
-def to_coco(self:Segmentation,
-    image_id:int=0, # the image's number in the data set
-) -> list[dict]: # JSON-ready
-    """One annotation per class that occurs: `segmentation` (RLE, `counts` as text), `area` in pixels, `bbox` (x, y, width, height in pixels),
-    `image_id`, `category_id` (index + 1), `category_name`, `iscrowd` 0."""
+def to_coco(
+    self: Segmentation,
+    image_id: int = 0,  # the image's number in the data set
+) -> list[dict]:  # JSON-ready
+    """One annotation per class that occurs: `segmentation` (RLE, `counts` as text), `area` in pixels, `bbox`
+    (x, y, width, height in pixels),
+    `image_id`, `category_id` (index + 1), `category_name`, `iscrowd` 0.
+    """
     annotations = []
     for k in np.unique(self.labels).tolist():
         rle = coco_mask.encode(np.asfortranarray(self.labels == k, dtype=np.uint8))
-        annotations.append({"image_id": image_id, "category_id": k + 1, "category_name": self.names[k], "area": int(coco_mask.area(rle)),
-            "bbox": coco_mask.toBbox(rle).tolist(), "iscrowd": 0, "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()}})
+        annotations.append(
+            {
+                "image_id": image_id,
+                "category_id": k + 1,
+                "category_name": self.names[k],
+                "area": int(coco_mask.area(rle)),
+                "bbox": coco_mask.toBbox(rle).tolist(),
+                "iscrowd": 0,
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+            }
+        )
     return annotations
 
+
 @patch(cls_method=True)
-def from_coco(cls:Segmentation,
-    annotations:list[dict], # of one image, with masks as RLE, compressed or not; the class by `category_name`, else by `category_id` - 1
-    names, # all class names, in order
+def from_coco(
+    cls: Segmentation,
+    # of one image, with masks as RLE, compressed or not; the class by `category_name`, else by `category_id`
+    # - 1
+    annotations: list[dict],
+    names,  # all class names, in order
 ) -> Segmentation:
-    "The inverse of `to_coco`. Raises `SegmentationError` for broken masks, unknown classes, or uncovered pixels where there is no `background`."
+    """The inverse of `to_coco`.
+
+    Raises `SegmentationError` for broken masks, unknown classes, or uncovered pixels where there is no
+    `background`.
+    """
     names, labels = tuple(map(composed, names)), None
-    if not annotations: raise SegmentationError("Without annotations the size of the image is unknown: give at least one")
+    if not annotations:
+        raise SegmentationError("Without annotations the size of the image is unknown: give at least one")
     for number, annotation in enumerate(annotations):
-        if not isinstance(annotation, dict): raise SegmentationError(f"Annotation {number} is {str(annotation)[:60]!r}, not an object with a class and a mask")
+        if not isinstance(annotation, dict):
+            raise SegmentationError(
+                f"Annotation {number} is {str(annotation)[:60]!r}, not an object with a class and a mask"
+            )
         name, k = annotation.get("category_name"), (_whole(annotation.get("category_id")) or 0) - 1
-        if name is not None: k = names.index(composed(str(name))) if composed(str(name)) in names else -1
+        if name is not None:
+            k = names.index(composed(str(name))) if composed(str(name)) in names else -1
         if not 0 <= k < len(names):
-            raise SegmentationError(f"Annotation {number}: class {name or annotation.get('category_id')!r} is not among the {len(names)} names")
+            raise SegmentationError(
+                f"Annotation {number}: class {name or annotation.get('category_id')!r} is not among the"
+                f" {len(names)} names"
+            )
         rle = annotation.get("segmentation")
-        if not isinstance(rle, dict): raise SegmentationError(f"Annotation {number} has no RLE mask. Convert polygons with COCO.annToRLE first")
-        try: mask = _object_mask(rle, *_rle_size(rle))
-        except (ValueError, TypeError, OverflowError) as e: raise SegmentationError(f"Annotation {number}: broken RLE mask ({e})") from e
-        if labels is None: labels = np.full(mask.shape, -1)
-        if mask.shape != labels.shape: raise SegmentationError(f"Annotation {number}: mask of {mask.shape}, but the first has {labels.shape}: one image at a time")
+        if not isinstance(rle, dict):
+            raise SegmentationError(
+                f"Annotation {number} has no RLE mask. Convert polygons with COCO.annToRLE first"
+            )
+        try:
+            mask = _object_mask(rle, *_rle_size(rle))
+        except (ValueError, TypeError, OverflowError) as e:
+            raise SegmentationError(f"Annotation {number}: broken RLE mask ({e})") from e
+        if labels is None:
+            labels = np.full(mask.shape, -1)
+        if mask.shape != labels.shape:
+            raise SegmentationError(
+                f"Annotation {number}: mask of {mask.shape}, but the first has {labels.shape}: one image at a"
+                " time"
+            )
         labels[mask] = k
     if (labels < 0).any():
-        if (background := find_background(names)) is None: raise SegmentationError(f"{(labels < 0).sum():,} pixels have no annotation: add the name 'background' for them")
+        if (background := find_background(names)) is None:
+            raise SegmentationError(
+                f"{(labels < 0).sum():,} pixels have no annotation: add the name 'background' for them"
+            )
         labels[labels < 0] = background
     return cls(labels, names)

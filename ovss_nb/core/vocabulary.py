@@ -21,211 +21,321 @@ from fastcore.basics import patch
 class VocabularyError(ValueError):
     "A class list, a name or a label cannot be used as it stands; the message says where and what to do."
 
+
 class VocabularyWarning(UserWarning):
     "Words that can be used, but hardly as they were meant; said once for a vocabulary."
 
-def _unknown(kind:str, name, known) -> VocabularyError:
+
+def _unknown(kind: str, name, known) -> VocabularyError:
     "The error for a `name` that is not among the `known` ones; it lists them and hints at the nearest."
     plain = {o.casefold(): o for o in known}
     near = get_close_matches(str(name).casefold(), plain, n=1)
     hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
-    listed = ", ".join(plain.values()) if len(plain) <= 25 else f"{', '.join(list(plain.values())[:25])}, ... ({len(plain)} in all)"
+    listed = (
+        ", ".join(plain.values())
+        if len(plain) <= 25
+        else f"{', '.join(list(plain.values())[:25])}, ... ({len(plain)} in all)"
+    )
     return VocabularyError(f"unknown {kind} {name!r}.{hint} Known: {listed}")
 
 # %% ../../nbs/core/07_vocabulary.ipynb #c71be0ec
-_UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u2060\u00ad\u200e\u200f"))   # they show nothing, and joiners that shape letters are not among them
+# they show nothing, and joiners that shape letters are not among them
+_UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b\u2060\u00ad\u200e\u200f"))
+
 
 def composed(
-    name:str,
+    name: str,
 ) -> str:
     "Text in Unicode's composed form (NFC): equal, however its accents were typed."
     return unicodedata.normalize("NFC", name)
 
+
 def tidy_name(
-    name:str,
+    name: str,
 ) -> str:
-    "A name as it is kept and looked up: in Unicode's composed form (NFC), without stray blanks and marks that nobody sees."
+    """A name as it is kept and looked up:
+    in Unicode's composed form (NFC), without stray blanks and marks that nobody sees.
+    """
     return " ".join(composed(name.translate(_UNSEEN)).split())
 
-def _tidy(text, where:str) -> str:
+
+def _tidy(text, where: str) -> str:
     "`text` without stray blanks; an error beginning with `where` if it is not text, or empty."
-    if not isinstance(text, str): raise VocabularyError(f"{where}: expected text, got {text!r} ({type(text).__name__})")
+    if not isinstance(text, str):
+        raise VocabularyError(f"{where}: expected text, got {text!r} ({type(text).__name__})")
     text = tidy_name(text)
-    if not text: raise VocabularyError(f"{where}: empty entry; name it or remove it")
-    strange = [o for o in text if unicodedata.category(o) in ("Cc", "Cs")]   # control characters, and bytes that were no UTF-8
-    if strange: raise VocabularyError(f"{where}: {text!r} holds {strange[0]!r}, which is no character of a text; remove it")
+    if not text:
+        raise VocabularyError(f"{where}: empty entry; name it or remove it")
+    # control characters, and bytes that were no UTF-8
+    strange = [o for o in text if unicodedata.category(o) in ("Cc", "Cs")]
+    if strange:
+        raise VocabularyError(
+            f"{where}: {text!r} holds {strange[0]!r}, which is no character of a text; remove it"
+        )
     return text
+
 
 def _check(rows, where) -> list[tuple[str, tuple[str, ...]]]:
     "The `rows` (name, word or words) tidied and checked; `where` labels each row in the error."
     seen, checked = {}, []
     for place, (name, words) in zip(where, rows):
         if isinstance(name, (list, tuple)):
-            raise VocabularyError(f"{place}: expected a name, got {name!r}; words go in a dict, {{name: [words]}}")
+            raise VocabularyError(
+                f"{place}: expected a name, got {name!r}; words go in a dict, {{name: [words]}}"
+            )
         name = _tidy(name, place)
-        if name.casefold() in seen: raise VocabularyError(f"{place}: {name!r} is named already ({seen[name.casefold()]})")
+        if name.casefold() in seen:
+            raise VocabularyError(f"{place}: {name!r} is named already ({seen[name.casefold()]})")
         seen[name.casefold()] = place
         words = [words] if isinstance(words, str) else words
         if not isinstance(words, (list, tuple)) or not words:
             raise VocabularyError(f"{place}: {name!r} needs a word or a list of at least one, got {words!r}")
         words = [_tidy(o, f"{place} ({name})") for o in words]
         again = [o for i, o in enumerate(words) if o.casefold() in (p.casefold() for p in words[:i])]
-        if again: raise VocabularyError(f"{place}: {again[0]!r} occurs twice among the words of {name!r}")
+        if again:
+            raise VocabularyError(f"{place}: {again[0]!r} occurs twice among the words of {name!r}")
         checked.append((name, tuple(words)))
-    if not checked: raise VocabularyError("a vocabulary needs at least one class, e.g. ['cat', 'sofa']")
+    if not checked:
+        raise VocabularyError("a vocabulary needs at least one class, e.g. ['cat', 'sofa']")
     return checked
 
 # %% ../../nbs/core/07_vocabulary.ipynb #9cededb2
 def is_background(
-    name:str,
+    name: str,
 ) -> bool:
-    "Whether a name means everything else: `background`, `bg` or `else` in any case, with any lines, hyphens and blanks in and around it."
+    """Whether a name means everything else:
+    `background`, `bg` or `else` in any case, with any lines, hyphens and blanks in and around it.
+    """
     return re.sub(r"[\W_]+", "", tidy_name(name)).casefold() in ("background", "bg", "else")
 
+
 def find_background(
-    names, # class names, in order
-) -> int|None:
+    names,  # class names, in order
+) -> int | None:
     "Position of the first name that means everything else, or None."
     return next((k for k, name in enumerate(names) if is_background(name)), None)
 
 # %% ../../nbs/core/07_vocabulary.ipynb #65e1cde0
-_FOREIGN = str.maketrans(dict.fromkeys(";；؛，﹐、､،。｡\t\n\r\x0b\x0c\u2028\u2029", ",") | {"：": ":", "｜": "|"})
+_FOREIGN = str.maketrans(
+    dict.fromkeys(";；؛，﹐、､،。｡\t\n\r\x0b\x0c\u2028\u2029", ",") | {"：": ":", "｜": "|"}
+)
 _QUOTES = "\"'`‘’‚“”„«»‹›"
-_SUFFIX = re.compile(r"\.(txt|csv|tsv|jsonl?|ya?ml|toml|xml|names|labels|lst|list|pbtxt|xlsx?|ods|md|rtf|docx?|pdf|pkl|npy|parquet|html?|png|jpe?g|tiff?|webp|bmp)$", re.I)
-_LISTS = re.compile(r"((ms)?coco(stuff|objects?|panoptic)?|pascal(voc|context)?|voc|ade(20k)?|cityscapes|imagenet|lvis|openimages|objects365|mapillary(vistas)?|pc(?=59|60|459)|pas(?=20)|a(?=150|847))\d*[bk]?")
+_SUFFIX = re.compile(
+    r"\.(txt|csv|tsv|jsonl?|ya?ml|toml|xml|names|labels|lst|list|pbtxt|xlsx?|ods|md|rtf|docx?|pdf|pkl|npy|parquet|html?|png|jpe?g|tiff?|webp|bmp)$",
+    re.I,
+)
+_LISTS = re.compile(
+    r"((ms)?coco(stuff|objects?|panoptic)?|pascal(voc|context)?|voc|ade(20k)?|cityscapes|imagenet|lvis|openimages|objects365|mapillary(vistas)?|pc(?=59|60|459)|pas(?=20)|a(?=150|847))\d*[bk]?"
+)
 
 _SHORT = "subsp|ssp|spp|sp|var|cf|aff|juv|misc|approx|dept|gen|corp|inc|ltd|co|vol|ver|fig|etc|sq|ft|oz|lb|no|st|mt|jr|sr"
 _DOTS = re.compile(rf"\s\.(\s|$)|(^|[\s,])(?!({_SHORT})\.)[^\W\d_A-Z]{{3,}}\.\s+[^\W\d_]{{2}}")
 _SENTENCE = re.compile(rf"(?!({_SHORT})$)([^\W\d_]+ )*(?!({_SHORT})$)[^\W\d_]{{2,}}")
 
-def _rewritten(text:str) -> str|None:
+
+def _rewritten(text: str) -> str | None:
     "`text` with commas where it seems to have the separators of another tool, else None."
     text = text.strip()
     found = re.sub(r"\\[nrt]", ",", text.translate(_FOREIGN))
-    sentences = [o.strip() for o in found.split(".")]   # as detectors have it: cat . dog .
-    if _DOTS.search(found) or len(sentences) > 2 and not sentences[-1] and all(map(_SENTENCE.fullmatch, sentences[:-1])):
+    sentences = [o.strip() for o in found.split(".")]  # as detectors have it: cat . dog .
+    if (
+        _DOTS.search(found)
+        or len(sentences) > 2
+        and not sentences[-1]
+        and all(map(_SENTENCE.fullmatch, sentences[:-1]))
+    ):
         found = ",".join(sentences)
     return None if found == text else re.sub(r"(\s*,)+\s*", ", ", found).strip(" ,")
 
-def _shipped(): return files("ovss_nb.data").joinpath("vocabularies")
+
+def _shipped():
+    return files("ovss_nb.data").joinpath("vocabularies")
+
 
 @lru_cache
-def _shipped_names() -> tuple[str, ...]: return tuple(sorted(o.name.removesuffix(".txt") for o in _shipped().iterdir() if o.name.endswith(".txt")))
+def _shipped_names() -> tuple[str, ...]:
+    return tuple(sorted(o.name.removesuffix(".txt") for o in _shipped().iterdir() if o.name.endswith(".txt")))
+
 
 def list_vocabularies() -> list[str]:
     "Names of the class lists that ship with the package, sorted."
     return list(_shipped_names())
 
-def _names_a_list(name:str) -> bool:
+
+def _names_a_list(name: str) -> bool:
     "Whether a name is that of a class list, or close to it."
     plain = re.sub(r"[\W_]+", "", name).casefold()
-    near = any(o.isdigit() for o in plain) and get_close_matches(name.casefold(), [o.casefold() for o in _shipped_names()], n=1, cutoff=0.8)
+    near = any(o.isdigit() for o in plain) and get_close_matches(
+        name.casefold(), [o.casefold() for o in _shipped_names()], n=1, cutoff=0.8
+    )
     return bool(_LISTS.fullmatch(plain) or near)
 
-def _unpaired(text:str) -> bool:
-    "Whether a text is a piece of code, or of a name that was cut at a comma."
-    bare = re.sub(r"^\w{1,3}\)\s", "", text)   # not of a numbered list
-    return bool(re.match(r"[\[{]", bare) or re.search(r"=\s*[\[{(]", bare)) or any(bare.count(o) != bare.count(c) for o, c in ("()", "[]", "{}"))
 
-def _doubt_text(text:str) -> str|None:
-    "What a name or a word was probably meant as, by its signs, and what to write then; None if it is just a text."
-    if text == "__ignore__": return "__ignore__ is labelme's mark for what does not count, and no class; leave it out"
-    if _unpaired(text): return f"{text!r} looks like code, or was cut within brackets; write names alone"
-    if (found := _rewritten(text)) is not None: return f"{text!r} has the separators of another tool; write {found!r}"
-    if len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES: return f"the quotes are part of {text}; write {text.strip(_QUOTES)!r} without them"
+def _unpaired(text: str) -> bool:
+    "Whether a text is a piece of code, or of a name that was cut at a comma."
+    bare = re.sub(r"^\w{1,3}\)\s", "", text)  # not of a numbered list
+    return bool(re.match(r"[\[{]", bare) or re.search(r"=\s*[\[{(]", bare)) or any(
+        bare.count(o) != bare.count(c) for o, c in ("()", "[]", "{}")
+    )
+
+
+def _doubt_text(text: str) -> str | None:
+    """What a name or a word was probably meant as, by its signs, and what to write then;
+    None if it is just a text.
+    """
+    if text == "__ignore__":
+        return "__ignore__ is labelme's mark for what does not count, and no class; leave it out"
+    if _unpaired(text):
+        return f"{text!r} looks like code, or was cut within brackets; write names alone"
+    if (found := _rewritten(text)) is not None:
+        return f"{text!r} has the separators of another tool; write {found!r}"
+    if len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES:
+        return f"the quotes are part of {text}; write {text.strip(_QUOTES)!r} without them"
     return None
 
-def _doubt(name:str) -> str|None:
+
+def _doubt(name: str) -> str | None:
     "The same for a name, which may also be that of a file or a list."
-    if _SUFFIX.search(name): return f"{name!r} looks like a file, which is given alone"
+    if _SUFFIX.search(name):
+        return f"{name!r} looks like a file, which is given alone"
     if _names_a_list(name):
         plain = {o.casefold(): o for o in _shipped_names()}
         near = get_close_matches(name.casefold(), plain, n=1)
         hint = f" Did you mean {plain[near[0]]!r}?" if near and plain[near[0]] != name else ""
-        return f"{name!r} looks like a class list, not a class.{hint} The lists that ship, each to be given alone: {', '.join(_shipped_names())}"
+        return (
+            f"{name!r} looks like a class list, not a class.{hint} The lists that ship, each to be given"
+            f" alone: {', '.join(_shipped_names())}"
+        )
     return _doubt_text(name)
 
 # %% ../../nbs/core/07_vocabulary.ipynb #146abb08
-def _ask_back(given:str, name:str, place:str):
+def _ask_back(given: str, name: str, place: str):
     "An error for a `name` without words, as it was `given` in a list, that was probably meant otherwise."
     doubt = _doubt(given.strip())
     if "," in name:
         parts = [o.strip() for o in name.split(",") if o.strip()]
-        doubt = f"{name!r} holds a comma; write {parts} for {len(parts)} classes, {dict([(name.split(',')[0], parts)])} for one class with synonyms"
-    elif not doubt and ("|" in name or re.search(r":\s", name)): doubt = f"{name!r} holds a sign that stands before words; give words as a dict, {{name: [words]}}"
-    if doubt: raise VocabularyError(f"{place}: {doubt}. For a class of this name give its words too: {{{name!r}: [{name!r}]}}")
+        doubt = (
+            f"{name!r} holds a comma; write {parts} for {len(parts)} classes,"
+            f" {dict([(name.split(',')[0], parts)])} for one class with synonyms"
+        )
+    elif not doubt and ("|" in name or re.search(r":\s", name)):
+        doubt = f"{name!r} holds a sign that stands before words; give words as a dict, {{name: [words]}}"
+    if doubt:
+        raise VocabularyError(
+            f"{place}: {doubt}. For a class of this name give its words too: {{{name!r}: [{name!r}]}}"
+        )
+
 
 @dataclass(frozen=True, repr=False)
 class Vocabulary:
-    "Ordered class names, the words that stand for each, and which names are background. Raises `VocabularyError` on a bad entry."
-    names:tuple[str, ...] # K class names; label k of a segmentation means `names[k]`
-    words:tuple[tuple[str, ...], ...] = None # per name the words that stand for it, in order; default: the name itself
-    background:tuple[str, ...] = None # the names that mean "everything else"; default: the one that `is_background` finds, if any
-    title:str = "" # e.g. "VOC-21"; empty for a user's own list
+    """Ordered class names, the words that stand for each, and which names are background.
+
+    Raises `VocabularyError` on a bad entry.
+    """
+
+    names: tuple[str, ...]  # K class names; label k of a segmentation means `names[k]`
+    # per name the words that stand for it, in order; default: the name itself
+    words: tuple[tuple[str, ...], ...] = None
+    # the names that mean "everything else"; default: the one that `is_background` finds, if any
+    background: tuple[str, ...] = None
+    title: str = ""  # e.g. "VOC-21"; empty for a user's own list
 
     def __post_init__(self):
         if isinstance(self.names, str) or not isinstance(self.names, (list, tuple)):
             raise VocabularyError(f"names must be a list such as ['cat', 'sofa'], got {self.names!r}")
         words = self.names if self.words is None else self.words
         if not isinstance(words, (list, tuple)) or len(words) != len(self.names):
-            raise VocabularyError(f"words must have one entry per name: {len(self.names)} names, got {words!r}")
+            raise VocabularyError(
+                f"words must have one entry per name: {len(self.names)} names, got {words!r}"
+            )
         checked = _check(zip(self.names, words), [f"entry {i}" for i in range(len(self.names))])
-        for i, (name, _) in enumerate(checked if self.words is None else ()): _ask_back(self.names[i], name, f"entry {i}")
+        for i, (name, _) in enumerate(checked if self.words is None else ()):
+            _ask_back(self.names[i], name, f"entry {i}")
         names = tuple(name for name, _ in checked)
-        if isinstance(self.background, str): raise VocabularyError(f"background must be a list of names, e.g. [{self.background!r}]")
-        background = tuple(filter(is_background, names)) if self.background is None else tuple(map(tidy_name, self.background))
+        if isinstance(self.background, str):
+            raise VocabularyError(f"background must be a list of names, e.g. [{self.background!r}]")
+        background = (
+            tuple(filter(is_background, names))
+            if self.background is None
+            else tuple(map(tidy_name, self.background))
+        )
         for o in background:
-            if o not in names: raise _unknown("background name", o, names)
+            if o not in names:
+                raise _unknown("background name", o, names)
         if self.background is None and len(background) > 1:
-            raise VocabularyError("{!r} and {!r} both mean everything else; keep one of them".format(*background))
+            raise VocabularyError(
+                "{!r} and {!r} both mean everything else; keep one of them".format(*background)
+            )
         # However it is spelt, the encoder reads one word for it.
-        words = tuple(("background",) if name in background and all(map(is_background, (name, *own))) else own for name, own in checked)
-        # A frozen dataclass refuses assignment, also to itself; lists become tuples here so that the result can be hashed.
-        for key, value in dict(names=names, words=words, background=background).items(): object.__setattr__(self, key, value)
+        words = tuple(
+            ("background",) if name in background and all(map(is_background, (name, *own))) else own
+            for name, own in checked
+        )
+        # A frozen dataclass refuses assignment, also to itself; lists become tuples here so that the result
+        # can be hashed.
+        for key, value in dict(names=names, words=words, background=background).items():
+            object.__setattr__(self, key, value)
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
     def __repr__(self):
         listed = ", ".join(self.names[:6]) + (", ..." if len(self) > 6 else "")
         return f"Vocabulary({self.title + ': ' if self.title else ''}{len(self)} names: {listed})"
 
     @property
-    def background_index(self) -> int|None:
+    def background_index(self) -> int | None:
         "Position of the first background name, or None."
         return self.names.index(self.background[0]) if self.background else None
 
 # %% ../../nbs/core/07_vocabulary.ipynb #c4301667
 @patch
 def with_words(
-    self:Vocabulary,
-    words:dict, # {name: word or list of words}; names left out keep the words they have
-) -> Vocabulary: # a new vocabulary with the same names in the same order
-    "The vocabulary with the words of some names replaced. Raises `VocabularyError` for a name it does not have."
+    self: Vocabulary,
+    words: dict,  # {name: word or list of words}; names left out keep the words they have
+) -> Vocabulary:  # a new vocabulary with the same names in the same order
+    """The vocabulary with the words of some names replaced.
+
+    Raises `VocabularyError` for a name it does not have.
+    """
     words = {tidy_name(str(name)): own for name, own in words.items()}
     for name in words:
-        if name not in self.names: raise _unknown("class", name, self.names)
+        if name not in self.names:
+            raise _unknown("class", name, self.names)
     return replace(self, words=tuple(words.get(name, old) for name, old in zip(self.names, self.words)))
 
 # %% ../../nbs/core/07_vocabulary.ipynb #7cd09027
-_ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?:(?<=\d):(?=\d)|(?<=\S)#|[^,:|#])*))\s*(?:([,:|])|(#.*)|$)', re.S)
+_ITEM = re.compile(
+    r'\s*(?:"((?:[^"]|"")*)"|((?:(?<=\d):(?=\d)|(?<=\S)#|[^,:|#])*))\s*(?:([,:|])|(#.*)|$)', re.S
+)
+
 
 @dataclass
 class _Item:
     "A piece of a line: its text, whether it was quoted, and the sign behind it."
-    text:str
-    quoted:bool
-    sign:str # `,` `:` `|`, `#` before a remark, or empty at the end of the line
+
+    text: str
+    quoted: bool
+    sign: str  # `,` `:` `|`, `#` before a remark, or empty at the end of the line
 
     @property
-    def name(self) -> str: return "background" if not self.quoted and self.text.casefold() == "else" else self.text
+    def name(self) -> str:
+        return "background" if not self.quoted and self.text.casefold() == "else" else self.text
 
-def _items(line:str) -> list[_Item]:
+
+def _items(line: str) -> list[_Item]:
     "The pieces of a line."
     items, at, sign = [], 0, ","
     while sign:
         found = _ITEM.match(line, at)
         quoted, plain, sign, remark = found.groups()
-        items.append(_Item(plain.strip() if quoted is None else quoted.replace('""', '"'), quoted is not None, sign or (remark or "")[:1]))
+        items.append(
+            _Item(
+                plain.strip() if quoted is None else quoted.replace('""', '"'),
+                quoted is not None,
+                sign or (remark or "")[:1],
+            )
+        )
         at = found.end()
     # Signs at the end of a line mean nothing; tables have many of them.
     while len(items) > 1 and not items[-1].text and not items[-1].quoted:
@@ -234,195 +344,379 @@ def _items(line:str) -> list[_Item]:
     return items
 
 # %% ../../nbs/core/07_vocabulary.ipynb #c284d1c1
-def _entries(items:list[_Item], place:str, synonyms:bool) -> list[tuple[_Item, list[str]]]:
-    "The classes of a line, the piece of the name and the words; `synonyms`: commas without a colon separate the words of one class."
+def _entries(items: list[_Item], place: str, synonyms: bool) -> list[tuple[_Item, list[str]]]:
+    """The classes of a line, the piece of the name and the words;
+    `synonyms`: commas without a colon separate the words of one class.
+    """
     texts, signs = [o.text for o in items], [o.sign for o in items[:-1]]
-    if items[0].sign == ":" and ":" not in signs[1:] and "|" not in signs: return [(items[0], texts[1:] or [items[0].name])]
-    if synonyms and ":" not in signs and "|" not in signs: return [(items[0], [items[0].name, *texts[1:]])]
+    if items[0].sign == ":" and ":" not in signs[1:] and "|" not in signs:
+        return [(items[0], texts[1:] or [items[0].name])]
+    if synonyms and ":" not in signs and "|" not in signs:
+        return [(items[0], [items[0].name, *texts[1:]])]
     entries, first = [], 0
     for last in [i for i, sign in enumerate(signs) if sign == ","] + [len(signs)]:
-        own = texts[first + 1:last + 1]
-        if own and (signs[first] != ":" or ":" in signs[first + 1:last]):
-            raise VocabularyError(f"{place}: the words of a class stand behind one colon, with bars between them. Write {', '.join(texts[first:last + 1])!r} for classes, "
-                                  f"'{texts[first]}: {' | '.join(own)}' for one class, and put in quotes what holds such a sign")
+        own = texts[first + 1 : last + 1]
+        if own and (signs[first] != ":" or ":" in signs[first + 1 : last]):
+            raise VocabularyError(
+                f"{place}: the words of a class stand behind one colon, with bars between them. Write"
+                f" {', '.join(texts[first : last + 1])!r} for classes, '{texts[first]}: {' | '.join(own)}' for"
+                " one class, and put in quotes what holds such a sign"
+            )
         entries.append((items[first], own or [items[first].name]))
         first = last + 1
     if synonyms and len(entries) > 1 and items[0].sign != ":":
-        raise VocabularyError(f"{place}: is this one class or {len(entries)}? Write one class per line, with its words behind a colon")
+        raise VocabularyError(
+            f"{place}: is this one class or {len(entries)}? Write one class per line, with its words behind a"
+            " colon"
+        )
     return entries
 
 # %% ../../nbs/core/07_vocabulary.ipynb #374acb66
-_HEADS = {"name", "names", "class", "classes", "label", "labels", "category", "categories", "id", "ids", "index", "idx", "color", "colour", "supercategory",
-          *(f"{o}{sign}{what}" for o in ("class", "label", "category") for sign in ("_", " ", "") for what in ("name", "id"))}
-_NUMBER = re.compile(r"([0-9]+|n[0-9]{8}|/[a-z]/\w+)(?=\s|$)")   # of a class: 7, WordNet's n02123045, Open Images' /m/01yrx
+_HEADS = {
+    "name",
+    "names",
+    "class",
+    "classes",
+    "label",
+    "labels",
+    "category",
+    "categories",
+    "id",
+    "ids",
+    "index",
+    "idx",
+    "color",
+    "colour",
+    "supercategory",
+    *(
+        f"{o}{sign}{what}"
+        for o in ("class", "label", "category")
+        for sign in ("_", " ", "")
+        for what in ("name", "id")
+    ),
+}
+# of a class: 7, WordNet's n02123045, Open Images' /m/01yrx
+_NUMBER = re.compile(r"([0-9]+|n[0-9]{8}|/[a-z]/\w+)(?=\s|$)")
 _BULLET = re.compile(r"[-*+•–]\s+")
-_COUNT = re.compile(r"([0-9]+[.)]\s*|\w\)\s+)(?=[^\W\d])")   # 1. 1) a)
+_COUNT = re.compile(r"([0-9]+[.)]\s*|\w\)\s+)(?=[^\W\d])")  # 1. 1) a)
 
-def _doubt_table(lines:list[list[_Item]]) -> str|None:
+
+def _doubt_table(lines: list[list[_Item]]) -> str | None:
     "What lines were probably meant as, if they are those of a table."
     if len(lines) > 1 and all(o.text.casefold() in _HEADS and not o.quoted for o in lines[0]):
-        return (f"{lines[0][0].text!r} in the first line looks like the head of a table; leave the line out, "
-                "or put the name in quotes if it is a class")
-    numbered = [any(_NUMBER.fullmatch(o.text) and not o.quoted for o in line) for line in lines if len(line) > 1]
-    if sum(numbered) < 2: return None
-    return ("this looks like a table, with numbers beside the names; write the names alone, one per line, "
-            "or put numbers in quotes if they are words")
+        return (
+            f"{lines[0][0].text!r} in the first line looks like the head of a table; leave the line out, "
+            "or put the name in quotes if it is a class"
+        )
+    numbered = [
+        any(_NUMBER.fullmatch(o.text) and not o.quoted for o in line) for line in lines if len(line) > 1
+    ]
+    if sum(numbered) < 2:
+        return None
+    return (
+        "this looks like a table, with numbers beside the names; write the names alone, one per line, "
+        "or put numbers in quotes if they are words"
+    )
 
-def _doubt_list(entries:list[tuple[_Item, list[str]]]) -> str|None:
+
+def _doubt_list(entries: list[tuple[_Item, list[str]]]) -> str | None:
     "What entries were probably meant as, if they are those of a list with numbers or bullets."
     heads = [o.text for o, _ in entries]
-    if any(o.quoted for o, _ in entries): return None
+    if any(o.quoted for o, _ in entries):
+        return None
     counts = [o for o in map(_NUMBER.match, heads) if o]
     numbers = [int(o[0]) if o[0].isdecimal() else i for i, o in enumerate(counts)]
     # Names that nothing but their number tells apart need it: 1 euro coin, 2 euro coin.
-    named = {(o.string[o.end():], *(words if words != [o.string] else ())) for o, (_, words) in zip(counts, entries)}
-    counted = len(named) == len(counts) == len(heads) > 1 and numbers[0] < 2 and numbers == sorted(set(numbers))
-    if not (counted or any(map(_BULLET.match, heads)) or all(map(_COUNT.match, heads))): return None
+    named = {
+        (o.string[o.end() :], *(words if words != [o.string] else ()))
+        for o, (_, words) in zip(counts, entries)
+    }
+    counted = (
+        len(named) == len(counts) == len(heads) > 1 and numbers[0] < 2 and numbers == sorted(set(numbers))
+    )
+    if not (counted or any(map(_BULLET.match, heads)) or all(map(_COUNT.match, heads))):
+        return None
     bare = [re.sub(rf"^({_BULLET.pattern}|{_COUNT.pattern}|{_NUMBER.pattern}\s*)", "", o) for o in heads]
     name = next((o for o, head in zip(bare, heads) if o not in ("", head)), entries[0][1][-1])
-    return ("this looks like a list with numbers or bullets; write the names alone, "
-            f"e.g. {name!r}, or names in quotes if the numbers belong to them")
+    return (
+        "this looks like a list with numbers or bullets; write the names alone, "
+        f"e.g. {name!r}, or names in quotes if the numbers belong to them"
+    )
 
-def _from_json(text:str, source:str) -> Vocabulary:
+
+def _from_json(text: str, source: str) -> Vocabulary:
     "The vocabulary of a JSON list of names, or of an object of names and words."
+
     def once(pairs):
-        if len(dict(pairs)) < len(pairs): raise VocabularyError(f"{source}: a name occurs twice in the JSON object")
+        if len(dict(pairs)) < len(pairs):
+            raise VocabularyError(f"{source}: a name occurs twice in the JSON object")
         return dict(pairs)
-    try: found = json.loads(text, object_pairs_hook=once)
-    except VocabularyError: raise
+
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except VocabularyError:
+        raise
     except (ValueError, RecursionError) as e:
-        raise VocabularyError(f'{source} begins with a bracket, but is not JSON ({e}). Write names such as cat, dog, or a JSON list, ["cat", "dog"]') from None
-    words = isinstance(found, dict) and all(isinstance(o, (str, list)) for o in found.values()) and not all(o.isdigit() and isinstance(found[o], str) for o in found)
+        raise VocabularyError(
+            f"{source} begins with a bracket, but is not JSON ({e}). Write names such as cat, dog, or a JSON"
+            ' list, ["cat", "dog"]'
+        ) from None
+    words = (
+        isinstance(found, dict)
+        and all(isinstance(o, (str, list)) for o in found.values())
+        and not all(o.isdigit() and isinstance(found[o], str) for o in found)
+    )
     if not words and not (isinstance(found, list) and all(isinstance(o, str) for o in found)):
-        raise VocabularyError(f'{source}: expected a JSON list of names, ["cat", "dog"], or an object of names and words, {{"animal": ["cat", "dog"]}}')
-    try: return Vocabulary(list(found), list(found.values()) if words else None)
-    except VocabularyError as e: raise VocabularyError(f"{source}: {e}") from None
+        raise VocabularyError(
+            f'{source}: expected a JSON list of names, ["cat", "dog"], or an object of names and words,'
+            ' {"animal": ["cat", "dog"]}'
+        )
+    try:
+        return Vocabulary(list(found), list(found.values()) if words else None)
+    except VocabularyError as e:
+        raise VocabularyError(f"{source}: {e}") from None
 
 # %% ../../nbs/core/07_vocabulary.ipynb #d4df9719
-def _ask_back_alone(items:list[_Item], words:list[str], place:str, prompt:bool):
+def _ask_back_alone(items: list[_Item], words: list[str], place: str, prompt: bool):
     "An error for the only line of a text, in which one class may as well be several."
     what, name = ", ".join(words), items[0].text
-    if not all(words): return   # a slip, which is reported as such
+    if not all(words):
+        return  # a slip, which is reported as such
     if prompt and items[0].sign == ":" and len(words) > 1 and "|" not in (o.sign for o in items):
-        raise VocabularyError(f"{place}: is '{name}: {what}' one class or {len(words)}? Write '{name}: {' | '.join(words)}' for one; for more, begin with those that have no colon")
+        raise VocabularyError(
+            f"{place}: is '{name}: {what}' one class or {len(words)}? Write '{name}: {' | '.join(words)}' for"
+            " one; for more, begin with those that have no colon"
+        )
     if not prompt and items[0].sign == "," and len(words) > 1:
-        raise VocabularyError(f"{place}: is {what!r} one class or {len(words)}? Write '{name}: {what}' for one, or one name per line")
+        raise VocabularyError(
+            f"{place}: is {what!r} one class or {len(words)}? Write '{name}: {what}' for one, or one name per"
+            " line"
+        )
 
-def _in_quotes(text:str, door:str="file") -> str:
+
+def _in_quotes(text: str, door: str = "file") -> str:
     "`text` in the quotes of the grammar; at the prompt also in those of the shell, which takes a pair away."
     written = '"' + text.replace('"', '""') + '"'
-    return f"{shlex.quote(written)}, with the outer quotes for the shell" if door == "prompt" else f"{written}, in quotes"
+    return (
+        f"{shlex.quote(written)}, with the outer quotes for the shell"
+        if door == "prompt"
+        else f"{written}, in quotes"
+    )
 
-def _parse(text:str, source:str, title:str="", door:str="file") -> Vocabulary:
-    "The vocabulary written in `text`; errors name the line of `source`. `door`: file, viewer or prompt, where remarks have no place."
-    if text.lstrip()[:1] in ("[", "{"): return _from_json(text, source)
+
+def _parse(text: str, source: str, title: str = "", door: str = "file") -> Vocabulary:
+    """The vocabulary written in `text`;
+    errors name the line of `source`. `door`: file, viewer or prompt, where remarks have no place.
+    """
+    if text.lstrip()[:1] in ("[", "{"):
+        return _from_json(text, source)
     lines = dict(enumerate(map(_items, text.splitlines()), 1))
-    lines = {number: o for number, o in lines.items() if o[0].text or o[0].quoted or len(o) > 1 or o[0].sign in (",", ":", "|")}
-    left_out = [number for number, o in lines.items() if len(o) == 1 and o[0].text == "__ignore__" and not o[0].quoted]
-    for number in left_out: del lines[number]
-    if left_out: warnings.warn(f"{source}: __ignore__ is labelme's mark for what does not count, no class, and is left out", VocabularyWarning, stacklevel=3)
+    lines = {
+        number: o
+        for number, o in lines.items()
+        if o[0].text or o[0].quoted or len(o) > 1 or o[0].sign in (",", ":", "|")
+    }
+    left_out = [
+        number for number, o in lines.items() if len(o) == 1 and o[0].text == "__ignore__" and not o[0].quoted
+    ]
+    for number in left_out:
+        del lines[number]
+    if left_out:
+        warnings.warn(
+            f"{source}: __ignore__ is labelme's mark for what does not count, no class, and is left out",
+            VocabularyWarning,
+            stacklevel=3,
+        )
     if not lines:
-        remark = f"; what stands behind a # is a remark, unless it is in quotes, {_in_quotes('#1', door)}" if "#" in text else ""
+        remark = (
+            f"; what stands behind a # is a remark, unless it is in quotes, {_in_quotes('#1', door)}"
+            if "#" in text
+            else ""
+        )
         raise VocabularyError(f"{source} names no class{remark}; write at least one class, one per line")
     whole = text.strip()
     if whole[0] != '"' and whole[0] in _QUOTES and whole[-1] in _QUOTES:
-        raise VocabularyError(f"{source}: {_doubt_text(whole)}. For a class of this name write {_in_quotes(whole, door)}")
+        raise VocabularyError(
+            f"{source}: {_doubt_text(whole)}. For a class of this name write {_in_quotes(whole, door)}"
+        )
     rows, where, found = [], [], []
     for number, items in lines.items():
         place = f"line {number} of {source}"
         for o in items:
             doubt = None if o.quoted else _doubt_text(o.text)
-            if o.text[:1] == '"' and not o.quoted: doubt = f"a quote is opened and not closed in {o.text}; close it, or double it within quotes"
-            if doubt: raise VocabularyError(f"{place}: {doubt}. If it is meant as it stands, write {_in_quotes(o.text, door)}")
+            if o.text[:1] == '"' and not o.quoted:
+                doubt = f"a quote is opened and not closed in {o.text}; close it, or double it within quotes"
+            if doubt:
+                raise VocabularyError(
+                    f"{place}: {doubt}. If it is meant as it stands, write {_in_quotes(o.text, door)}"
+                )
             if door == "prompt" and o.sign == "#" and len(lines) == 1:
-                raise VocabularyError(f"{place}: a # after a blank begins a remark; put a name that holds one in quotes, {_in_quotes('dog #2', door)}")
+                raise VocabularyError(
+                    f"{place}: a # after a blank begins a remark; put a name that holds one in quotes,"
+                    f" {_in_quotes('dog #2', door)}"
+                )
         entries = _entries(items, place, door == "file")
-        if len(lines) == len(entries) == 1 and door != "viewer": _ask_back_alone(items, entries[0][1], place, door == "prompt")
+        if len(lines) == len(entries) == 1 and door != "viewer":
+            _ask_back_alone(items, entries[0][1], place, door == "prompt")
         found += entries
         for item, words in entries:
-            if not item.quoted and (doubt := _doubt(item.name)): raise VocabularyError(f"{place}: {doubt}. For a class of this name write {_in_quotes(item.name, door)}")
-            rows.append((item.name, words)); where.append(place)
-    if doubt := _doubt_list(found) or _doubt_table(list(lines.values())): raise VocabularyError(f"{source}: {doubt}")
+            if not item.quoted and (doubt := _doubt(item.name)):
+                raise VocabularyError(
+                    f"{place}: {doubt}. For a class of this name write {_in_quotes(item.name, door)}"
+                )
+            rows.append((item.name, words))
+            where.append(place)
+    if doubt := _doubt_list(found) or _doubt_table(list(lines.values())):
+        raise VocabularyError(f"{source}: {doubt}")
     checked = _check(rows, where)
     return Vocabulary([name for name, _ in checked], [words for _, words in checked], title=title)
 
+
 def read_vocabulary(
-    path, # a UTF-8 text file: one class per line, `name: word, word` or `name, synonym, ...`, `#` for remarks; or JSON
-) -> Vocabulary: # with an empty title
-    "Read a user's class list. Raises `VocabularyError` with the line number of a bad entry, or if there is no such file."
+    # a UTF-8 text file: one class per line, `name: word, word` or `name, synonym, ...`, `#` for remarks; or
+    # JSON
+    path,
+) -> Vocabulary:  # with an empty title
+    """Read a user's class list.
+
+    Raises `VocabularyError` with the line number of a bad entry, or if there is no such file.
+    """
     shown = path if len(str(path)) < 200 else f"{str(path)[:100]}..."
-    try: text = Path(path).read_text(encoding="utf-8-sig")   # -sig: editors on Windows put a mark before the first name
-    except UnicodeDecodeError: raise VocabularyError(f"{shown} is not UTF-8 text; save it as UTF-8") from None
-    except IsADirectoryError: raise VocabularyError(f"{shown} is a folder; name the file with its classes, e.g. {Path(path)/'classes.txt'}") from None
-    except OSError as e: raise VocabularyError(f"cannot read the vocabulary file {shown}: {e.strerror}") from None
-    except ValueError: raise VocabularyError(f"cannot read the vocabulary file {shown!r}: no file has such a name") from None
-    if Path(path).suffix.casefold() == ".json": return _from_json(text, Path(path).name)
+    # -sig: editors on Windows put a mark before the first name
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise VocabularyError(f"{shown} is not UTF-8 text; save it as UTF-8") from None
+    except IsADirectoryError:
+        raise VocabularyError(
+            f"{shown} is a folder; name the file with its classes, e.g. {Path(path) / 'classes.txt'}"
+        ) from None
+    except OSError as e:
+        raise VocabularyError(f"cannot read the vocabulary file {shown}: {e.strerror}") from None
+    except ValueError:
+        raise VocabularyError(f"cannot read the vocabulary file {shown!r}: no file has such a name") from None
+    if Path(path).suffix.casefold() == ".json":
+        return _from_json(text, Path(path).name)
     return _parse(text, Path(path).name)
 
 # %% ../../nbs/core/07_vocabulary.ipynb #eb02ec4e
 _SIGNS = set(",:|#./\\[]{}" + _QUOTES) | set(map(chr, _FOREIGN))
 
-def quoted(text:str) -> str:
+
+def quoted(text: str) -> str:
     "`text` as it is written in a list: in quotes where it could be taken for something else."
-    plain = not _SIGNS & set(text) and re.match(r"[^\W\d]", text) and text.casefold() not in {"else", *_HEADS} and not _NUMBER.match(text) and not _doubt(text) and not os.path.exists(text)
+    plain = (
+        not _SIGNS & set(text)
+        and re.match(r"[^\W\d]", text)
+        and text.casefold() not in {"else", *_HEADS}
+        and not _NUMBER.match(text)
+        and not _doubt(text)
+        and not os.path.exists(text)
+    )
     return text if plain else '"' + text.replace('"', '""') + '"'
 
-def write_lines(
-    vocabulary:Vocabulary,
-) -> str: # without the background, where that is not the name that means it
-    "The vocabulary as text that means the same in a file, in the viewer and at the prompt of a shell: one class per line."
-    between = ", " if len(vocabulary) > 1 else " | "   # on a line of its own, commas could separate classes
-    rows = [(name, () if words in ((name,), *[("background",)]*is_background(name)) else words) for name, words in zip(vocabulary.names, vocabulary.words)]
-    return "\n".join(quoted(name) + (": " + between.join(map(quoted, words)) if words else "") for name, words in rows)
 
-def _path_in(text:str) -> str|None:
+def write_lines(
+    vocabulary: Vocabulary,
+) -> str:  # without the background, where that is not the name that means it
+    """The vocabulary as text that means the same in a file, in the viewer and at the prompt of a shell:
+    one class per line.
+    """
+    # on a line of its own, commas could separate classes
+    between = ", " if len(vocabulary) > 1 else " | "
+    rows = [
+        (name, () if words in ((name,), *[("background",)] * is_background(name)) else words)
+        for name, words in zip(vocabulary.names, vocabulary.words)
+    ]
+    return "\n".join(
+        quoted(name) + (": " + between.join(map(quoted, words)) if words else "") for name, words in rows
+    )
+
+
+def _path_in(text: str) -> str | None:
     "The path that a text is, or looks like."
-    if not text or "\n" in text or text[0] in '"[{': return None
+    if not text or "\n" in text or text[0] in '"[{':
+        return None
     path = os.path.expanduser(text)
-    return path if os.path.exists(path) or _SUFFIX.search(text) or re.search(r"[/\\]", text) and not re.search(r"[,|;]|:\s", text) else None
+    return (
+        path
+        if os.path.exists(path)
+        or _SUFFIX.search(text)
+        or re.search(r"[/\\]", text)
+        and not re.search(r"[,|;]|:\s", text)
+        else None
+    )
+
 
 def read_lines(
-    text:str, # classes as the grammar says, a shipped vocabulary, or the path of a file
-    prompt:bool=False, # typed at the prompt of a shell, where a line holds no remarks and a comma ends a class
+    text: str,  # classes as the grammar says, a shipped vocabulary, or the path of a file
+    # typed at the prompt of a shell, where a line holds no remarks and a comma ends a class
+    prompt: bool = False,
 ) -> Vocabulary:
     "The vocabulary that was typed. Raises `VocabularyError` for what cannot be read, or may mean two things."
     text = text.strip()
-    if text in _shipped_names(): return load_vocabulary(text)
-    if not (path := _path_in(text)): return _parse(text, "the list", door="prompt" if prompt else "viewer")
-    try: return read_vocabulary(path)
+    if text in _shipped_names():
+        return load_vocabulary(text)
+    if not (path := _path_in(text)):
+        return _parse(text, "the list", door="prompt" if prompt else "viewer")
+    try:
+        return read_vocabulary(path)
     except VocabularyError as e:
-        if os.path.isfile(path): raise
-        raise VocabularyError(f"{e}. For a class of this name write {_in_quotes(text[:100], 'prompt' if prompt else 'viewer')}") from None
+        if os.path.isfile(path):
+            raise
+        raise VocabularyError(
+            f"{e}. For a class of this name write {_in_quotes(text[:100], 'prompt' if prompt else 'viewer')}"
+        ) from None
 
 # %% ../../nbs/core/07_vocabulary.ipynb #07f12a39
 def load_vocabulary(
-    name:str, # one of `list_vocabularies()`, e.g. "VOC-21"
-) -> Vocabulary: # with `name` as its title
+    name: str,  # one of `list_vocabularies()`, e.g. "VOC-21"
+) -> Vocabulary:  # with `name` as its title
     "Load a class list that ships with the package. Raises `VocabularyError` for a name it does not know."
-    if name not in list_vocabularies(): raise _unknown("vocabulary", name, list_vocabularies())
+    if name not in list_vocabularies():
+        raise _unknown("vocabulary", name, list_vocabularies())
     return _parse(_shipped().joinpath(f"{name}.txt").read_text(encoding="utf-8"), f"{name}.txt", name)
 
 # %% ../../nbs/core/07_vocabulary.ipynb #8db4c1e7
 @patch(cls_method=True)
 def of(
-    cls:Vocabulary,
-    source, # Vocabulary, list of names, {name: word or words}, shipped name such as "VOC-21", or path of a text file
+    cls: Vocabulary,
+    # Vocabulary, list of names, {name: word or words}, shipped name such as "VOC-21", or path of a text file
+    source,
 ) -> Vocabulary:
     "A vocabulary from whatever the caller has. Raises `VocabularyError`, naming the entry or line at fault."
-    if isinstance(source, Vocabulary): return source
+    if isinstance(source, Vocabulary):
+        return source
     if isinstance(source, dict):
         numbers = [isinstance(o, Integral) for row in source.items() for o in row]
         if source and (all(numbers[::2]) or all(numbers[1::2])):
             names = source if all(numbers[1::2]) else source.values()
-            raise VocabularyError(f"a dict has names and their words, not numbers; pass the names in order, as a list: {str([*names])[:200]}")
+            raise VocabularyError(
+                "a dict has names and their words, not numbers; pass the names in order, as a list:"
+                f" {str([*names])[:200]}"
+            )
         return cls(list(source), list(source.values()))
-    if isinstance(source, (list, tuple)): return cls(source)
-    if isinstance(source, os.PathLike): return read_vocabulary(source)
+    if isinstance(source, (list, tuple)):
+        return cls(source)
+    if isinstance(source, os.PathLike):
+        return read_vocabulary(source)
     if not isinstance(source, str):
-        raise VocabularyError(f"a vocabulary is a list or dict of words, a shipped name or a file, not a {type(source).__name__}; make a list of names of it")
-    if source in _shipped_names(): return load_vocabulary(source)
+        raise VocabularyError(
+            "a vocabulary is a list or dict of words, a shipped name or a file, not a"
+            f" {type(source).__name__}; make a list of names of it"
+        )
+    if source in _shipped_names():
+        return load_vocabulary(source)
     if path := _path_in(source):
-        if os.path.exists(path): return read_vocabulary(path)
-        raise VocabularyError(f"cannot read the vocabulary file {source[:100]}: No such file. For words of your own, pass a list or a dict: {{{source[:100]!r}: [{source[:100]!r}]}}")
-    if _names_a_list(source): raise _unknown("vocabulary", source, _shipped_names())
-    raise VocabularyError(f"{_unknown('vocabulary', source, _shipped_names())}. For words of your own, pass a list: {list(read_lines(source).names)}")
+        if os.path.exists(path):
+            return read_vocabulary(path)
+        raise VocabularyError(
+            f"cannot read the vocabulary file {source[:100]}: No such file. For words of your own, pass a"
+            f" list or a dict: {{{source[:100]!r}: [{source[:100]!r}]}}"
+        )
+    if _names_a_list(source):
+        raise _unknown("vocabulary", source, _shipped_names())
+    raise VocabularyError(
+        f"{_unknown('vocabulary', source, _shipped_names())}. For words of your own, pass a list:"
+        f" {list(read_lines(source).names)}"
+    )

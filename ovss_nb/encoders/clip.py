@@ -27,43 +27,52 @@ from .base import choose_device, Encoder, ImageFeatures, loda_pool, resize_posit
 from ..core.options import Index, checked_arguments
 
 # %% ../../nbs/encoders/03_clip.ipynb #18a3753d
-def values(block:ResidualAttentionBlock, x:torch.Tensor) -> torch.Tensor:
-    "Value vectors of a block's tokens, B x N x C to B x N x C: first layer norm, then the last third of the fused projection."
+def values(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
+    """Value vectors of a block's tokens, B x N x C to B x N x C:
+    first layer norm, then the last third of the fused projection.
+    """
     attention, width = block.attn, block.attn.embed_dim
-    return F.linear(block.ln_1(x), attention.in_proj_weight[2*width:], attention.in_proj_bias[2*width:])
+    return F.linear(block.ln_1(x), attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
 
 # %% ../../nbs/encoders/03_clip.ipynb #69e20d62
 def value_block(
-    block:ResidualAttentionBlock, # the last block of the tower
-    x:torch.Tensor, # its input, B x N x C, class token first
-    residual:str="cls", # what the values are added to: the input class token, or each token itself
-) -> torch.Tensor: # B x N x C
-    "A transformer block in which each token attends to nothing but itself (MaskCLIP; CAT-Seg with `residual='cls'`)."
+    block: ResidualAttentionBlock,  # the last block of the tower
+    x: torch.Tensor,  # its input, B x N x C, class token first
+    residual: str = "cls",  # what the values are added to: the input class token, or each token itself
+) -> torch.Tensor:  # B x N x C
+    """A transformer block in which each token attends to nothing but itself (MaskCLIP;
+    CAT-Seg with `residual='cls'`).
+    """
     x = (x[:, :1] if residual == "cls" else x) + block.ls_1(block.attn.out_proj(values(block, x)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 # %% ../../nbs/encoders/03_clip.ipynb #2f3bb653
-def vv_attention(block:ResidualAttentionBlock, x:torch.Tensor) -> torch.Tensor:
-    "What a block's attention adds when values stand in for queries and keys, B x N x C to B x N x C (CLIP Surgery; EBSeg's embeddings D)."
+def vv_attention(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
+    """What a block's attention adds when values stand in for queries and keys, B x N x C to B x N x C (CLIP
+    Surgery; EBSeg's embeddings D).
+    """
     v = values(block, x).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
     return block.ls_1(block.attn.out_proj(F.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/encoders/03_clip.ipynb #abc336f8
-MARKS = ("input_resolution", "context_length", "vocab_size") # numbers that OpenAI's archives keep among their weights
-MEANS = { # mean and standard deviation that pictures are normalised with
+# numbers that OpenAI's archives keep among their weights
+MARKS = ("input_resolution", "context_length", "vocab_size")
+MEANS = {  # mean and standard deviation that pictures are normalised with
     "openai-mean": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
     "imagenet-mean": (open_clip.constants.IMAGENET_MEAN, open_clip.constants.IMAGENET_STD),
     "inception-mean": (open_clip.constants.INCEPTION_MEAN, open_clip.constants.INCEPTION_STD),
 }
 
-def _normalisation(cfg:dict) -> tuple:
+
+def _normalisation(cfg: dict) -> tuple:
     "Mean, standard deviation and filter of a configuration."
     mean, std = (tuple(cfg.get(name) or usual) for name, usual in zip(("mean", "std"), MEANS["openai-mean"]))
     return mean, std, cfg.get("interpolation") or "bicubic"
 
+
 def tag_settings(
-    model:str, # open_clip's name of an architecture
-) -> dict[str, tuple[bool, tuple]]: # per tag: whether QuickGELU; mean, standard deviation and filter
+    model: str,  # open_clip's name of an architecture
+) -> dict[str, tuple[bool, tuple]]:  # per tag: whether QuickGELU; mean, standard deviation and filter
     "What published weights were trained with, those of the name with and without `-quickgelu` together."
     base, found = model.removesuffix("-quickgelu"), {}
     for name in (base, f"{base}-quickgelu"):
@@ -72,217 +81,366 @@ def tag_settings(
             found[tag] = bool(cfg.get("quick_gelu")), _normalisation(cfg)
     return found
 
-def _content(path:Path):
-    "What a checkpoint holds, read as far as needed: of safetensors the shapes alone. None for a file that cannot be read."
+
+def _content(path: Path):
+    """What a checkpoint holds, read as far as needed:
+    of safetensors the shapes alone. None for a file that cannot be read.
+    """
     try:
         if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 return {o: torch.empty(file.get_slice(o).get_shape(), device="meta") for o in file.keys()}
         if script := zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive: parts = archive.namelist()
-            if any(o.endswith("/constants.pkl") for o in parts):   # TorchScript
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.namelist()
+            if any(o.endswith("/constants.pkl") for o in parts):  # TorchScript
                 with warnings.catch_warnings(action="ignore"):
                     return torch.jit.load(path, map_location="cpu").state_dict()
         return torch.load(path, map_location="cpu", weights_only=True, mmap=script)
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError): return None
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError):
+        return None
+
 
 def peek(
-    path:Path, # a checkpoint
-) -> dict[str, torch.Tensor]: # by plain name; of safetensors the shapes alone; empty for what is no table of tensors
+    path: Path,  # a checkpoint
+    # by plain name; of safetensors the shapes alone; empty for what is no table of tensors
+) -> dict[str, torch.Tensor]:
     "What a file holds, read as far as needed, without what a training put around it."
     found = unwrapped(_content(path))
-    return {o: value for o, value in found.items() if isinstance(value, torch.Tensor)} if isinstance(found, dict) else {}
+    return (
+        {o: value for o, value in found.items() if isinstance(value, torch.Tensor)}
+        if isinstance(found, dict)
+        else {}
+    )
 
-def _wrapped(path:Path, tensors:dict) -> bool:
+
+def _wrapped(path: Path, tensors: dict) -> bool:
     "Whether a training put more around the tensors of a file than open_clip takes off by itself."
-    if is_safetensors(path) != (path.suffix == ".safetensors"): return True   # it goes by the suffix
+    if is_safetensors(path) != (path.suffix == ".safetensors"):
+        return True  # it goes by the suffix
     found = _content(path)
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     return {o.removeprefix("module.") for o in found} != set(tensors)
 
 # %% ../../nbs/encoders/03_clip.ipynb #ea8119d1
-def _kind(quick:bool, normalisation:tuple) -> str:
+def _kind(quick: bool, normalisation: tuple) -> str:
     means = {both: name.partition("-")[0] for name, both in MEANS.items()}
     mean = means.get(normalisation[:2], " ".join(map(str, normalisation[0])))
     return f"{'QuickGELU' if quick else 'exact GELU'}, {mean} mean, {normalisation[2]}"
 
-def _proof(model:str, path:Path, tensors:dict, tags:dict) -> tuple[str, tuple]|None:
+
+def _proof(model: str, path: Path, tensors: dict, tags: dict) -> tuple[str, tuple] | None:
     "What a file proves of itself: whose it is in words, and its settings."
-    if tensors.keys() >= set(MARKS): return "OpenAI's own file", (True, (*MEANS["openai-mean"], "bicubic"))
+    if tensors.keys() >= set(MARKS):
+        return "OpenAI's own file", (True, (*MEANS["openai-mean"], "bicubic"))
     digest, base = None, model.removesuffix("-quickgelu")
     for tag in tags if len(set(tags.values())) > 1 else ():
-        cfg = open_clip.get_pretrained_cfg(base, tag) or open_clip.get_pretrained_cfg(f"{base}-quickgelu", tag)
+        cfg = open_clip.get_pretrained_cfg(base, tag) or open_clip.get_pretrained_cfg(
+            f"{base}-quickgelu", tag
+        )
         *_, folder, name = ["", "", *cfg.get("url", "").split("/")]
         known = folder if "openaipublic" in cfg.get("url", "") else Path(name).stem.rpartition("-")[2]
-        if len(known) not in (8, 64): continue
+        if len(known) not in (8, 64):
+            continue
         digest = digest or file_digest(path)
-        if digest.startswith(known): return f"the published file of {tag}", tags[tag]
+        if digest.startswith(known):
+            return f"the published file of {tag}", tags[tag]
 
-def _beside(path:Path, config:dict) -> tuple[bool, tuple|None]|None:
+
+def _beside(path: Path, config: dict) -> tuple[bool, tuple | None] | None:
     "What the `open_clip_config.json` in a file's folder says, if it is there and of this architecture."
     try:
-        found = json.loads((path.parent/"open_clip_config.json").read_text(encoding="utf-8"))
-        def shape(o): return o["embed_dim"], *(o["vision_cfg"].get(name) for name in ("layers", "width", "patch_size"))
-        if shape(found["model_cfg"]) != shape(config): return None
+        found = json.loads((path.parent / "open_clip_config.json").read_text(encoding="utf-8"))
+
+        def shape(o):
+            return o["embed_dim"], *(o["vision_cfg"].get(name) for name in ("layers", "width", "patch_size"))
+
+        if shape(found["model_cfg"]) != shape(config):
+            return None
         cfg = found.get("preprocess_cfg") or {}
-        return bool(found["model_cfg"].get("quick_gelu")), _normalisation(cfg) if {"mean", "std"} <= cfg.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
+        return bool(found["model_cfg"].get("quick_gelu")), (
+            _normalisation(cfg) if {"mean", "std"} <= cfg.keys() else None
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 # %% ../../nbs/encoders/03_clip.ipynb #5bc86613
 def file_settings(
-    model:str, # open_clip's name of an architecture
-    path:Path, # a checkpoint
-    tensors:dict[str, torch.Tensor], # of `peek`
-    like:str|None=None, # a tag that was trained alike, or one of `MEANS`; default: find out
-) -> tuple[bool, tuple]: # whether QuickGELU; mean, standard deviation and filter
-    "What a file was trained with. Raises `ValueError` with the kinds there are if nothing tells, and for a contradiction."
+    model: str,  # open_clip's name of an architecture
+    path: Path,  # a checkpoint
+    tensors: dict[str, torch.Tensor],  # of `peek`
+    like: str | None = None,  # a tag that was trained alike, or one of `MEANS`; default: find out
+) -> tuple[bool, tuple]:  # whether QuickGELU; mean, standard deviation and filter
+    """What a file was trained with.
+
+    Raises `ValueError` with the kinds there are if nothing tells, and for a contradiction.
+    """
     config, tags = open_clip.get_model_config(model), tag_settings(model)
     own = {tag: tags[tag] for tag in open_clip.list_pretrained_tags_by_model(model)}
     if like and like not in (*tags, *MEANS):
-        raise ValueError(f"like={like!r} is neither a tag of {model} ({', '.join(tags) or 'none known'}) nor one of {', '.join(MEANS)}")
+        raise ValueError(
+            f"like={like!r} is neither a tag of {model} ({', '.join(tags) or 'none known'}) nor one of"
+            f" {', '.join(MEANS)}"
+        )
     said = tags[like] if like in tags else (None, (*MEANS[like], "bicubic") if like else None)
     if config.get("quick_gelu"):
-        if said[0] is False: raise ValueError(f"like={like!r} has exact GELU, {model} QuickGELU: take {model.removesuffix('-quickgelu')}")
+        if said[0] is False:
+            raise ValueError(
+                f"like={like!r} has exact GELU, {model} QuickGELU: take {model.removesuffix('-quickgelu')}"
+            )
         said = True, said[1]
     proof = _proof(model, path, tensors, tags)
     if proof and any(a not in (None, b) for a, b in zip(said, proof[1])):
-        raise ValueError(f"{path} is {proof[0]} ({_kind(*proof[1])}), which {f'like={like!r}' if like else model} denies: leave it away")
+        raise ValueError(
+            f"{path} is {proof[0]} ({_kind(*proof[1])}), which {f'like={like!r}' if like else model} denies:"
+            " leave it away"
+        )
     agreed = [next(iter(o)) if len(o) == 1 else None for o in map(set, zip(*own.values()))] or [False, None]
     sources = said, proof[1] if proof else None, _beside(path, config), agreed
     quick, normalisation = (next((o[i] for o in sources if o and o[i] is not None), None) for i in (0, 1))
     if not own and normalisation is None:
         normalisation = *MEANS["openai-mean"], "bicubic"
-        warnings.warn(f"no published weights tell how {model} wants pictures normalised, so {path} gets OpenAI's mean and deviation, "
-            f"open_clip's default. Say it: clip:{model}/openai-mean={path} (or imagenet-mean, inception-mean), in Python like='openai-mean'")
-    if quick is not None and normalisation is not None: return quick, normalisation
+        warnings.warn(
+            f"no published weights tell how {model} wants pictures normalised, so {path} gets OpenAI's mean"
+            f" and deviation, open_clip's default. Say it: clip:{model}/openai-mean={path} (or imagenet-mean,"
+            " inception-mean), in Python like='openai-mean'"
+        )
+    if quick is not None and normalisation is not None:
+        return quick, normalisation
     groups = {kind: [tag for tag in own if own[tag] == kind] for kind in dict.fromkeys(own.values())}
     listed = "; ".join(f"{_kind(*kind)}: {', '.join(names)}" for kind, names in groups.items())
-    raise ValueError(f"weights of {model} come in several kinds, and {path} does not tell of which it is. Name a tag that was trained alike: "
-        f"clip:{model}/{next(iter(own))}={path}, in Python like={next(iter(own))!r}; or lay its open_clip_config.json beside it. {listed}")
+    raise ValueError(
+        f"weights of {model} come in several kinds, and {path} does not tell of which it is. Name a tag that"
+        f" was trained alike: clip:{model}/{next(iter(own))}={path}, in Python like={next(iter(own))!r}; or"
+        f" lay its open_clip_config.json beside it. {listed}"
+    )
 
 # %% ../../nbs/encoders/03_clip.ipynb #c6174ab1
-def _hub_normalisation(model:str, like:str|None) -> tuple:
+def _hub_normalisation(model: str, like: str | None) -> tuple:
     "What the configuration of `local-dir:` or `hf-hub:`, or `like`, says; empty if there is none to read."
-    if like and like not in MEANS: raise ValueError(f"{model} brings its own activation: like={like!r} must be one of {', '.join(MEANS)}")
-    if like: return *MEANS[like], "bicubic"
+    if like and like not in MEANS:
+        raise ValueError(
+            f"{model} brings its own activation: like={like!r} must be one of {', '.join(MEANS)}"
+        )
+    if like:
+        return *MEANS[like], "bicubic"
     place, _, name = model.partition(":")
     try:
-        file = Path(name, "open_clip_config.json") if place == "local-dir" else Path(download_pretrained_from_hf(name, "open_clip_config.json"))
+        file = (
+            Path(name, "open_clip_config.json")
+            if place == "local-dir"
+            else Path(download_pretrained_from_hf(name, "open_clip_config.json"))
+        )
         cfg = json.loads(file.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
-    except (OSError, RuntimeError, ValueError, AttributeError): return ()   # open_clip will say what is wrong
-    if {"mean", "std"} <= cfg.keys(): return _normalisation(cfg)
-    raise ValueError(f"{file} does not say how pictures are normalised: give it a preprocess_cfg with mean and std, "
-                     f"or say like= one of {', '.join(MEANS)}")
+    # open_clip will say what is wrong
+    except (OSError, RuntimeError, ValueError, AttributeError):
+        return ()
+    if {"mean", "std"} <= cfg.keys():
+        return _normalisation(cfg)
+    raise ValueError(
+        f"{file} does not say how pictures are normalised: give it a preprocess_cfg with mean and std, "
+        f"or say like= one of {', '.join(MEANS)}"
+    )
+
 
 def _build(
-    model:str, pretrained:str|None, # for `open_clip.create_model`; "random" for None without complaint
-    quick:bool, normalisation:tuple, # mean, standard deviation and filter, or empty
-    tensors:dict[str, torch.Tensor]={}, # of the file
-) -> tuple[nn.Module, object]: # see `load_clip`
+    model: str,
+    pretrained: str | None,  # for `open_clip.create_model`; "random" for None without complaint
+    quick: bool,
+    normalisation: tuple,  # mean, standard deviation and filter, or empty
+    tensors: dict[str, torch.Tensor] = {},  # of the file
+) -> tuple[nn.Module, object]:  # see `load_clip`
     options = dict(force_quick_gelu=quick, pretrained_text=False, require_pretrained=pretrained != "random")
-    if normalisation: options["force_preprocess_cfg"] = dict(zip(("mean", "std", "interpolation"), normalisation))
+    if normalisation:
+        options["force_preprocess_cfg"] = dict(zip(("mean", "std", "interpolation"), normalisation))
     table, context = (tensors.get(o) for o in ("visual.positional_embedding", "positional_embedding"))
-    if table is not None and "visual.conv1.weight" in tensors and (side := round((len(table) - 1)**0.5))**2 == len(table) - 1:
-        options["force_image_size"] = side*tensors["visual.conv1.weight"].shape[-1]
-    if context is not None: options["force_context_length"] = len(context)
+    if (
+        table is not None
+        and "visual.conv1.weight" in tensors
+        and (side := round((len(table) - 1) ** 0.5)) ** 2 == len(table) - 1
+    ):
+        options["force_image_size"] = side * tensors["visual.conv1.weight"].shape[-1]
+    if context is not None:
+        options["force_context_length"] = len(context)
     try:
-        if tensors.keys() >= set(MARKS):   # open_clip would stumble over them
+        if tensors.keys() >= set(MARKS):  # open_clip would stumble over them
             built = open_clip.create_model(model, None, **(options | dict(require_pretrained=False)))
-            if pretrained.endswith(".safetensors"): tensors = load_file(pretrained)   # until now there were shapes alone
+            # until now there were shapes alone
+            if pretrained.endswith(".safetensors"):
+                tensors = load_file(pretrained)
             built.load_state_dict({name: o for name, o in tensors.items() if name not in MARKS})
-        else: built = open_clip.create_model(model, None if pretrained == "random" else pretrained, **options)
+        else:
+            built = open_clip.create_model(model, None if pretrained == "random" else pretrained, **options)
         return built, open_clip.get_tokenizer(model)
-    # What open_clip lets through: no network, no cached copy, another network's file (it asserts widths), a file that is no checkpoint.
-    except (RuntimeError, OSError, ValueError, AssertionError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
-        if pretrained and Path(pretrained).is_file(): raise ValueError(f"{pretrained} does not fit {model}: {e}") from e
-        raise ValueError(f"Cannot get {model} (weights {pretrained!r}) or its tokenizer; are you offline? "
-            f"Download the checkpoint where there is a network and pass the file: pretrained='path/to/weights.safetensors'. ({e})") from e
+    # What open_clip lets through: no network, no cached copy, another network's file (it asserts widths), a
+    # file that is no checkpoint.
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        AssertionError,
+        KeyError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as e:
+        if pretrained and Path(pretrained).is_file():
+            raise ValueError(f"{pretrained} does not fit {model}: {e}") from e
+        raise ValueError(
+            f"Cannot get {model} (weights {pretrained!r}) or its tokenizer; are you offline? Download the"
+            " checkpoint where there is a network and pass the file:"
+            f" pretrained='path/to/weights.safetensors'. ({e})"
+        ) from e
 
 # %% ../../nbs/encoders/03_clip.ipynb #623cc39f
 def load_clip(
-    model:str, # open_clip's name of the architecture, e.g. `ViT-B-16`, or `local-dir:FOLDER`, `hf-hub:REPO`
-    pretrained:str|Path|None=None, # tag, checkpoint file, or "random"; must be None for `local-dir:` and `hf-hub:`
-    like:str|None=None, # how a file was trained, see `file_settings`
-) -> tuple[nn.Module, object]: # the model in fp32 on the CPU, and its tokenizer
-    """Build an open_clip model with a ViT image tower, with the activation, normalisation and sizes that its weights were trained with.
+    # open_clip's name of the architecture, e.g. `ViT-B-16`, or `local-dir:FOLDER`, `hf-hub:REPO`
+    model: str,
+    # tag, checkpoint file, or "random"; must be None for `local-dir:` and `hf-hub:`
+    pretrained: str | Path | None = None,
+    like: str | None = None,  # how a file was trained, see `file_settings`
+) -> tuple[nn.Module, object]:  # the model in fp32 on the CPU, and its tokenizer
+    """Build an open_clip model with a ViT image tower, with the activation, normalisation and sizes that its
+    weights were trained with.
 
-    Raises `ValueError` when the name, the weights or the kind of tower do not fit, and when nothing tells how a file was trained."""
+    Raises `ValueError` when the name, the weights or the kind of tower do not fit, and when nothing tells
+    how a file was trained.
+    """
     pretrained = str(pretrained) if pretrained is not None else None
     if ":" in model:
-        if pretrained is not None: raise ValueError(f"{model} brings its own weights: leave `pretrained` away.")
+        if pretrained is not None:
+            raise ValueError(f"{model} brings its own weights: leave `pretrained` away.")
         place, _, name = model.partition(":")
         if place == "local-dir":
-            if not (folder := Path(name).expanduser()).is_dir(): raise ValueError(f"there is no folder {folder}. Check the path")
+            if not (folder := Path(name).expanduser()).is_dir():
+                raise ValueError(f"there is no folder {folder}. Check the path")
             model = f"local-dir:{folder}"
-        return _build(model, None, False, _hub_normalisation(model, like))   # QuickGELU open_clip reads there itself
-    model = model.replace("/", "-")   # open_clip takes both ViT-B/16 and ViT-B-16
+        # QuickGELU open_clip reads there itself
+        return _build(model, None, False, _hub_normalisation(model, like))
+    model = model.replace("/", "-")  # open_clip takes both ViT-B/16 and ViT-B-16
     config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if config is None:
         close = difflib.get_close_matches(model, open_clip.list_models()) or ["see open_clip.list_models()"]
         raise ValueError(f"open_clip has no model {model!r}. Close names: {', '.join(close)}")
-    if "timm_model_name" in config["vision_cfg"] or not isinstance(config["vision_cfg"].get("layers", 12), int):
-        raise ValueError(f"{model} has no ViT image tower of open_clip's own. Choose a model such as ViT-B-16 or ViT-L-14.")
-    if pretrained is None: raise ValueError(f"Which weights for {model}? Give pretrained= a tag ({', '.join(tags) or 'none known'}; "
-        "open_clip.list_pretrained() has all), a checkpoint file, or 'random' for an untrained network.")
-    if like and pretrained in ("random", *tags): raise ValueError(f"like={like!r} is for files: {pretrained!r} needs no such word")
+    if "timm_model_name" in config["vision_cfg"] or not isinstance(
+        config["vision_cfg"].get("layers", 12), int
+    ):
+        raise ValueError(
+            f"{model} has no ViT image tower of open_clip's own. Choose a model such as ViT-B-16 or ViT-L-14."
+        )
+    if pretrained is None:
+        raise ValueError(
+            f"Which weights for {model}? Give pretrained= a tag ({', '.join(tags) or 'none known'}; "
+            "open_clip.list_pretrained() has all), a checkpoint file, or 'random' for an untrained network."
+        )
+    if like and pretrained in ("random", *tags):
+        raise ValueError(f"like={like!r} is for files: {pretrained!r} needs no such word")
     known = {tag: o for tag, o in tag_settings(model).items() if tag in tags}
-    if pretrained in tags: return _build(model, pretrained, *known[pretrained])
+    if pretrained in tags:
+        return _build(model, pretrained, *known[pretrained])
     if pretrained == "random":
         shared = {o for _, o in known.values()}
-        return _build(model, pretrained, False, shared.pop() if len(shared) == 1 else (*MEANS["openai-mean"], "bicubic"))
+        return _build(
+            model, pretrained, False, shared.pop() if len(shared) == 1 else (*MEANS["openai-mean"], "bicubic")
+        )
     path = Path(pretrained).expanduser()
-    if (path/"open_clip_config.json").is_file(): raise ValueError(f"{path} is a folder that brings its own configuration: take clip:local-dir:{path}")
-    if not path.is_file(): raise ValueError(f"{pretrained!r} is neither a file nor a tag of {model}. Tags: {', '.join(tags) or 'none known'}")
-    if not (tensors := peek(path)) and path.suffix not in (".npz", ".npy"):   # which open_clip reads in its own way
-        raise ValueError(f"{path} does not fit {model}: it cannot be read as a checkpoint. Download it again, or save it as .safetensors")
+    if (path / "open_clip_config.json").is_file():
+        raise ValueError(f"{path} is a folder that brings its own configuration: take clip:local-dir:{path}")
+    if not path.is_file():
+        raise ValueError(
+            f"{pretrained!r} is neither a file nor a tag of {model}. Tags: {', '.join(tags) or 'none known'}"
+        )
+    # which open_clip reads in its own way
+    if not (tensors := peek(path)) and path.suffix not in (".npz", ".npy"):
+        raise ValueError(
+            f"{path} does not fit {model}: it cannot be read as a checkpoint. Download it again, or save it"
+            " as .safetensors"
+        )
     settings = file_settings(model, path, tensors, like)
-    if not tensors or not _wrapped(path, tensors): return _build(model, str(path), *settings, tensors)
+    if not tensors or not _wrapped(path, tensors):
+        return _build(model, str(path), *settings, tensors)
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder)/f"{path.stem}.safetensors"
+        plain = Path(folder) / f"{path.stem}.safetensors"
         save_file({name: o.clone().contiguous() for name, o in read_weights(path).items()}, plain)
-        try: return _build(model, str(plain), *settings, tensors)
-        except ValueError as e: raise ValueError(str(e).replace(str(plain), str(path))) from None
+        try:
+            return _build(model, str(plain), *settings, tensors)
+        except ValueError as e:
+            raise ValueError(str(e).replace(str(plain), str(path))) from None
 
 # %% ../../nbs/encoders/03_clip.ipynb #e025d9d6
 class CLIPEncoder(Encoder):
     """A CLIP model of open_clip with a ViT image tower, read densely in one of four ways.
 
-    `dense`: `tokens` (projected final tokens), `value` (last block without attention; MaskCLIP, CAT-Seg), `vv` (value-value attention on a
-    second path; CLIP Surgery, EBSeg) or `loda` (the map of `tokens`, but LoDA's pooled vector; SimSeg). The pooled vector of the other three is the
-    image embedding that open_clip's `encode_image` gives. Images may have any size whose sides are multiples of the patch.
-    Raises `ValueError` for unknown weights, towers or options."""
+    `dense`: `tokens` (projected final tokens), `value` (last block without attention; MaskCLIP, CAT-Seg),
+    `vv` (value-value attention on a
+    second path; CLIP Surgery, EBSeg) or `loda` (the map of `tokens`, but LoDA's pooled vector; SimSeg).
+    The pooled vector of the other three is the
+    image embedding that open_clip's `encode_image` gives. Images may have any size whose sides are
+    multiples of the patch.
+    Raises `ValueError` for unknown weights, towers or options.
+    """
+
     @checked_arguments
-    def __init__(self,
-        model:str|nn.Module, # open_clip's model name, e.g. `ViT-B-16`, or a model already built (moved and frozen in place)
-        pretrained:str|Path|None=None, # tag, checkpoint file or "random" (see `load_clip`); None with a built model
-        like:str|None=None, # how a file was trained: a tag, or one of `MEANS`; default: find out, see `file_settings`
-        dense:Literal["tokens", "value", "vv", "loda"]="value", # `tokens`, `value`, `vv` or `loda`
-        residual:Literal["cls", "token"]="cls", # `value` only: add the values to the input class token (`cls`) or to each token (`token`)
-        start:Index|None=None, # `vv` only: first block (0-based) of the second path; default a sixth of the blocks
-        precision:Literal["fp32", "bf16"]="fp32", # `fp32` or `bf16`, inside; features come out in fp32
-        device:str|torch.device="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
-        tokenizer=None, # with a built model: its open_clip tokenizer, needed for `text` only
+    def __init__(
+        self,
+        # open_clip's model name, e.g. `ViT-B-16`, or a model already built (moved and frozen in place)
+        model: str | nn.Module,
+        # tag, checkpoint file or "random" (see `load_clip`); None with a built model
+        pretrained: str | Path | None = None,
+        # how a file was trained: a tag, or one of `MEANS`; default: find out, see `file_settings`
+        like: str | None = None,
+        dense: Literal["tokens", "value", "vv", "loda"] = "value",  # `tokens`, `value`, `vv` or `loda`
+        # `value` only: add the values to the input class token (`cls`) or to each token (`token`)
+        residual: Literal["cls", "token"] = "cls",
+        # `vv` only: first block (0-based) of the second path; default a sixth of the blocks
+        start: Index | None = None,
+        # `fp32` or `bf16`, inside; features come out in fp32
+        precision: Literal["fp32", "bf16"] = "fp32",
+        device: str | torch.device = "auto",  # `auto`, `cpu`, `cuda`, `mps`, ...
+        tokenizer=None,  # with a built model: its open_clip tokenizer, needed for `text` only
     ):
         super().__init__()
         label = model if isinstance(model, str) else type(model).__name__
-        if isinstance(model, str): model, tokenizer = load_clip(model, pretrained, like)
-        elif like is not None: raise ValueError("A model that is already built has its settings: leave `like` away.")
-        elif pretrained is not None: raise ValueError("A model that is already built has its weights: leave `pretrained` away.")
+        if isinstance(model, str):
+            model, tokenizer = load_clip(model, pretrained, like)
+        elif like is not None:
+            raise ValueError("A model that is already built has its settings: leave `like` away.")
+        elif pretrained is not None:
+            raise ValueError("A model that is already built has its weights: leave `pretrained` away.")
         visual = model.visual
-        if not isinstance(visual, VisionTransformer): raise ValueError(f"{label} has no ViT image tower of open_clip's own, but {type(visual).__name__}")
+        if not isinstance(visual, VisionTransformer):
+            raise ValueError(
+                f"{label} has no ViT image tower of open_clip's own, but {type(visual).__name__}"
+            )
         if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-            raise ValueError(f"{label} pools its tokens by attention, so they are no places any more. Choose a plain CLIP model such as ViT-B-16.")
-        if dense in ("value", "vv") and not all(type(o) is ResidualAttentionBlock for o in visual.transformer.resblocks):
-            raise ValueError(f"{label} has norms inside its attention; dense={dense!r} cannot take it apart. Use dense='tokens'.")
+            raise ValueError(
+                f"{label} pools its tokens by attention, so they are no places any more. Choose a plain CLIP"
+                " model such as ViT-B-16."
+            )
+        if dense in ("value", "vv") and not all(
+            type(o) is ResidualAttentionBlock for o in visual.transformer.resblocks
+        ):
+            raise ValueError(
+                f"{label} has norms inside its attention; dense={dense!r} cannot take it apart. Use"
+                " dense='tokens'."
+            )
         self.way, self.residual, self.tokenizer = dense, residual, tokenizer
-        self.model = model.to(choose_device(device), torch.float32 if precision == "fp32" else torch.bfloat16).eval().requires_grad_(False)
-        self.start = len(self.blocks)//6 if start is None else start
-        if not 0 <= self.start < len(self.blocks): raise ValueError(f"start={start} must be a block from 0 to {len(self.blocks) - 1}")
-        # The activation is no weight, yet it changes the features: it belongs into the fingerprint through the name.
+        self.model = (
+            model.to(choose_device(device), torch.float32 if precision == "fp32" else torch.bfloat16)
+            .eval()
+            .requires_grad_(False)
+        )
+        self.start = len(self.blocks) // 6 if start is None else start
+        if not 0 <= self.start < len(self.blocks):
+            raise ValueError(f"start={start} must be a block from 0 to {len(self.blocks) - 1}")
+        # The activation is no weight, yet it changes the features: it belongs into the fingerprint through
+        # the name.
         self.name = f"clip {label} {type(self.blocks[0].mlp.gelu).__name__}"
         self.dim = visual.output_dim if visual.proj is not None else visual.transformer.width
         self.stride = visual.patch_size[0]
-        self.size = visual.image_size[0] if visual.image_size[0] == visual.image_size[1] else tuple(visual.image_size)
+        self.size = (
+            visual.image_size[0] if visual.image_size[0] == visual.image_size[1] else tuple(visual.image_size)
+        )
         settings = open_clip.get_model_preprocess_cfg(model)
         self.mean = tuple(settings.get("mean") or open_clip.OPENAI_DATASET_MEAN)
         self.std = tuple(settings.get("std") or open_clip.OPENAI_DATASET_STD)
@@ -290,101 +448,157 @@ class CLIPEncoder(Encoder):
 
     @property
     def fingerprint(self) -> str:
-        "As every encoder's, with all that changes features and is no weight: normalisation, and the way of reading."
+        """As every encoder's, with all that changes features and is no weight:
+        normalisation, and the way of reading.
+        """
         said = self.mean, self.std, self.resample.name, self.way, self.residual, self.start
         return hashlib.sha256(f"{super().fingerprint}{said}".encode()).hexdigest()
 
     @property
-    def text_fingerprint(self) -> str: return super().fingerprint
-
+    def text_fingerprint(self) -> str:
+        return super().fingerprint
 
     @property
-    def visual(self) -> VisionTransformer: return self.model.visual
+    def visual(self) -> VisionTransformer:
+        return self.model.visual
 
     @property
     def blocks(self) -> nn.ModuleList:
         "The transformer blocks of the image tower; each maps B x N x C tokens to B x N x C."
         return self.visual.transformer.resblocks
 
-    def grid(self, images:torch.Tensor) -> tuple[int, int]:
-        "Rows and columns of the dense map of B x 3 x H x W images; raises `ValueError` if H or W is no multiple of the patch."
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-2] % self.stride or images.shape[-1] % self.stride or not images.numel():
-            raise ValueError(f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got {tuple(images.shape)}. `preprocess` makes them so.")
-        return images.shape[-2]//self.stride, images.shape[-1]//self.stride
+    def grid(self, images: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of the dense map of B x 3 x H x W images;
+        raises `ValueError` if H or W is no multiple of the patch.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[-2] % self.stride
+            or images.shape[-1] % self.stride
+            or not images.numel()
+        ):
+            raise ValueError(
+                f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got"
+                f" {tuple(images.shape)}. `preprocess` makes them so."
+            )
+        return images.shape[-2] // self.stride, images.shape[-1] // self.stride
 
-    def embed(self, images:torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalised images to the first block's input, B x (1 + h*w) x C, class token first."
-        positions = resize_positions(self.visual.positional_embedding, self.visual.grid_size, self.grid(images))
+        positions = resize_positions(
+            self.visual.positional_embedding, self.visual.grid_size, self.grid(images)
+        )
         x = self.visual.conv1(images.to(self.device, self.dtype)).flatten(2).mT
         x = torch.cat([self.visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         return self.visual.ln_pre(x + positions.to(x.dtype))
 
-    def project(self, tokens:torch.Tensor) -> torch.Tensor:
-        "Tokens after the last block, ... x C, to the joint space, ... x d in fp32: final norm and projection."
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens after the last block, ...
+
+        x C, to the joint space, ... x d in fp32: final norm and projection.
+        """
         x = self.visual.ln_post(tokens)
         return (x if self.visual.proj is None else x @ self.visual.proj).float()
 
 # %% ../../nbs/encoders/03_clip.ipynb #90c3b9a7
 @patch
-def pool(self:CLIPEncoder, tokens:torch.Tensor) -> torch.Tensor:
-    "The image embedding B x d of last-block tokens B x N x C, pooled as the model was trained: class token, or mean over patches."
-    if self.visual.pool_type == "tok": return self.project(tokens[:, 0])
-    return self.project(tokens[:, 1:].mean(1)) if self.visual.final_ln_after_pool else self.project(tokens[:, 1:]).mean(1)
+def pool(self: CLIPEncoder, tokens: torch.Tensor) -> torch.Tensor:
+    """The image embedding B x d of last-block tokens B x N x C, pooled as the model was trained:
+    class token, or mean over patches.
+    """
+    if self.visual.pool_type == "tok":
+        return self.project(tokens[:, 0])
+    return (
+        self.project(tokens[:, 1:].mean(1))
+        if self.visual.final_ln_after_pool
+        else self.project(tokens[:, 1:]).mean(1)
+    )
+
 
 @patch
-def encode(self:CLIPEncoder, images:torch.Tensor) -> ImageFeatures:
-    "B x 3 x H x W normalised images to dense features B x d x h x w (h = H/patch) and pooled features B x d, both fp32 and not normalised."
+def encode(self: CLIPEncoder, images: torch.Tensor) -> ImageFeatures:
+    """B x 3 x H x W normalised images to dense features B x d x h x w (h = H/patch) and pooled features B x
+    d, both fp32 and not normalised.
+    """
     grid, x, branch = self.grid(images), self.embed(images), None
     for i, block in enumerate(self.blocks):
-        if self.way == "vv" and i >= self.start: branch = (x if i == self.start else branch) + vv_attention(block, x)
-        if self.way == "value" and i == len(self.blocks) - 1: branch = value_block(block, x, self.residual)
+        if self.way == "vv" and i >= self.start:
+            branch = (x if i == self.start else branch) + vv_attention(block, x)
+        if self.way == "value" and i == len(self.blocks) - 1:
+            branch = value_block(block, x, self.residual)
         x = block(x)
     patches = self.project((x if branch is None else branch)[:, 1:])
     pooled = loda_pool(patches, min(5, patches.shape[1])) if self.way == "loda" else self.pool(x)
     return ImageFeatures(patches.mT.unflatten(-1, grid).contiguous(), pooled)
 
+
 @patch
-def dense(self:CLIPEncoder, images:torch.Tensor) -> torch.Tensor:
+def dense(self: CLIPEncoder, images: torch.Tensor) -> torch.Tensor:
     "The dense features of `encode` alone, B x d x h x w."
     return self.encode(images).dense
 
 # %% ../../nbs/encoders/03_clip.ipynb #5f36ce70
 @patch
-def layers(self:CLIPEncoder, images:torch.Tensor, indices:list[int]) -> list[torch.Tensor]:
-    "Outputs of the blocks `indices` (0-based) in that order, each B x C x h x w with the tower's width C, class token removed."
+def layers(self: CLIPEncoder, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
+    """Outputs of the blocks `indices` (0-based) in that order, each B x C x h x w with the tower's width C,
+    class token removed.
+    """
     wrong = [o for o in indices if not 0 <= o < len(self.blocks)]
-    if wrong or not indices: raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
+    if wrong or not indices:
+        raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
     grid, x, outputs = self.grid(images), self.embed(images), {}
-    for i, block in enumerate(self.blocks[:max(indices) + 1]):
+    for i, block in enumerate(self.blocks[: max(indices) + 1]):
         x = block(x)
-        if i in indices: outputs[i] = x[:, 1:].mT.unflatten(-1, grid)
+        if i in indices:
+            outputs[i] = x[:, 1:].mT.unflatten(-1, grid)
     return [outputs[i] for i in indices]
 
 # %% ../../nbs/encoders/03_clip.ipynb #f8692a0d
-def count_tokens(tokenizer, prompts:list[str]) -> list[int]:
-    "Number of tokens of each prompt, start and end marks included, by an open_clip tokenizer and without its truncation."
+def count_tokens(tokenizer, prompts: list[str]) -> list[int]:
+    """Number of tokens of each prompt, start and end marks included, by an open_clip tokenizer and without
+    its truncation.
+    """
     # A token covers at least one byte; cleaning may lengthen a text a little, hence twice that.
-    width = 2*max(len(o.encode()) for o in prompts) + 8
+    width = 2 * max(len(o.encode()) for o in prompts) + 8
     rows = tokenizer([*prompts, ""], context_length=width)
-    return ((rows[:-1] != rows[-1, -1])*torch.arange(1, width + 1)).amax(1).tolist()   # the last token of the empty prompt is padding
+    # the last token of the empty prompt is padding
+    return ((rows[:-1] != rows[-1, -1]) * torch.arange(1, width + 1)).amax(1).tolist()
+
 
 @patch
-def text(self:CLIPEncoder, prompts:list[str]) -> torch.Tensor:
-    "N prompts to N x d unit-norm embeddings in fp32, all in one batch; a prompt longer than the context raises `ValueError`."
-    if self.tokenizer is None: raise ValueError("This encoder was made from a built model without its tokenizer. Pass tokenizer=open_clip.get_tokenizer(name).")
+def text(self: CLIPEncoder, prompts: list[str]) -> torch.Tensor:
+    """N prompts to N x d unit-norm embeddings in fp32, all in one batch;
+    a prompt longer than the context raises `ValueError`.
+    """
+    if self.tokenizer is None:
+        raise ValueError(
+            "This encoder was made from a built model without its tokenizer. Pass"
+            " tokenizer=open_clip.get_tokenizer(name)."
+        )
     prompts, context = [prompts] if isinstance(prompts, str) else list(prompts), self.model.context_length
-    if not prompts: raise ValueError("There is no prompt to encode.")
+    if not prompts:
+        raise ValueError("There is no prompt to encode.")
     for prompt, count in zip(prompts, count_tokens(self.tokenizer, prompts)):
-        if count > context: raise ValueError(f"A prompt has {count} tokens, {self.name} reads at most {context}. Shorten it: {prompt!r}")
+        if count > context:
+            raise ValueError(
+                f"A prompt has {count} tokens, {self.name} reads at most {context}. Shorten it: {prompt!r}"
+            )
     tokens = self.tokenizer(prompts, context_length=context).to(self.device)
     return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
+
 @patch
-def pieces(self:CLIPEncoder, texts:list[str]) -> list[tuple[int|None, ...]]|None:
-    "Per text the tokens after open_clip's cleaning, None for what the tokenizer does not know; CLIP's own reads bytes and knows all."
-    if self.tokenizer is None: return None
-    rows = self.tokenizer([*texts, ""], context_length=2*max(len(o.encode()) for o in texts) + 8).tolist()   # wide enough, as in `count_tokens`
+def pieces(self: CLIPEncoder, texts: list[str]) -> list[tuple[int | None, ...]] | None:
+    """Per text the tokens after open_clip's cleaning, None for what the tokenizer does not know;
+    CLIP's own reads bytes and knows all.
+    """
+    if self.tokenizer is None:
+        return None
+    # wide enough, as in `count_tokens`
+    rows = self.tokenizer([*texts, ""], context_length=2 * max(len(o.encode()) for o in texts) + 8).tolist()
     unknown, padding = getattr(getattr(self.tokenizer, "tokenizer", None), "unk_token_id", None), rows[-1][-1]
-    rows = [row[:max((i + 1 for i, o in enumerate(row) if o != padding), default=0)] for row in rows]
-    start, end = max(len(rows[-1]) - 1, 0), min(len(rows[-1]), 1)   # what is left of an empty text stands around the others
-    return [tuple(None if o == unknown else o for o in row[start:len(row) - end]) for row in rows[:-1]]
+    rows = [row[: max((i + 1 for i, o in enumerate(row) if o != padding), default=0)] for row in rows]
+    # what is left of an empty text stands around the others
+    start, end = max(len(rows[-1]) - 1, 0), min(len(rows[-1]), 1)
+    return [tuple(None if o == unknown else o for o in row[start : len(row) - end]) for row in rows[:-1]]

@@ -26,260 +26,440 @@ from .lite import LiteEncoder
 @dataclass(frozen=True)
 class Prompts:
     "N tokenised texts, padded to one length L; where they were made of names, the tokens of each name."
-    ids:torch.Tensor # N x L token ids, the token that carries the verdict first
-    mask:torch.Tensor # N x L, true for real tokens
-    spans:tuple[tuple[tuple[int, int], ...], ...] # per text, per name: first token and the one after the last; empty for plain text
 
-    def __len__(self) -> int: return len(self.ids)
+    ids: torch.Tensor  # N x L token ids, the token that carries the verdict first
+    mask: torch.Tensor  # N x L, true for real tokens
+    # per text, per name: first token and the one after the last; empty for plain text
+    spans: tuple[tuple[tuple[int, int], ...], ...]
 
-    def name_maps(self,
-        maps:torch.Tensor, # N x L x ..., one map per token
-    ) -> list[torch.Tensor]: # per text, names x ...
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name_maps(
+        self,
+        maps: torch.Tensor,  # N x L x ..., one map per token
+    ) -> list[torch.Tensor]:  # per text, names x ...
         "The map of a name is the mean over its tokens (equation PN-4)."
-        if maps.shape[:2] != self.ids.shape: raise ValueError(f"maps must be {' x '.join(map(str, self.ids.shape))} x ..., one map per token, got {tuple(maps.shape)}")
-        return [torch.stack([own[a:b].mean(0) for a, b in spans]) if spans else own[:0] for own, spans in zip(maps, self.spans)]
+        if maps.shape[:2] != self.ids.shape:
+            raise ValueError(
+                f"maps must be {' x '.join(map(str, self.ids.shape))} x ..., one map per token, got"
+                f" {tuple(maps.shape)}"
+            )
+        return [
+            torch.stack([own[a:b].mean(0) for a, b in spans]) if spans else own[:0]
+            for own, spans in zip(maps, self.spans)
+        ]
+
 
 def tokenise(
-    tokenizer, # of transformers
-    texts:list[str|list[str]], # per text a sentence, or a list of names that follow the opening
-    opening:str="A picture of", # words before the names
-    limit:int=512, # tokens the model can read
+    tokenizer,  # of transformers
+    texts: list[str | list[str]],  # per text a sentence, or a list of names that follow the opening
+    opening: str = "A picture of",  # words before the names
+    limit: int = 512,  # tokens the model can read
 ) -> Prompts:
-    "Sentences and lists of class names to tokens; each name is cut on its own, so that spans cannot shift. Raises `ValueError` for no text, an empty name or a text over the limit."
-    if isinstance(texts, str) or not len(texts): raise ValueError("no text to match: give a list with at least one sentence or list of names")
-    def pieces(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Sentences and lists of class names to tokens;
+    each name is cut on its own, so that spans cannot shift. Raises `ValueError` for no text, an empty name or
+    a text over the limit.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("no text to match: give a list with at least one sentence or list of names")
+
+    def pieces(text):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
     rows, spans = [], []
     for text in texts:
         own, row = [], [tokenizer.cls_token_id] + pieces(text if isinstance(text, str) else opening)
         for name in [] if isinstance(text, str) else text:
             found = pieces(name)
-            if not found: raise ValueError(f"the name {name!r} has no tokens; leave it out or write it in words")
-            own.append((len(row), len(row) + len(found))); row += found
+            if not found:
+                raise ValueError(f"the name {name!r} has no tokens; leave it out or write it in words")
+            own.append((len(row), len(row) + len(found)))
+            row += found
         if len(row) >= limit:
-            raise ValueError(f"text of {len(row) + 1} tokens is over the limit of {limit}; shorten it or split the list of names: {str(text)[:60]!r}...")
-        rows.append(row + [tokenizer.sep_token_id]); spans.append(tuple(own))
+            raise ValueError(
+                f"text of {len(row) + 1} tokens is over the limit of {limit}; shorten it or split the list of"
+                f" names: {str(text)[:60]!r}..."
+            )
+        rows.append(row + [tokenizer.sep_token_id])
+        spans.append(tuple(own))
     length = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id]*(length - len(row)) for row in rows])
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
     return Prompts(ids, mask, tuple(spans))
 
 # %% ../../nbs/encoders/08_itm.ipynb #e4ff2127
 @dataclass(frozen=True)
 class ImageTokens:
-    "What a matcher reads of B images: `tokens` B x (1 + h*w) x C, the vector of the whole image first; `grid` (h, w)."
-    tokens:torch.Tensor
-    grid:tuple[int, int]
+    """What a matcher reads of B images:
+    `tokens` B x (1 + h*w) x C, the vector of the whole image first; `grid` (h, w).
+    """
 
-    def __len__(self) -> int: return len(self.tokens)
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 # %% ../../nbs/encoders/08_itm.ipynb #3c817a17
 class CrossAttention:
     "What a hook saw: `probabilities` N x heads x L x (1 + h*w), a part of the graph; None before a match."
-    probabilities:torch.Tensor|None = None
+
+    probabilities: torch.Tensor | None = None
+
 
 class ImageTextMatcher(Encoder):
-    """A model that reads a text with an image before it and says whether they match (ITM), by cross-attention from text tokens to image tokens.
+    """A model that reads a text with an image before it and says whether they match (ITM), by cross-attention
+    from text tokens to image tokens.
 
-    Its attention probabilities can be read, and differentiated by, in one layer at a time. It has no space of its own that images and texts share: `dense` and `text` raise `TypeError`."""
-    depth:int # layers with cross-attention
-    heads:int # in each
-    limit:int = 512 # tokens a text may have
+    Its attention probabilities can be read, and differentiated by, in one layer at a time. It has no space
+    of its own that images and texts share: `dense` and `text` raise `TypeError`.
+    """
 
-    def image_tokens(self, images:torch.Tensor) -> ImageTokens:
+    depth: int  # layers with cross-attention
+    heads: int  # in each
+    limit: int = 512  # tokens a text may have
+
+    def image_tokens(self, images: torch.Tensor) -> ImageTokens:
         "B x 3 x H x W normalised images to the tokens that texts attend to; once per image."
         raise NotImplementedError
 
-    def logits(self,
-        image:ImageTokens, # of B images
-        prompts:Prompts, # of N texts
-        index:torch.Tensor, # N, the image of each text
-    ) -> torch.Tensor: # N x 2, no match and match
+    def logits(
+        self,
+        image: ImageTokens,  # of B images
+        prompts: Prompts,  # of N texts
+        index: torch.Tensor,  # N, the image of each text
+    ) -> torch.Tensor:  # N x 2, no match and match
         "The two raw outputs for each text and its image."
         raise NotImplementedError
 
-    def attention_module(self, layer:int) -> nn.Module:
-        "The module that the probabilities of cross-attention `layer` (0-based) pass through, N x heads x L x (1 + h*w)."
+    def attention_module(self, layer: int) -> nn.Module:
+        """The module that the probabilities of cross-attention `layer` (0-based) pass through, N x heads x L
+        x (1 + h*w).
+        """
         raise NotImplementedError
 
-    def prompts(self, texts:list[str|list[str]], opening:str="A picture of") -> Prompts:
+    def prompts(self, texts: list[str | list[str]], opening: str = "A picture of") -> Prompts:
         "Sentences, or lists of class names, to tokens and spans; see `tokenise`."
         return tokenise(self.tokenizer, texts, opening, self.limit)
 
-    def pieces(self, texts): return known_pieces(self.tokenizer, texts)
+    def pieces(self, texts):
+        return known_pieces(self.tokenizer, texts)
 
-    def match(self,
-        images:torch.Tensor|ImageTokens, # B x 3 x H x W normalised, or read already
-        texts:list[str|list[str]]|Prompts, # N sentences or lists of class names
-        index:torch.Tensor|list[int]|None=None, # N, the image of each text; default: text i goes with image i, or all with the only one
-    ) -> torch.Tensor: # N x 2 raw logits; [:, 1] is the "match" of equation PN-1
+    def match(
+        self,
+        images: torch.Tensor | ImageTokens,  # B x 3 x H x W normalised, or read already
+        texts: list[str | list[str]] | Prompts,  # N sentences or lists of class names
+        # N, the image of each text; default: text i goes with image i, or all with the only one
+        index: torch.Tensor | list[int] | None = None,
+    ) -> torch.Tensor:  # N x 2 raw logits; [:, 1] is the "match" of equation PN-1
         "Does each text match its image? Raises `ValueError` if texts and images cannot be paired."
         image = images if isinstance(images, ImageTokens) else self.image_tokens(images)
         prompts = texts if isinstance(texts, Prompts) else self.prompts(texts)
         if index is None:
-            if len(image) not in (1, len(prompts)): raise ValueError(f"{len(prompts)} texts and {len(image)} images: pass index=, the image of each text")
-            index = torch.arange(len(prompts))*(len(image) > 1)
+            if len(image) not in (1, len(prompts)):
+                raise ValueError(
+                    f"{len(prompts)} texts and {len(image)} images: pass index=, the image of each text"
+                )
+            index = torch.arange(len(prompts)) * (len(image) > 1)
         index = torch.as_tensor(index)
         if index.shape != (len(prompts),) or not 0 <= int(index.min()) <= int(index.max()) < len(image):
-            raise ValueError(f"index must give one of {len(image)} images for each of {len(prompts)} texts, got {index.tolist()}")
+            raise ValueError(
+                f"index must give one of {len(image)} images for each of {len(prompts)} texts, got"
+                f" {index.tolist()}"
+            )
         return self.logits(image, prompts, index.to(image.tokens.device))
 
     @contextmanager
-    def cross_attention(self, layer:int) -> Iterator[CrossAttention]:
-        "Within this context, `match` leaves the probabilities of `layer` (0-based) in what is yielded; `ValueError` for a layer that is not there."
-        if not 0 <= layer < self.depth: raise ValueError(f"layers are numbered 0 to {self.depth - 1}, got {layer}")
+    def cross_attention(self, layer: int) -> Iterator[CrossAttention]:
+        """Within this context, `match` leaves the probabilities of `layer` (0-based) in what is yielded;
+        `ValueError` for a layer that is not there.
+        """
+        if not 0 <= layer < self.depth:
+            raise ValueError(f"layers are numbered 0 to {self.depth - 1}, got {layer}")
         seen = CrossAttention()
+
         def hook(module, inputs):
-            seen.probabilities, = inputs
+            (seen.probabilities,) = inputs
             # Frozen weights leave a constant here; as a leaf it is what the rest can be differentiated by.
-            if torch.is_grad_enabled() and not seen.probabilities.requires_grad: seen.probabilities = seen.probabilities.detach().requires_grad_()
+            if torch.is_grad_enabled() and not seen.probabilities.requires_grad:
+                seen.probabilities = seen.probabilities.detach().requires_grad_()
             return (seen.probabilities,)
+
         handle = self.attention_module(layer).register_forward_pre_hook(hook)
-        try: yield seen
-        finally: handle.remove()
+        try:
+            yield seen
+        finally:
+            handle.remove()
 
 # %% ../../nbs/encoders/08_itm.ipynb #fa7c87ec
 class Attention(nn.Module):
-    "Multi-head attention (Vaswani et al. 2017) whose probabilities, N x heads x L x P, pass through the module `probabilities`, where a hook finds them."
-    def __init__(self,
-        width:int, # of the queries and of the output
-        context:int, # of what is attended to
-        heads:int,
+    """Multi-head attention (Vaswani et al.
+
+    2017) whose probabilities, N x heads x L x P, pass through the module `probabilities`, where a hook finds
+    them.
+    """
+
+    def __init__(
+        self,
+        width: int,  # of the queries and of the output
+        context: int,  # of what is attended to
+        heads: int,
     ):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = nn.Linear(width, width), nn.Linear(context, width), nn.Linear(context, width), nn.Linear(width, width)
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(context, width),
+            nn.Linear(context, width),
+            nn.Linear(width, width),
+        )
         self.probabilities = nn.Identity()
 
-    def forward(self,
-        x:torch.Tensor, # N x L x width
-        context:torch.Tensor, # B x P x context
-        index:torch.Tensor|None=None, # N, which of the B each of the N attends to; default: i to i
-        mask:torch.Tensor|None=None, # N x P, true where there is something to attend to
-    ) -> torch.Tensor: # N x L x width
+    def forward(
+        self,
+        x: torch.Tensor,  # N x L x width
+        context: torch.Tensor,  # B x P x context
+        index: torch.Tensor | None = None,  # N, which of the B each of the N attends to; default: i to i
+        mask: torch.Tensor | None = None,  # N x P, true where there is something to attend to
+    ) -> torch.Tensor:  # N x L x width
         "Each of the L tokens gathers what it looks for among the P."
-        query, key, value = (o.unflatten(-1, (self.heads, -1)).transpose(1, 2) for o in (self.query(x), self.key(context), self.value(context)))
-        if index is not None: key, value = key[index], value[index]
-        scores = query @ key.mT/query.shape[-1]**0.5
-        if mask is not None: scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        query, key, value = (
+            o.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for o in (self.query(x), self.key(context), self.value(context))
+        )
+        if index is not None:
+            key, value = key[index], value[index]
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
         return self.out((self.probabilities(scores.softmax(-1)) @ value).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/encoders/08_itm.ipynb #1033ec3e
 class MatchingBlock(nn.Module):
-    "Self-attention over text tokens, cross-attention to image tokens, MLP; pre-norm, as in BLIP (Li et al. 2022) but for the place of the norms."
-    def __init__(self, width:int, image_dim:int, heads:int, dropout:float=0.0):
+    """Self-attention over text tokens, cross-attention to image tokens, MLP;
+    pre-norm, as in BLIP (Li et al. 2022) but for the place of the norms.
+    """
+
+    def __init__(self, width: int, image_dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.self_attention, self.cross_attention = Attention(width, width, heads), Attention(width, image_dim, heads)
-        self.mlp, self.dropout = nn.Sequential(nn.Linear(width, 2*width), nn.GELU(), nn.Linear(2*width, width)), nn.Dropout(dropout)
+        self.self_attention, self.cross_attention = (
+            Attention(width, width, heads),
+            Attention(width, image_dim, heads),
+        )
+        self.mlp, self.dropout = (
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)),
+            nn.Dropout(dropout),
+        )
 
-    def forward(self, x:torch.Tensor, mask:torch.Tensor, image:torch.Tensor, index:torch.Tensor|None=None) -> torch.Tensor:
-        "N x L x width text tokens with their mask N x L, and B x P x image_dim image tokens, to N x L x width."
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor, image: torch.Tensor, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """N x L x width text tokens with their mask N x L, and B x P x image_dim image tokens, to N x L x
+        width.
+        """
         own = self.norms[0](x)
         x = x + self.dropout(self.self_attention(own, own, mask=mask))
         x = x + self.dropout(self.cross_attention(self.norms[1](x), image, index))
         return x + self.dropout(self.mlp(self.norms[2](x)))
 
+
 class MatchingTransformer(nn.Module):
-    "Text tokens that attend to image tokens, and two outputs, no match and match, read from the first text token."
-    def __init__(self, width:int=192, depth:int=3, heads:int=3, dim:int=384, dropout:float=0.0):
+    """Text tokens that attend to image tokens, and two outputs, no match and match, read from the first text
+    token.
+    """
+
+    def __init__(
+        self, width: int = 192, depth: int = 3, heads: int = 3, dim: int = 384, dropout: float = 0.0
+    ):
         super().__init__()
         self.options = dict(width=width, depth=depth, heads=heads, dim=dim)
-        self.text_norm, self.image_norm, self.stem = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Linear(dim, width)
-        self.verdict, self.whole = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(dim))   # added to the first text token, to the first image token
-        self.glance = nn.Parameter(torch.tensor(1.0))   # share of the first image token's own content
+        self.text_norm, self.image_norm, self.stem = (
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+            nn.Linear(dim, width),
+        )
+        # added to the first text token, to the first image token
+        self.verdict, self.whole = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(dim))
+        self.glance = nn.Parameter(torch.tensor(1.0))  # share of the first image token's own content
         self.blocks = nn.ModuleList(MatchingBlock(width, dim, heads, dropout) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 2)
 
     @torch.no_grad()
-    def align(self,
-        vectors:torch.Tensor, # n x dim, patches and sentences, n >= dim
-        rest:tuple[float, float]=(11.5, 5.0), # height of the resting place, a logit: for the first head, which sees most, and for the others
+    def align(
+        self,
+        vectors: torch.Tensor,  # n x dim, patches and sentences, n >= dim
+        # height of the resting place, a logit: for the first head, which sees most, and for the others
+        rest: tuple[float, float] = (11.5, 5.0),
     ):
-        "Start where like attends to like: one projection for words and patches, the principal directions of `vectors`, and a place to rest; residual branches start small. Raises `ValueError` for too few."
+        """Start where like attends to like:
+        one projection for words and patches, the principal directions of `vectors`, and a place to rest;
+        residual branches start small. Raises `ValueError` for too few.
+        """
         width, dim = self.stem.weight.shape
-        if len(vectors) < dim: raise ValueError(f"{len(vectors)} vectors cannot span {dim} directions; give at least {dim}")
-        directions = torch.linalg.svd(vectors.float() - vectors.float().mean(0), full_matrices=False)[2].to(self.stem.weight)
-        self.stem.weight.copy_(directions[:width]); self.stem.bias.zero_()
+        if len(vectors) < dim:
+            raise ValueError(f"{len(vectors)} vectors cannot span {dim} directions; give at least {dim}")
+        directions = torch.linalg.svd(vectors.float() - vectors.float().mean(0), full_matrices=False)[2].to(
+            self.stem.weight
+        )
+        self.stem.weight.copy_(directions[:width])
+        self.stem.bias.zero_()
         # The weakest direction is where no vector differs from another: it is free to mean "nowhere".
-        self.whole.copy_(20*directions[-1]); self.glance.fill_(0.1)
+        self.whole.copy_(20 * directions[-1])
+        self.glance.fill_(0.1)
         for block in self.blocks:
             cross = block.cross_attention
-            last = slice(width//cross.heads - 1, None, width//cross.heads)   # of each head
-            cross.key.weight.copy_(directions[:width]); cross.key.weight[last] = directions[-1]; cross.key.bias.zero_()
-            cross.query.weight.copy_(torch.eye(width)); cross.query.weight[last] = 0; cross.query.bias.zero_()
-            heights = torch.tensor([rest[0]] + [rest[1]]*(cross.heads - 1))
-            cross.query.bias[last] = (heights*(width//cross.heads)**0.5/20).to(self.stem.weight)
-            for layer in (block.self_attention.out, cross.out, block.mlp[2]): nn.init.normal_(layer.weight, std=0.2*layer.in_features**-0.5); layer.bias.zero_()
+            last = slice(width // cross.heads - 1, None, width // cross.heads)  # of each head
+            cross.key.weight.copy_(directions[:width])
+            cross.key.weight[last] = directions[-1]
+            cross.key.bias.zero_()
+            cross.query.weight.copy_(torch.eye(width))
+            cross.query.weight[last] = 0
+            cross.query.bias.zero_()
+            heights = torch.tensor([rest[0]] + [rest[1]] * (cross.heads - 1))
+            cross.query.bias[last] = (heights * (width // cross.heads) ** 0.5 / 20).to(self.stem.weight)
+            for layer in (block.self_attention.out, cross.out, block.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.2 * layer.in_features**-0.5)
+                layer.bias.zero_()
 
-    def forward(self,
-        text:torch.Tensor, # N x L x dim
-        mask:torch.Tensor, # N x L, true for real tokens
-        image:torch.Tensor, # B x P x dim
-        index:torch.Tensor|None=None, # N, the image of each text; default: i to i
-    ) -> torch.Tensor: # N x 2
+    def forward(
+        self,
+        text: torch.Tensor,  # N x L x dim
+        mask: torch.Tensor,  # N x L, true for real tokens
+        image: torch.Tensor,  # B x P x dim
+        index: torch.Tensor | None = None,  # N, the image of each text; default: i to i
+    ) -> torch.Tensor:  # N x 2
         "Raw logits of no match and match."
         x, image = self.stem(self.text_norm(text)), self.image_norm(image)
         x = torch.cat([x[:, :1] + self.verdict, x[:, 1:]], 1)
-        image = torch.cat([self.glance*image[:, :1] + self.whole, image[:, 1:]], 1)
-        for block in self.blocks: x = block(x, mask, image, index)
+        image = torch.cat([self.glance * image[:, :1] + self.whole, image[:, 1:]], 1)
+        for block in self.blocks:
+            x = block(x, mask, image, index)
         return self.head(self.norm(x[:, 0]))
 
 # %% ../../nbs/encoders/08_itm.ipynb #3fbc3218
 class LiteITM(ImageTextMatcher):
-    """Our offline image-text matcher: three narrow blocks on the dense vectors of `lite` and MiniLM's token states. A stand-in for BLIP, not a rival.
+    """Our offline image-text matcher: three narrow blocks on the dense vectors of `lite` and MiniLM's token
+    states. A stand-in for BLIP, not a rival.
 
-    Trained by `nbs/experiments/train_lite_itm.ipynb`; images of any size whose sides are multiples of the encoder's stride (448 pixels: 14 x 14 patches). Frozen.
-    Raises `ValueError` for weights that are missing, damaged or made for another encoder, `MissingExtra` without the extra `lite`."""
-    def __init__(self,
-        weights:str|Path|None=None, # a file that `save` wrote; default: the one that ships; "random": not trained
-        encoder:Encoder|None=None, # with `words` (MiniLM) and dense vectors in its space, shared and not copied; default: `LiteEncoder()`
-        device:str="auto", # of a new encoder; a given one stays where it is
-        **options, # of `MatchingTransformer`, with weights="random" only
+    Trained by `nbs/experiments/train_lite_itm.ipynb`; images of any size whose sides are multiples of the
+    encoder's stride (448 pixels: 14 x 14 patches). Frozen.
+    Raises `ValueError` for weights that are missing, damaged or made for another encoder, `MissingExtra`
+    without the extra `lite`.
+    """
+
+    def __init__(
+        self,
+        # a file that `save` wrote; default: the one that ships; "random": not trained
+        weights: str | Path | None = None,
+        # with `words` (MiniLM) and dense vectors in its space, shared and not copied; default:
+        # `LiteEncoder()`
+        encoder: Encoder | None = None,
+        device: str = "auto",  # of a new encoder; a given one stays where it is
+        **options,  # of `MatchingTransformer`, with weights="random" only
     ):
         super().__init__()
         self.encoder = encoder or LiteEncoder(device=device)
-        for attribute in ("dim", "stride", "size", "mean", "std", "resample"): setattr(self, attribute, getattr(self.encoder, attribute))
-        self.name, self.tokenizer, self.limit = f"lite-itm({self.encoder.name})", self.encoder.words.tokenizer, self.encoder.words.limit
-        if weights == "random": self.transformer = MatchingTransformer(dim=self.dim, **options)
-        elif options: raise ValueError(f"{', '.join(options)}: a file brings its own shape; such options go with weights='random'")
-        else: self.transformer = self.load(Path(weights).expanduser() if weights else Path(str(files("ovss_nb.data")/"weights"/"lite_itm.safetensors")))
+        for attribute in ("dim", "stride", "size", "mean", "std", "resample"):
+            setattr(self, attribute, getattr(self.encoder, attribute))
+        self.name, self.tokenizer, self.limit = (
+            f"lite-itm({self.encoder.name})",
+            self.encoder.words.tokenizer,
+            self.encoder.words.limit,
+        )
+        if weights == "random":
+            self.transformer = MatchingTransformer(dim=self.dim, **options)
+        elif options:
+            raise ValueError(
+                f"{', '.join(options)}: a file brings its own shape; such options go with weights='random'"
+            )
+        else:
+            self.transformer = self.load(
+                Path(weights).expanduser()
+                if weights
+                else Path(str(files("ovss_nb.data") / "weights" / "lite_itm.safetensors"))
+            )
         self.depth, self.heads = len(self.transformer.blocks), self.transformer.options["heads"]
         self.to(self.encoder.device).eval().requires_grad_(False)
 
-    def load(self, path:Path) -> MatchingTransformer:
-        "The transformer stored in a file, in fp32; raises `ValueError` for a file that is missing, damaged, or was trained on another encoder's tokens."
-        if not path.is_file(): raise ValueError(f"There is no file {path}. Train one with nbs/experiments/train_lite_itm.ipynb, or pass weights='random' for an untrained model.")
+    def load(self, path: Path) -> MatchingTransformer:
+        """The transformer stored in a file, in fp32;
+        raises `ValueError` for a file that is missing, damaged, or was trained on another encoder's tokens.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"There is no file {path}. Train one with nbs/experiments/train_lite_itm.ipynb, or pass"
+                " weights='random' for an untrained model."
+            )
         try:
             with safe_open(path, framework="pt") as file:
-                facts, weights = json.loads(file.metadata()["lite_itm"]), {key: file.get_tensor(key).float() for key in file.keys()}
+                facts, weights = (
+                    json.loads(file.metadata()["lite_itm"]),
+                    {key: file.get_tensor(key).float() for key in file.keys()},
+                )
             transformer = MatchingTransformer(**facts["options"])
             transformer.load_state_dict(weights)
         # Not safetensors or cut short; no or another header; other tensors.
         except (SafetensorError, OSError, TypeError, KeyError, ValueError, RuntimeError) as e:
-            raise ValueError(f"{path} holds no weights of lite-itm ({type(e).__name__}: {e}). Train it again with nbs/experiments/train_lite_itm.ipynb.") from e
+            raise ValueError(
+                f"{path} holds no weights of lite-itm ({type(e).__name__}: {e}). Train it again with"
+                " nbs/experiments/train_lite_itm.ipynb."
+            ) from e
         if facts["encoder"] != self.encoder.fingerprint:
-            raise ValueError(f"{path} was trained on image tokens of another encoder than {self.encoder.name} (fingerprint {facts['encoder'][:12]}..., here {self.encoder.fingerprint[:12]}...). "
-                "Pass the encoder it was trained with, in fp32, or train it again with nbs/experiments/train_lite_itm.ipynb.")
+            raise ValueError(
+                f"{path} was trained on image tokens of another encoder than {self.encoder.name} (fingerprint"
+                f" {facts['encoder'][:12]}..., here {self.encoder.fingerprint[:12]}...). Pass the encoder it"
+                " was trained with, in fp32, or train it again with nbs/experiments/train_lite_itm.ipynb."
+            )
         return transformer
 
-    def save(self, path:str|Path):
-        "Write the transformer, in fp16, with their shape and the encoder's fingerprint; a file there is replaced only by a whole one."
+    def save(self, path: str | Path):
+        """Write the transformer, in fp16, with their shape and the encoder's fingerprint;
+        a file there is replaced only by a whole one.
+        """
         facts = dict(options=self.transformer.options, encoder=self.encoder.fingerprint)
         with atomic_path(path) as temporary:
-            save_file({key: o.detach().half().cpu().contiguous() for key, o in self.transformer.state_dict().items()}, temporary, {"lite_itm": json.dumps(facts)})
+            save_file(
+                {
+                    key: o.detach().half().cpu().contiguous()
+                    for key, o in self.transformer.state_dict().items()
+                },
+                temporary,
+                {"lite_itm": json.dumps(facts)},
+            )
 
     def image_tokens(self, images):
-        "B x 3 x H x W to unit vectors: LiteEncoder's pooled one, then its dense ones, B x (1 + h*w) x 384. `ValueError` for sides that are no multiples of the stride."
-        if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or images.shape[-2] % self.stride or images.shape[-1] % self.stride:
-            raise ValueError(f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got {tuple(images.shape)}. `preprocess` makes them so.")
+        """B x 3 x H x W to unit vectors:
+        LiteEncoder's pooled one, then its dense ones, B x (1 + h*w) x 384. `ValueError` for sides that are no
+        multiples of the stride.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or not images.numel()
+            or images.shape[-2] % self.stride
+            or images.shape[-1] % self.stride
+        ):
+            raise ValueError(
+                f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got"
+                f" {tuple(images.shape)}. `preprocess` makes them so."
+            )
         features = self.encoder.encode(images)
-        return ImageTokens(torch.cat([F.normalize(features.pooled, dim=-1)[:, None], features.patches()], 1), tuple(features.dense.shape[-2:]))
+        return ImageTokens(
+            torch.cat([F.normalize(features.pooled, dim=-1)[:, None], features.patches()], 1),
+            tuple(features.dense.shape[-2:]),
+        )
 
     @torch.no_grad()
-    def text_tokens(self, prompts:Prompts) -> torch.Tensor: # N x L x 384
+    def text_tokens(self, prompts: Prompts) -> torch.Tensor:  # N x L x 384
         "MiniLM's last hidden states."
-        return self.encoder.words.model(input_ids=prompts.ids.to(self.device), attention_mask=prompts.mask.to(self.device).long()).last_hidden_state
+        return self.encoder.words.model(
+            input_ids=prompts.ids.to(self.device), attention_mask=prompts.mask.to(self.device).long()
+        ).last_hidden_state
 
-    def logits(self, image, prompts, index): return self.transformer(self.text_tokens(prompts), prompts.mask.to(self.device), image.tokens, index)
+    def logits(self, image, prompts, index):
+        return self.transformer(self.text_tokens(prompts), prompts.mask.to(self.device), image.tokens, index)
 
-    def attention_module(self, layer): return self.transformer.blocks[layer].cross_attention.probabilities
+    def attention_module(self, layer):
+        return self.transformer.blocks[layer].cross_attention.probabilities

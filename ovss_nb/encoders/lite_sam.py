@@ -23,160 +23,239 @@ from ..core.options import Count, checked_arguments, fit_option
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #2a616333
 def affinity_auc(
-    features:torch.Tensor, # C x h x w, any scale
-    labels:np.ndarray, # h x w integers: the class at the centre of each cell
-    distance:int=1, # between the two places, cells
-    ignore:int=255, # pairs with this label are left out
-) -> float: # 0 to 1; NaN where the pairs are all of one kind
-    "How often a pair of places with one label is more alike (cosine) than a pair with two: area under the ROC curve, ties count half."
-    from scipy.stats import rankdata   # here, because loading it takes longer than the rest of this room
+    features: torch.Tensor,  # C x h x w, any scale
+    labels: np.ndarray,  # h x w integers: the class at the centre of each cell
+    distance: int = 1,  # between the two places, cells
+    ignore: int = 255,  # pairs with this label are left out
+) -> float:  # 0 to 1; NaN where the pairs are all of one kind
+    """How often a pair of places with one label is more alike (cosine) than a pair with two:
+    area under the ROC curve, ties count half.
+    """
+    from scipy.stats import rankdata  # here, because loading it takes longer than the rest of this room
+
     height, width = labels.shape
-    if tuple(features.shape[-2:]) != (height, width): raise ValueError(f"features of {tuple(features.shape[-2:])} cells need labels of that size, got {labels.shape}")
+    if tuple(features.shape[-2:]) != (height, width):
+        raise ValueError(
+            f"features of {tuple(features.shape[-2:])} cells need labels of that size, got {labels.shape}"
+        )
     unit, alike, same = F.normalize(features.float(), dim=0), [], []
     for down, right in ((0, distance), (distance, 0), (distance, distance), (distance, -distance)):
         rows, columns = slice(0, max(0, height - down)), slice(max(0, -right), width - max(0, right))
         other = slice(down, height), slice(max(0, right), width - max(0, -right))
         a, b = labels[rows, columns], labels[other]
         scored = (a != ignore) & (b != ignore)
-        alike.append((unit[:, rows, columns]*unit[(slice(None), *other)]).sum(0).cpu().numpy()[scored]); same.append((a == b)[scored])
+        alike.append((unit[:, rows, columns] * unit[(slice(None), *other)]).sum(0).cpu().numpy()[scored])
+        same.append((a == b)[scored])
     same, ranks = np.concatenate(same), rankdata(np.concatenate(alike))
     one, two = int(same.sum()), int((~same).sum())
-    return float("nan") if not one or not two else float((ranks[same].sum() - one*(one + 1)/2)/(one*two))
+    return (
+        float("nan") if not one or not two else float((ranks[same].sum() - one * (one + 1) / 2) / (one * two))
+    )
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #722d3f42
 def edge_strength(
-    features:torch.Tensor, # B x C x h x w, any scale
-) -> torch.Tensor: # B x h x w, 0 to 4
-    "How much features turn at each place: 1 - cosine of the left and right neighbours plus the same of upper and lower ones; the border repeats itself."
+    features: torch.Tensor,  # B x C x h x w, any scale
+) -> torch.Tensor:  # B x h x w, 0 to 4
+    """How much features turn at each place:
+    1 - cosine of the left and right neighbours plus the same of upper and lower ones; the border repeats
+    itself.
+    """
     padded = F.pad(F.normalize(features.float(), dim=1), (1, 1, 1, 1), mode="replicate")
-    across, along = padded[..., 1:-1, 2:]*padded[..., 1:-1, :-2], padded[..., 2:, 1:-1]*padded[..., :-2, 1:-1]
+    across, along = (
+        padded[..., 1:-1, 2:] * padded[..., 1:-1, :-2],
+        padded[..., 2:, 1:-1] * padded[..., :-2, 1:-1],
+    )
     return 2 - across.sum(1) - along.sum(1)
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #dc74ebd3
 def boundary_matches(
-    strength:np.ndarray, # h x w
-    labels:np.ndarray, # h x w integers
-    thresholds, # T values of the strength
-    tolerance:float=2, # cells between what counts as the same border
-    ignore:int=255, # thin bands of it are borders, areas of 5 x 5 cells and more are not scored
-) -> np.ndarray: # T x 4 counts: strong places near a border, strong places, border places near a strong one, border places
-    "Count matches of edges and mask borders at each threshold; add the counts of images and give them to `boundary_f`."
+    strength: np.ndarray,  # h x w
+    labels: np.ndarray,  # h x w integers
+    thresholds,  # T values of the strength
+    tolerance: float = 2,  # cells between what counts as the same border
+    ignore: int = 255,  # thin bands of it are borders, areas of 5 x 5 cells and more are not scored
+    # T x 4 counts: strong places near a border, strong places, border places near a strong one, border places
+) -> np.ndarray:
+    """Count matches of edges and mask borders at each threshold;
+    add the counts of images and give them to `boundary_f`.
+    """
     from scipy import ndimage
+
     void = labels == ignore
     area = ndimage.binary_opening(void, np.ones((5, 5)))
     border = void & ~area
     for here, before in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         border[here] |= (labels[here] != labels[before]) & ~void[here] & ~void[before]
-    def near(places): return ndimage.distance_transform_edt(~places) <= tolerance if places.any() else places
+
+    def near(places):
+        return ndimage.distance_transform_edt(~places) <= tolerance if places.any() else places
+
     close, counts = near(border), []
     for threshold in thresholds:
         strong = (strength > threshold) & ~area
         counts.append(((strong & close).sum(), strong.sum(), (border & near(strong)).sum(), border.sum()))
     return np.array(counts)
 
+
 #| export
 def boundary_f(
-    counts:np.ndarray, # ... x 4, summed over images
-) -> np.ndarray: # ... values 0 to 1
-    "F measure of boundaries, the harmonic mean of precision and recall (Martin et al. 2004, with a distance in place of their matching); 0 where nothing matches."
+    counts: np.ndarray,  # ... x 4, summed over images
+) -> np.ndarray:  # ... values 0 to 1
+    """F measure of boundaries, the harmonic mean of precision and recall (Martin et al.
+
+    2004, with a distance in place of their matching); 0 where nothing matches.
+    """
     found, strong, met, border = np.moveaxis(np.asarray(counts, float), -1, 0)
-    precision, recall = found/np.maximum(strong, 1), met/np.maximum(border, 1)
-    return 2*precision*recall/np.maximum(precision + recall, 1e-12)
+    precision, recall = found / np.maximum(strong, 1), met / np.maximum(border, 1)
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #568c679b
-CHANNELS = (16, 24, 40, 112, 320) # of the stem's stages, at strides 2, 4, 8, 16 and 32
+CHANNELS = (16, 24, 40, 112, 320)  # of the stem's stages, at strides 2, 4, 8, 16 and 32
+
 
 def details(
-    images:torch.Tensor, # B x 3 x H x W, normalised, H and W multiples of 32
-    stages:list[torch.Tensor], # five maps B x CHANNELS x ..., standardised
-) -> list[torch.Tensor]: # at strides 4, 8, 16, 32: B x 100, 140, 252, 572 x h x w
+    images: torch.Tensor,  # B x 3 x H x W, normalised, H and W multiples of 32
+    stages: list[torch.Tensor],  # five maps B x CHANNELS x ..., standardised
+) -> list[torch.Tensor]:  # at strides 4, 8, 16, 32: B x 100, 140, 252, 572 x h x w
     "What is known at each level: its own stage, and everything finer, unfolded or averaged."
-    levels = [torch.cat([F.pixel_unshuffle(stages[0], 2), stages[1], F.pixel_unshuffle(2*F.avg_pool2d(images, 2), 2)], 1)]
-    for stage in stages[2:]: levels.append(torch.cat([stage, F.avg_pool2d(levels[-1], 2)], 1))
+    levels = [
+        torch.cat(
+            [F.pixel_unshuffle(stages[0], 2), stages[1], F.pixel_unshuffle(2 * F.avg_pool2d(images, 2), 2)], 1
+        )
+    ]
+    for stage in stages[2:]:
+        levels.append(torch.cat([stage, F.avg_pool2d(levels[-1], 2)], 1))
     return levels
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #fb38c992
 class Merge(nn.Module):
-    "One level of the neck: B x `channels` x h x w details, and the coarser level B x `width` x h/2 x w/2 if there is one, to B x `width` x h x w."
-    def __init__(self, channels:int, width:int):
+    """One level of the neck:
+    B x `channels` x h x w details, and the coarser level B x `width` x h/2 x w/2 if there is one, to B x
+    `width` x h x w.
+    """
+
+    def __init__(self, channels: int, width: int):
         super().__init__()
         self.lateral, self.mix = nn.Conv2d(channels, width, 1), nn.Conv2d(width, width, 1)
         self.around = nn.Conv2d(width, width, 5, padding=2, groups=width)
-        nn.init.zeros_(self.mix.weight)   # training starts from the plain sum
+        nn.init.zeros_(self.mix.weight)  # training starts from the plain sum
 
     def forward(self, details, coarser=None):
         x = self.lateral(details)
-        if coarser is not None: x = x + F.interpolate(coarser, x.shape[-2:], mode="bilinear", align_corners=False)
+        if coarser is not None:
+            x = x + F.interpolate(coarser, x.shape[-2:], mode="bilinear", align_corners=False)
         return x + self.mix(F.gelu(self.around(x)))
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #1cef8929
 class LiteNeck(nn.Module):
-    "The package's own part: five stages of the stem to four maps of `width` channels at strides 4, 8, 16, 32, and these to `dim` channels at stride 16."
-    def __init__(self, width:int=96, dim:int=256):
+    """The package's own part:
+    five stages of the stem to four maps of `width` channels at strides 4, 8, 16, 32, and these to `dim`
+    channels at stride 16.
+    """
+
+    def __init__(self, width: int = 96, dim: int = 256):
         super().__init__()
         for k, channels in enumerate(CHANNELS):
-            self.register_buffer(f"mean{k}", torch.zeros(1, channels, 1, 1)); self.register_buffer(f"std{k}", torch.ones(1, channels, 1, 1))
+            self.register_buffer(f"mean{k}", torch.zeros(1, channels, 1, 1))
+            self.register_buffer(f"std{k}", torch.ones(1, channels, 1, 1))
         self.blocks = nn.ModuleList(Merge(channels, width) for channels in (100, 140, 252, 572))
-        self.project = nn.Conv2d(4*width, dim, 1)
+        self.project = nn.Conv2d(4 * width, dim, 1)
 
-    def standardise(self, stages:list[torch.Tensor]) -> list[torch.Tensor]:
+    def standardise(self, stages: list[torch.Tensor]) -> list[torch.Tensor]:
         "Five maps, each channel with mean 0 and deviation 1 over photographs."
-        return [(o - getattr(self, f"mean{k}"))/getattr(self, f"std{k}") for k, o in enumerate(stages)]
+        return [(o - getattr(self, f"mean{k}")) / getattr(self, f"std{k}") for k, o in enumerate(stages)]
 
-    def forward(self, images:torch.Tensor, stages:list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, images: torch.Tensor, stages: list[torch.Tensor]) -> list[torch.Tensor]:
         "Normalised images and the stem's five maps to four maps, fine to coarse; sides are multiples of 32."
         levels = []
-        for block, known in zip(self.blocks[::-1], details(images, self.standardise(stages))[::-1]): levels.append(block(known, levels[-1] if levels else None))
+        for block, known in zip(self.blocks[::-1], details(images, self.standardise(stages))[::-1]):
+            levels.append(block(known, levels[-1] if levels else None))
         return levels[::-1]
 
-def at_stride_16(levels:list[torch.Tensor]) -> list[torch.Tensor]:
-    "Maps at strides 4, 8, 16, 32 brought to the third one's grid: finer ones averaged, the coarser one enlarged bilinearly."
+
+def at_stride_16(levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Maps at strides 4, 8, 16, 32 brought to the third one's grid:
+    finer ones averaged, the coarser one enlarged bilinearly.
+    """
     fine, half, middle, coarse = levels
-    return [F.avg_pool2d(fine, 4), F.avg_pool2d(half, 2), middle, F.interpolate(coarse, middle.shape[-2:], mode="bilinear", align_corners=False)]
+    return [
+        F.avg_pool2d(fine, 4),
+        F.avg_pool2d(half, 2),
+        middle,
+        F.interpolate(coarse, middle.shape[-2:], mode="bilinear", align_corners=False),
+    ]
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #9319743c
 def load_neck(
-    weights:str|Path|None=None, # file; None for the package's own; "random" for an untrained neck
-) -> tuple[LiteNeck, dict[str, str]]: # on the CPU, frozen; the header's metadata
-    "Build the neck and fill it; raises `ValueError` for a file that is missing, damaged or holds something else."
+    weights: str | Path | None = None,  # file; None for the package's own; "random" for an untrained neck
+) -> tuple[LiteNeck, dict[str, str]]:  # on the CPU, frozen; the header's metadata
+    """Build the neck and fill it;
+    raises `ValueError` for a file that is missing, damaged or holds something else.
+    """
     neck = LiteNeck().eval().requires_grad_(False)
-    if str(weights) == "random": return neck, {}
-    source = files("ovss_nb.data").joinpath("weights", "lite_sam.safetensors") if weights is None else Path(weights).expanduser()
-    if not source.is_file(): raise ValueError(f"There is no file {source}. Train one with nbs/experiments/train_lite_sam.ipynb, leave `weights` away for the package's own, or pass 'random'.")
+    if str(weights) == "random":
+        return neck, {}
+    source = (
+        files("ovss_nb.data").joinpath("weights", "lite_sam.safetensors")
+        if weights is None
+        else Path(weights).expanduser()
+    )
+    if not source.is_file():
+        raise ValueError(
+            f"There is no file {source}. Train one with nbs/experiments/train_lite_sam.ipynb, leave `weights`"
+            " away for the package's own, or pass 'random'."
+        )
     try:
-        with as_file(source) as path, safe_open(path, "pt") as file: tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as e: raise ValueError(f"{source} cannot be read as .safetensors. Train or copy it again. ({e})") from e
-    found, expected = ({key: tuple(o.shape) for key, o in table.items()} for table in (tensors, neck.state_dict()))
+        with as_file(source) as path, safe_open(path, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{source} cannot be read as .safetensors. Train or copy it again. ({e})") from e
+    found, expected = (
+        {key: tuple(o.shape) for key, o in table.items()} for table in (tensors, neck.state_dict())
+    )
     wrong = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
     if wrong:
         key = wrong[0]
-        raise ValueError(f"{source} is no neck of this release ({len(wrong)} tensors differ; {key} is {found.get(key, 'missing')}, expected {expected.get(key, 'nothing')}). "
-            "Train it again with nbs/experiments/train_lite_sam.ipynb.")
+        raise ValueError(
+            f"{source} is no neck of this release ({len(wrong)} tensors differ; {key} is"
+            f" {found.get(key, 'missing')}, expected {expected.get(key, 'nothing')}). Train it again with"
+            " nbs/experiments/train_lite_sam.ipynb."
+        )
     neck.load_state_dict({key: o.float() for key, o in tensors.items()})
     return neck, metadata
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #69f016ba
 class LiteSAMEncoder(Encoder):
-    """The offline stand-in for `SAMEncoder`: EfficientNet-Lite0's stages, merged by a neck trained without masks. It has no text.
+    """The offline stand-in for `SAMEncoder`: EfficientNet-Lite0's stages, merged by a neck trained without
+    masks. It has no text.
 
-    `dense` is B x 256 x h x w and `layers` B x `width` x h x w at stride 16, for images whose sides are multiples of 16; `pyramid` four maps of `width` channels at
-    strides 4, 8, 16 and 32, for multiples of 32; all fp32 and frozen. Raises `MissingExtra` without the extra `lite`, `ValueError` for unfit weights."""
+    `dense` is B x 256 x h x w and `layers` B x `width` x h x w at stride 16, for images whose sides are
+    multiples of 16; `pyramid` four maps of `width` channels at
+    strides 4, 8, 16 and 32, for multiples of 32; all fp32 and frozen. Raises `MissingExtra` without the
+    extra `lite`, `ValueError` for unfit weights.
+    """
+
     name, stride = "lite_sam", 16
-    mean = std = (0.5, 0.5, 0.5) # the stem's, not SAM's
+    mean = std = (0.5, 0.5, 0.5)  # the stem's, not SAM's
     resample = Image.Resampling.BILINEAR
 
     @checked_arguments
-    def __init__(self,
-        weights:str|Path|None=None, # of the neck: a file, None for the package's own, or "random"
-        size:Count=448, # longer side `preprocess` gives by default, pixels, a multiple of 16
-        device:str|torch.device="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
+    def __init__(
+        self,
+        weights: str | Path | None = None,  # of the neck: a file, None for the package's own, or "random"
+        size: Count = 448,  # longer side `preprocess` gives by default, pixels, a multiple of 16
+        device: str | torch.device = "auto",  # `auto`, `cpu`, `cuda`, `mps`, ...
     ):
         super().__init__()
-        if size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
+        if size % self.stride:
+            raise ValueError(f"size={size} must be a multiple of {self.stride}")
         self.size = size
         self.neck, self.metadata = load_neck(weights)
         self.network = load_efficientnet_lite0()
-        self.dim, self.width = self.neck.project.out_channels, self.neck.project.in_channels//len(self.neck.blocks)
+        self.dim, self.width = (
+            self.neck.project.out_channels,
+            self.neck.project.in_channels // len(self.neck.blocks),
+        )
         self.to(choose_device(device)).eval().requires_grad_(False)
 
     @property
@@ -189,77 +268,130 @@ class LiteSAMEncoder(Encoder):
         "Indices (0-based) of the blocks a pyramid is made of: all four."
         return tuple(range(len(self.blocks)))
 
-    def levels(self, images:torch.Tensor) -> list[torch.Tensor]:
-        "B x 3 x H x W normalised images to four maps at strides 4, 8, 16, 32, of H and W filled up to multiples of 32 with zeros; raises `ValueError` for no multiples of 16."
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-2] % self.stride or images.shape[-1] % self.stride or not images.numel():
-            raise ValueError(f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got {tuple(images.shape)}. `preprocess` makes them so.")
-        coarsest = 2*self.stride
-        images = F.pad(images.to(self.device, torch.float32), (0, -images.shape[-1] % coarsest, 0, -images.shape[-2] % coarsest))
-        return self.neck(images, self.network.forward_intermediates(images, indices=list(range(len(CHANNELS))), norm=False, intermediates_only=True))
+    def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """B x 3 x H x W normalised images to four maps at strides 4, 8, 16, 32, of H and W filled up to
+        multiples of 32 with zeros; raises `ValueError` for no multiples of 16.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[-2] % self.stride
+            or images.shape[-1] % self.stride
+            or not images.numel()
+        ):
+            raise ValueError(
+                f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got"
+                f" {tuple(images.shape)}. `preprocess` makes them so."
+            )
+        coarsest = 2 * self.stride
+        images = F.pad(
+            images.to(self.device, torch.float32),
+            (0, -images.shape[-1] % coarsest, 0, -images.shape[-2] % coarsest),
+        )
+        return self.neck(
+            images,
+            self.network.forward_intermediates(
+                images, indices=list(range(len(CHANNELS))), norm=False, intermediates_only=True
+            ),
+        )
 
-    def text(self, prompts:list[str]) -> torch.Tensor:
+    def text(self, prompts: list[str]) -> torch.Tensor:
         "Always raises `TypeError`: edges have no words."
-        raise TypeError("LiteSAMEncoder has no text tower: like SAM it sees shapes and knows no words. Take embeddings of words from CLIPEncoder or LiteEncoder, "
-            "and use these features beside theirs.")
+        raise TypeError(
+            "LiteSAMEncoder has no text tower: like SAM it sees shapes and knows no words. Take embeddings of"
+            " words from CLIPEncoder or LiteEncoder, and use these features beside theirs."
+        )
 
-    def encode(self, images:torch.Tensor) -> ImageFeatures:
+    def encode(self, images: torch.Tensor) -> ImageFeatures:
         "Always raises `TypeError`: there is no space that images and words share."
-        raise TypeError("LiteSAMEncoder's features lie in no space shared with words, so there is no `encode`. Use `dense`, `layers` or `pyramid`, "
-            "beside a CLIPEncoder or LiteEncoder.")
+        raise TypeError(
+            "LiteSAMEncoder's features lie in no space shared with words, so there is no `encode`. Use"
+            " `dense`, `layers` or `pyramid`, beside a CLIPEncoder or LiteEncoder."
+        )
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #36f4a674
 @patch
-def preprocess(self:LiteSAMEncoder,
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    size:int|tuple[int, int]|None=None, # pixels: the longer side, or a (height, width); default: the encoder's own
-    keep_aspect:bool=False, # no frame: one number means the shorter side
-    longest:int|None=None, # limit of the longer side with `keep_aspect`; default: four times `size`
-    pad:bool=True, # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
-) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-    "Normalise one image as `SAMEncoder.preprocess` does: longer side `size`, zeros at the right and bottom up to a square; squashed; or as other encoders do."
-    size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
+def preprocess(
+    self: LiteSAMEncoder,
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    # pixels: the longer side, or a (height, width); default: the encoder's own
+    size: int | tuple[int, int] | None = None,
+    keep_aspect: bool = False,  # no frame: one number means the shorter side
+    longest: int | None = None,  # limit of the longer side with `keep_aspect`; default: four times `size`
+    # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
+    pad: bool = True,
+) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
+    """Normalise one image as `SAMEncoder.preprocess` does:
+    longer side `size`, zeros at the right and bottom up to a square; squashed; or as other encoders do.
+    """
+    size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
     plain = super(LiteSAMEncoder, self).preprocess
-    if not pad or keep_aspect or not isinstance(size, int): return plain(image, size, keep_aspect, longest)
-    if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
+    if not pad or keep_aspect or not isinstance(size, int):
+        return plain(image, size, keep_aspect, longest)
+    if size < 1 or size % self.stride:
+        raise ValueError(f"size={size} must be a multiple of {self.stride}")
     height, width = fit_longest(*image.shape[:2], size)
     resized = np.asarray(Image.fromarray(image).resize((width, height), self.resample))
-    x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32)/127.5 - 1
+    x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32) / 127.5 - 1
     return F.pad(x, (0, size - width, 0, size - height))
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #8a19e979
 @patch
-def layers(self:LiteSAMEncoder, images:torch.Tensor, indices:list[int]) -> list[torch.Tensor]:
-    "Maps of the blocks `indices` (0-based, fine to coarse) in that order, each brought to B x `width` x H/16 x W/16, fp32."
+def layers(self: LiteSAMEncoder, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
+    """Maps of the blocks `indices` (0-based, fine to coarse) in that order, each brought to B x `width` x
+    H/16 x W/16, fp32.
+    """
     wrong = [o for o in indices if not 0 <= o < len(self.blocks)]
-    if wrong or not indices: raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
+    if wrong or not indices:
+        raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
     maps = at_stride_16(self.levels(images))
-    return [maps[i][..., :images.shape[-2]//self.stride, :images.shape[-1]//self.stride] for i in indices]
+    return [
+        maps[i][..., : images.shape[-2] // self.stride, : images.shape[-1] // self.stride] for i in indices
+    ]
+
 
 @patch
-def dense(self:LiteSAMEncoder, images:torch.Tensor) -> torch.Tensor:
+def dense(self: LiteSAMEncoder, images: torch.Tensor) -> torch.Tensor:
     "B x 3 x H x W normalised images to B x 256 x H/16 x W/16, fp32: all four levels in one map."
     return self.neck.project(torch.cat(self.layers(images, list(self.global_blocks)), 1))
 
-@patch
-def pyramid(self:LiteSAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
-    """`res2` to `res5` as EBSeg takes them: B x `width` x H/stride x W/stride at strides 4, 8, 16 and 32, each computed at its stride, fp32.
 
-    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does."""
-    coarsest = 2*self.stride
+@patch
+def pyramid(self: LiteSAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
+    """`res2` to `res5` as EBSeg takes them: B x `width` x H/stride x W/stride at strides 4, 8, 16 and 32,
+    each computed at its stride, fp32.
+
+    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does.
+    """
+    coarsest = 2 * self.stride
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:
-        raise ValueError(f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad with zeros at the right and bottom.")
+        raise ValueError(
+            f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad"
+            " with zeros at the right and bottom."
+        )
     return self.levels(images)
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #5ec0d002
 def create_second(
-    spec:str, # "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
-    size:int|None=None, # pixels of the longer side that `preprocess` gives; default: the encoder's own
-    device:str|torch.device="auto",
-) -> Encoder: # with `levels` and `pyramid`
-    "An encoder of edges from a short description. Raises `ValueError` for another description, and what the encoder itself raises for missing weights or packages."
+    # "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
+    spec: str,
+    # pixels of the longer side that `preprocess` gives; default: the encoder's own
+    size: int | None = None,
+    device: str | torch.device = "auto",
+) -> Encoder:  # with `levels` and `pyramid`
+    """An encoder of edges from a short description.
+
+    Raises `ValueError` for another description, and what the encoder itself raises for missing weights or
+    packages.
+    """
     kind, _, rest = spec.partition(":")
     sizes = {} if size is None else dict(size=size)
-    if kind == "lite_sam": return LiteSAMEncoder(rest or None, device=device, **sizes)
-    if kind != "sam" or not rest: raise ValueError(f"no second encoder {spec!r}: write lite_sam, lite_sam:WEIGHTS or sam:vit_b/CHECKPOINT, e.g. sam:vit_b/sam_vit_b_01ec64.pth")
+    if kind == "lite_sam":
+        return LiteSAMEncoder(rest or None, device=device, **sizes)
+    if kind != "sam" or not rest:
+        raise ValueError(
+            f"no second encoder {spec!r}: write lite_sam, lite_sam:WEIGHTS or sam:vit_b/CHECKPOINT, e.g."
+            " sam:vit_b/sam_vit_b_01ec64.pth"
+        )
     model, _, checkpoint = rest.partition("/")
     return SAMEncoder(model, checkpoint or None, device=device, **sizes)

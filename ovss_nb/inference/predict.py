@@ -17,46 +17,65 @@ from ..core.vocabulary import Vocabulary
 from ..systems.registry import create, has_knob
 
 # %% ../../nbs/inference/01_predict.ipynb #eb5ecd26
-DEFAULT_SYSTEM = "maskclip" # best of the offline ones by the table in the README
+DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the README
+
 
 @lru_cache(maxsize=2)
-def _system(name:str, encoder:str):
-    from ovss_nb.components.crf import crf_available   # brings torch, which listing systems does not need
+def _system(name: str, encoder: str):
+    from ovss_nb.components.crf import crf_available  # brings torch, which listing systems does not need
+
     return create(name, encoder, **(dict(crf=crf_available()) if has_knob(name, "crf") else {}))
 
+
 def segment(
-    image, # path, bytes, PIL image, array or tensor
-    words, # list of names, dict {name: synonyms}, shipped vocabulary name, or file
-    system:str=DEFAULT_SYSTEM,
-    encoder:str="lite",
-    limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
-    bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
+    image,  # path, bytes, PIL image, array or tensor
+    words,  # list of names, dict {name: synonyms}, shipped vocabulary name, or file
+    system: str = DEFAULT_SYSTEM,
+    encoder: str = "lite",
+    limits: tuple[float, float] | str | None = None,  # of black and white, see `load_image`
+    bands: tuple[int, ...] | None = None,  # of red, green and blue, see `load_image`
 ) -> Segmentation:
-    "Label every pixel of `image` with one of `words`. The one-line way; `create` gives control over everything."
-    if limits is not None or bands is not None: image = load_image(image, limits=limits, bands=bands)
+    """Label every pixel of `image` with one of `words`.
+
+    The one-line way; `create` gives control over everything.
+    """
+    if limits is not None or bands is not None:
+        image = load_image(image, limits=limits, bands=bands)
     return _system(system, encoder).segment(image, words)
 
 # %% ../../nbs/inference/01_predict.ipynb #d76a5744
-def out_of_memory(error:Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     "Whether an error says that memory ran out: Python's, NumPy's, or torch's on any device."
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory|bad_alloc|bad alloc", str(error)))
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and bool(re.search("out of memory|allocate memory|bad_alloc|bad alloc", str(error)))
+    )
+
 
 def segment_files(
-    paths:Iterable[str|Path],
+    paths: Iterable[str | Path],
     words,
-    system, # from `create`
-    progress:bool=True,
-    limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
-    bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
-) -> Iterator[tuple[Path, Segmentation|ImageError]]:
-    "Segment files one by one; a file that is no image, or too large for the memory, yields its ImageError and the rest go on."
+    system,  # from `create`
+    progress: bool = True,
+    limits: tuple[float, float] | str | None = None,  # of black and white, see `load_image`
+    bands: tuple[int, ...] | None = None,  # of red, green and blue, see `load_image`
+) -> Iterator[tuple[Path, Segmentation | ImageError]]:
+    """Segment files one by one;
+    a file that is no image, or too large for the memory, yields its ImageError and the rest go on.
+    """
     vocabulary = Vocabulary.of(words)
-    system.encode_text(vocabulary)   # a bad word is everyone's problem: fail before the first image
+    system.encode_text(vocabulary)  # a bad word is everyone's problem: fail before the first image
     for path in tqdm([Path(o) for o in paths], disable=not progress, unit="image"):
-        try: result = system.segment(load_image(path, limits=limits, bands=bands), vocabulary)
-        except ImageError as e: result = e
+        try:
+            result = system.segment(load_image(path, limits=limits, bands=bands), vocabulary)
+        except ImageError as e:
+            result = e
         except (MemoryError, RuntimeError) as e:
-            if not out_of_memory(e): raise
-            result = ImageError(f"{path}: there is not enough memory for an image seen at this size. See it smaller (resize, size), or use segment_tiles")
+            if not out_of_memory(e):
+                raise
+            result = ImageError(
+                f"{path}: there is not enough memory for an image seen at this size. See it smaller (resize,"
+                " size), or use segment_tiles"
+            )
         yield path, result
-

@@ -27,46 +27,67 @@ from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/inference/02_tiles.ipynb #07f1d5f1
 def tile_offsets(
-    length:int, # pixels to cover
-    tile:int, # pixels of a tile, at most `length`
-    overlap:float, # share of a tile that the next one covers too, at least
-    step:int=1, # the distance of tiles is a multiple of this, where a tile has room for it
-) -> list[int]: # first pixel of each tile
-    "Offsets of tiles that cover `length` pixels. Raises `ValueError` for a tile that does not fit, or an overlap outside 0..1."
-    if not 0 < tile <= length: raise ValueError(f"a tile of {tile} pixels does not fit into {length}")
-    if not 0 <= overlap < 1: raise ValueError(f"the overlap is a share from 0 to below 1, not {overlap}")
-    stride = round(tile*(1 - overlap), 6)
-    stride = max(1, int(stride//step*step if stride >= step else stride))
+    length: int,  # pixels to cover
+    tile: int,  # pixels of a tile, at most `length`
+    overlap: float,  # share of a tile that the next one covers too, at least
+    step: int = 1,  # the distance of tiles is a multiple of this, where a tile has room for it
+) -> list[int]:  # first pixel of each tile
+    """Offsets of tiles that cover `length` pixels.
+
+    Raises `ValueError` for a tile that does not fit, or an overlap outside 0..1.
+    """
+    if not 0 < tile <= length:
+        raise ValueError(f"a tile of {tile} pixels does not fit into {length}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"the overlap is a share from 0 to below 1, not {overlap}")
+    stride = round(tile * (1 - overlap), 6)
+    stride = max(1, int(stride // step * step if stride >= step else stride))
     return [*range(0, length - tile, stride), length - tile]
 
-def _mirrored(picture:Picture, least:int) -> Picture:
+
+def _mirrored(picture: Picture, least: int) -> Picture:
     "The picture, mirrored beyond its lower and right edges where a side has fewer than `least` pixels."
     height, width = picture.size
-    if min(height, width) >= least: return picture
+    if min(height, width) >= least:
+        return picture
+
     def read(top, left, h, w):
         inside = picture.read(top, left, min(h, height - top), min(w, width - left))
         return np.pad(inside, ((0, h - inside.shape[0]), (0, w - inside.shape[1]), (0, 0)), mode="symmetric")
+
     return Picture((max(height, least), max(width, least)), read)
 
 # %% ../../nbs/inference/02_tiles.ipynb #b6951522
 def tile_weights(
-    length:int, # pixels
-    offsets:list[int], tile:int, # as from `tile_offsets`
-    margin:int|None=None, # outermost pixels of a tile that do not count, except at the edge of the picture; default: a quarter of the overlap
-) -> list[np.ndarray]: # per tile its weights, `tile` float32; at each pixel they add up to one
-    "Weights of overlapping tiles along one axis: a squared cosine inside the overlap, between the margins. Raises `ValueError` for margins that leave gaps."
+    length: int,  # pixels
+    offsets: list[int],
+    tile: int,  # as from `tile_offsets`
+    # outermost pixels of a tile that do not count, except at the edge of the picture; default: a quarter of
+    # the overlap
+    margin: int | None = None,
+) -> list[np.ndarray]:  # per tile its weights, `tile` float32; at each pixel they add up to one
+    """Weights of overlapping tiles along one axis:
+    a squared cosine inside the overlap, between the margins. Raises `ValueError` for margins that leave gaps.
+    """
     total, raw = np.zeros(length), []
     overlap = tile - max(np.diff(offsets), default=0)
-    margin, place = overlap//4 if margin is None else margin, np.arange(tile) + 0.5
-    if not 0 <= 2*margin <= overlap: raise ValueError(f"tiles of {tile} pixels overlap by {overlap}: a margin of {margin} would leave gaps. Raise the overlap to {min(0.99, (2*margin + 1)/tile):.2f} or more, or take larger tiles")
+    margin, place = overlap // 4 if margin is None else margin, np.arange(tile) + 0.5
+    if not 0 <= 2 * margin <= overlap:
+        raise ValueError(
+            f"tiles of {tile} pixels overlap by {overlap}: a margin of {margin} would leave gaps. Raise the"
+            f" overlap to {min(0.99, (2 * margin + 1) / tile):.2f} or more, or take larger tiles"
+        )
     for o in offsets:
-        near = np.minimum(place if o > 0 else np.inf, place[::-1] if o + tile < length else np.inf)   # distance from an edge that is no edge of the picture
-        share = ((near - margin)/max(overlap - 2*margin, 1e-3)).clip(0, 1)   # an overlap that is all margin: a step
-        raw.append(np.sin(np.pi/2*share)**2)
-        total[o:o + tile] += raw[-1]
-    return [(w/total[o:o + tile]).astype(np.float32) for o, w in zip(offsets, raw)]
+        # distance from an edge that is no edge of the picture
+        near = np.minimum(place if o > 0 else np.inf, place[::-1] if o + tile < length else np.inf)
+        # an overlap that is all margin: a step
+        share = ((near - margin) / max(overlap - 2 * margin, 1e-3)).clip(0, 1)
+        raw.append(np.sin(np.pi / 2 * share) ** 2)
+        total[o : o + tile] += raw[-1]
+    return [(w / total[o : o + tile]).astype(np.float32) for o, w in zip(offsets, raw)]
 
-def _enlarging(places:int, pixels:int) -> torch.Tensor:
+
+def _enlarging(places: int, pixels: int) -> torch.Tensor:
     "The matrix, pixels x places, by which `F.interpolate` enlarges bilinearly along one axis."
     return F.interpolate(torch.eye(places)[None], pixels, mode="linear", align_corners=False)[0].T
 
@@ -76,139 +97,259 @@ def _votes(system) -> bool:
     inner = getattr(system, "system", system)
     return isinstance(inner, (SimSeg, PnPOVSS)) or bool(getattr(inner.config, "crf", False))
 
-def _share(tile:torch.Tensor, first:int, classes:int, down:torch.Tensor, across:torch.Tensor, rows:slice, columns:slice) -> torch.Tensor:
+
+def _share(
+    tile: torch.Tensor,
+    first: int,
+    classes: int,
+    down: torch.Tensor,
+    across: torch.Tensor,
+    rows: slice,
+    columns: slice,
+) -> torch.Tensor:
     """What a tile adds to rows and columns of its own pixels, K x rows x columns.
 
-    `tile`: K x h x w scores, or H x W labels, without the `first` rows; `down` and `across`: weights times enlargement, pixels x places, or weights alone for labels."""
-    if tile.ndim == 3: return down[rows, first:]@tile@across[columns].T
-    chosen = F.one_hot(tile[rows.start - first:rows.stop - first, columns].long(), classes).movedim(-1, 0)
-    return chosen*down[rows][:, None]*across[columns]
+    `tile`: K x h x w scores, or H x W labels, without the `first` rows; `down` and `across`: weights times
+    enlargement, pixels x places, or weights alone for labels.
+    """
+    if tile.ndim == 3:
+        return down[rows, first:] @ tile @ across[columns].T
+    chosen = F.one_hot(tile[rows.start - first : rows.stop - first, columns].long(), classes).movedim(-1, 0)
+    return chosen * down[rows][:, None] * across[columns]
+
 
 @torch.inference_mode()
 def label_rows(
-    picture:Picture,
-    system, # from `ovss_nb.create`
-    words, # what `Vocabulary.of` takes
-    tile:int|None=None, # pixels of the picture that are seen at once; default: the system's input size
-    overlap:float=0.25, # share of a tile
-    margin:int|None=None, # pixels of context: see `tile_weights`
-    start:int=0, # rows of pixels that are done already: a multiple of the distance of tiles
-    progress:bool=True,
-) -> Iterator[tuple[int, np.ndarray]]: # first row, and rows x W labels, uint8 up to 256 classes, else uint16
-    "Label a picture in strips, from the top. Scores of tiles are mixed before the argmax; memory does not depend on the height. Raises `ValueError` for an impossible tile or start."
+    picture: Picture,
+    system,  # from `ovss_nb.create`
+    words,  # what `Vocabulary.of` takes
+    # pixels of the picture that are seen at once; default: the system's input size
+    tile: int | None = None,
+    overlap: float = 0.25,  # share of a tile
+    margin: int | None = None,  # pixels of context: see `tile_weights`
+    start: int = 0,  # rows of pixels that are done already: a multiple of the distance of tiles
+    progress: bool = True,
+    # first row, and rows x W labels, uint8 up to 256 classes, else uint16
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Label a picture in strips, from the top.
+
+    Scores of tiles are mixed before the argmax; memory does not depend on the height. Raises `ValueError` for
+    an impossible tile or start.
+    """
     vocabulary, real_height, real_width = Vocabulary.of(words), *picture.size
     text, classes, votes = system.encode_text(vocabulary), len(vocabulary), _votes(system)
     seen = getattr(system, "resolution", None) or system.config.size
-    tile, margin = fit_option("tile", tile, Count|None), fit_option("margin", margin, Index|None)
+    tile, margin = fit_option("tile", tile, Count | None), fit_option("margin", margin, Index | None)
     overlap = fit_option("overlap", overlap, Annotated[float, Range(0, 1, "high")])
     seen = seen if isinstance(seen, int) else max(seen)
     tile = min(tile or seen, max(picture.size))
     picture = _mirrored(picture, tile)
     height, width = picture.size
-    places = getattr(system.encoder, "stride", 1)*tile
-    axes = [tile_offsets(length, tile, overlap, places//seen if places % seen == 0 else 1) for length in (height, width)]
-    (tops, lefts), (downs, acrosses) = axes, [[torch.from_numpy(o)[:, None] for o in tile_weights(length, offsets, tile, margin)] for length, offsets in zip((height, width), axes)]
-    if start not in (*tops, real_height): raise ValueError(f"rows are finished up to a tile: start must be one of {tops[:4]}..., not {start}")
-    if start == real_height: return
+    places = getattr(system.encoder, "stride", 1) * tile
+    axes = [
+        tile_offsets(length, tile, overlap, places // seen if places % seen == 0 else 1)
+        for length in (height, width)
+    ]
+    (tops, lefts), (downs, acrosses) = (
+        axes,
+        [
+            [torch.from_numpy(o)[:, None] for o in tile_weights(length, offsets, tile, margin)]
+            for length, offsets in zip((height, width), axes)
+        ],
+    )
+    if start not in (*tops, real_height):
+        raise ValueError(f"rows are finished up to a tile: start must be one of {tops[:4]}..., not {start}")
+    if start == real_height:
+        return
     enlarge = {}
-    def matrix(weights, count, device):   # weights x enlargement, of an axis with `count` places
-        if votes: return weights[:, 0].to(device)
-        if count not in enlarge: enlarge[count] = _enlarging(count, tile)
-        return (weights*enlarge[count]).to(device)
-    alive, ends = {}, [*tops[1:], height]   # alive: row of tiles -> column -> (scores, first row kept, places down)
-    with tqdm(total=len(tops)*len(lefts), initial=sum(o + tile <= start for o in tops)*len(lefts), desc="tiles", unit="tile", disable=not progress) as bar:
+
+    def matrix(weights, count, device):  # weights x enlargement, of an axis with `count` places
+        if votes:
+            return weights[:, 0].to(device)
+        if count not in enlarge:
+            enlarge[count] = _enlarging(count, tile)
+        return (weights * enlarge[count]).to(device)
+
+    # alive: row of tiles -> column -> (scores, first row kept, places down)
+    alive, ends = {}, [*tops[1:], height]
+    with tqdm(
+        total=len(tops) * len(lefts),
+        initial=sum(o + tile <= start for o in tops) * len(lefts),
+        desc="tiles",
+        unit="tile",
+        disable=not progress,
+    ) as bar:
         for r, (top, end) in enumerate(zip(tops, ends)):
-            if top + tile <= start: continue
+            if top + tile <= start:
+                continue
             strip, alive[r] = np.empty((end - top, width), np.uint8 if classes <= 256 else np.uint16), {}
             for c, (left, stop) in enumerate(zip(lefts, [*lefts[1:], width])):
                 encoded = system.encode_image(picture.read(top, left, tile, tile))
                 scores = system.scores(encoded, text).float()
-                if votes: scores = torch.from_numpy(np.ascontiguousarray(system.labels(encoded, text, scores, vocabulary))).to(scores.device)
+                if votes:
+                    scores = torch.from_numpy(
+                        np.ascontiguousarray(system.labels(encoded, text, scores, vocabulary))
+                    ).to(scores.device)
                 alive[r][c] = scores, 0, scores.shape[-2]
                 bar.update()
-                if end > start: strip[:, left:stop] = _cell(alive, tops, lefts, tile, classes, (top, end), (left, stop), downs, acrosses, matrix)
+                if end > start:
+                    strip[:, left:stop] = _cell(
+                        alive, tops, lefts, tile, classes, (top, end), (left, stop), downs, acrosses, matrix
+                    )
                 # Left of the next cell nobody asks any more, and below only what the next row is mixed with.
-                for o in [o for o in alive[r] if lefts[o] + tile <= stop]: alive[r][o] = _lower(*alive[r][o], end - top, tile, votes)
+                for o in [o for o in alive[r] if lefts[o] + tile <= stop]:
+                    alive[r][o] = _lower(*alive[r][o], end - top, tile, votes)
                 for row in [o for o in alive if tops[o] + tile <= end]:
-                    for o in [o for o in alive[row] if lefts[o] + tile <= stop]: del alive[row][o]
-            for row in [o for o in alive if tops[o] + tile <= end]: del alive[row]
+                    for o in [o for o in alive[row] if lefts[o] + tile <= stop]:
+                        del alive[row][o]
+            for row in [o for o in alive if tops[o] + tile <= end]:
+                del alive[row]
             for row in alive:
-                for c in alive[row]: alive[row][c] = _lower(*alive[row][c], end - tops[row], tile, votes)
-            if end > start: yield top, strip[:real_height - top, :real_width]
+                for c in alive[row]:
+                    alive[row][c] = _lower(*alive[row][c], end - tops[row], tile, votes)
+            if end > start:
+                yield top, strip[: real_height - top, :real_width]
 
-def _lower(scores:torch.Tensor, first:int, count:int, row:int, tile:int, votes:bool) -> tuple[torch.Tensor, int, int]:
+
+def _lower(
+    scores: torch.Tensor, first: int, count: int, row: int, tile: int, votes: bool
+) -> tuple[torch.Tensor, int, int]:
     "The rows of a tile's scores that pixels from `row` on depend on."
-    keep = row if votes else max(0, int((row + 0.5)*count/tile - 0.5))
-    return (scores[..., keep - first:, :].clone(), keep, count) if keep > first else (scores, first, count)
+    keep = row if votes else max(0, int((row + 0.5) * count / tile - 0.5))
+    return (scores[..., keep - first :, :].clone(), keep, count) if keep > first else (scores, first, count)
 
-def _cell(alive, tops, lefts, tile, classes, rows, columns, downs, acrosses, matrix, limit:int=2**24) -> np.ndarray:
+
+def _cell(
+    alive, tops, lefts, tile, classes, rows, columns, downs, acrosses, matrix, limit: int = 2**24
+) -> np.ndarray:
     "Labels of pixels `rows` x `columns`: the best class of all tiles that reach there, some rows at a time."
     (top, end), (left, stop) = rows, columns
-    labels, step = np.empty((end - top, stop - left), np.int64), max(1, limit//(classes*(stop - left)))
+    labels, step = np.empty((end - top, stop - left), np.int64), max(1, limit // (classes * (stop - left)))
     for y in range(top, end, step):
         bottom, total = min(y + step, end), None
         for r in alive:
             low = min(bottom, tops[r] + tile)
-            if low <= y: continue
+            if low <= y:
+                continue
             for c, (scores, first, count) in alive[r].items():
                 right = min(stop, lefts[c] + tile)
-                if right <= left or lefts[c] > left: continue
-                down, across = matrix(downs[r], count, scores.device), matrix(acrosses[c], scores.shape[-1], scores.device)
-                share = _share(scores, first, classes, down, across, slice(y - tops[r], low - tops[r]), slice(left - lefts[c], right - lefts[c]))
-                if total is None: total = share.new_zeros(classes, bottom - y, stop - left)
-                total[:, :low - y, :right - left] += share
-        labels[y - top:bottom - top] = total.argmax(0).cpu().numpy()
+                if right <= left or lefts[c] > left:
+                    continue
+                down, across = (
+                    matrix(downs[r], count, scores.device),
+                    matrix(acrosses[c], scores.shape[-1], scores.device),
+                )
+                share = _share(
+                    scores,
+                    first,
+                    classes,
+                    down,
+                    across,
+                    slice(y - tops[r], low - tops[r]),
+                    slice(left - lefts[c], right - lefts[c]),
+                )
+                if total is None:
+                    total = share.new_zeros(classes, bottom - y, stop - left)
+                total[:, : low - y, : right - left] += share
+        labels[y - top : bottom - top] = total.argmax(0).cpu().numpy()
     return labels
 
 # %% ../../nbs/inference/02_tiles.ipynb #67696f3e
-def _write_tiff(path, rows:Callable, size:tuple[int, int], dtype, vocabulary:Vocabulary, palette:np.ndarray, picture:Picture):
-    "A GeoTIFF from `rows(top, end)`, with palette and names, at the place of `picture`, and empty where that has no data."
+def _write_tiff(
+    path,
+    rows: Callable,
+    size: tuple[int, int],
+    dtype,
+    vocabulary: Vocabulary,
+    palette: np.ndarray,
+    picture: Picture,
+):
+    """A GeoTIFF from `rows(top, end)`, with palette and names, at the place of `picture`, and empty where
+    that has no data.
+    """
     rasterio = require("rasterio", "geo")
     from rasterio.errors import NotGeoreferencedWarning
     from rasterio.windows import Window
+
     height, width = size
     place = dict(picture.place or {})
     points = place.pop("gcps", None)
-    with atomic_path(path) as temporary, warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64, GDAL_TIFF_INTERNAL_MASK=True):
+    with (
+        atomic_path(path) as temporary,
+        warnings.catch_warnings(),
+        rasterio.Env(GDAL_CACHEMAX=64, GDAL_TIFF_INTERNAL_MASK=True),
+    ):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         blocks = dict(tiled=True, blockxsize=256, blockysize=256) if min(size) >= 256 else {}
-        with rasterio.open(temporary, "w", driver="GTiff", height=height, width=width, count=1, dtype=dtype, compress="deflate", bigtiff="if_safer", **blocks, **place) as file:
-            if points: file.gcps = points, place["crs"]
+        with rasterio.open(
+            temporary,
+            "w",
+            driver="GTiff",
+            height=height,
+            width=width,
+            count=1,
+            dtype=dtype,
+            compress="deflate",
+            bigtiff="if_safer",
+            **blocks,
+            **place,
+        ) as file:
+            if points:
+                file.gcps = points, place["crs"]
             file.write_colormap(1, {k: (*map(int, colour), 255) for k, colour in enumerate(palette)})
             file.update_tags(ovss_nb=json.dumps({"names": vocabulary.names, "palette": palette.tolist()}))
             file.update_tags(1, **{f"class_{k}": name for k, name in enumerate(vocabulary.names)})
             for top in range(0, height, 256):
                 end = min(top + 256, height)
                 file.write(rows(top, end), 1, window=Window(0, top, width, end - top))
-                if picture.holes: file.write_mask(picture.holes(top, 0, end - top, width), window=Window(0, top, width, end - top))
+                if picture.holes:
+                    file.write_mask(
+                        picture.holes(top, 0, end - top, width), window=Window(0, top, width, end - top)
+                    )
 
-def _write_png(path, labels:np.ndarray, vocabulary:Vocabulary, palette:np.ndarray):
+
+def _write_png(path, labels: np.ndarray, vocabulary: Vocabulary, palette: np.ndarray):
     "As `Segmentation.save_png`, without its copies of the labels."
     image = Image.fromarray(labels)
-    if labels.dtype == np.uint8: image.putpalette(palette.tobytes())
+    if labels.dtype == np.uint8:
+        image.putpalette(palette.tobytes())
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("ovss_nb", json.dumps({"names": vocabulary.names, "palette": palette.tolist()}))
-    with atomic_path(path) as temporary: image.save(temporary, "PNG", pnginfo=chunk)
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=chunk)
+
 
 def segment_tiles(
-    source, # path of a picture, or anything `load_image` takes
-    words, # what `Vocabulary.of` takes
-    system, # from `ovss_nb.create`
-    out, # the label map to write: *.tif or *.png
-    tile:int|None=None, overlap:float=0.25, margin:int|None=None, # see `label_rows`
-    limits:tuple[float, float]|str|None=None, # of black and white, see `load_image`
-    progress:bool=True,
-    bands:tuple[int, ...]|None=None, # of red, green and blue, see `load_image`
-) -> dict[str, float]: # the share of each class that occurs
-    """Label a large picture tile by tile, into a GeoTIFF or a PNG. Stopped, the same call goes on after the last finished row of tiles.
+    source,  # path of a picture, or anything `load_image` takes
+    words,  # what `Vocabulary.of` takes
+    system,  # from `ovss_nb.create`
+    out,  # the label map to write: *.tif or *.png
+    tile: int | None = None,
+    overlap: float = 0.25,
+    margin: int | None = None,  # see `label_rows`
+    limits: tuple[float, float] | str | None = None,  # of black and white, see `load_image`
+    progress: bool = True,
+    bands: tuple[int, ...] | None = None,  # of red, green and blue, see `load_image`
+) -> dict[str, float]:  # the share of each class that occurs
+    """Label a large picture tile by tile, into a GeoTIFF or a PNG. Stopped, the same call goes on after the
+    last finished row of tiles.
 
-    Raises `ImageError` for a picture that cannot be read, `MissingExtra` for a TIFF without the extra `geo`, `ValueError` for another suffix or an impossible tile."""
+    Raises `ImageError` for a picture that cannot be read, `MissingExtra` for a TIFF without the extra
+    `geo`, `ValueError` for another suffix or an impossible tile.
+    """
     out, vocabulary = Path(out), Vocabulary.of(words)
-    if out.suffix.lower() not in (".tif", ".tiff", ".png"): raise ValueError(f"{out}: a label map of this size is written as .tif or .png")
-    if out.is_dir(): raise ValueError(f"{out} is a folder: name a file for the label map")
-    if not out.parent.is_dir(): raise ValueError(f"The folder {out.parent} does not exist: create it first")
-    if out.suffix.lower() != ".png": require("rasterio", "geo")
-    palette, dtype = default_palette(vocabulary.names), np.dtype(np.uint8 if len(vocabulary) <= 256 else np.uint16)
+    if out.suffix.lower() not in (".tif", ".tiff", ".png"):
+        raise ValueError(f"{out}: a label map of this size is written as .tif or .png")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file for the label map")
+    if not out.parent.is_dir():
+        raise ValueError(f"The folder {out.parent} does not exist: create it first")
+    if out.suffix.lower() != ".png":
+        require("rasterio", "geo")
+    palette, dtype = (
+        default_palette(vocabulary.names),
+        np.dtype(np.uint8 if len(vocabulary) <= 256 else np.uint16),
+    )
     partial, state = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
     path = Path(source) if isinstance(source, (str, Path)) else None
     limits, bands = check_limits(limits), check_bands(bands)
@@ -216,40 +357,79 @@ def segment_tiles(
         height, width = picture.size
         files = picture.files or ((path,) if path else ())
         refuse_overwrite((out, partial, state), source, words, *files)
-        what = [file_digest(o) for o in files] or picture.read(0, 0, height, width)   # not its name, size and time: they may be those of another
-        key = Cache.key(what, json.dumps(system.describe(), sort_keys=True), vocabulary.names, vocabulary.words, vocabulary.background, tile, overlap, margin, limits, bands)
-        try: stored = json.loads(state.read_text())
-        except (OSError, ValueError): stored = {}
-        start = stored["rows"] if stored.get("key") == key and partial.is_file() and partial.stat().st_size >= stored["rows"]*width*dtype.itemsize else 0
+        # not its name, size and time: they may be those of another
+        what = [file_digest(o) for o in files] or picture.read(0, 0, height, width)
+        key = Cache.key(
+            what,
+            json.dumps(system.describe(), sort_keys=True),
+            vocabulary.names,
+            vocabulary.words,
+            vocabulary.background,
+            tile,
+            overlap,
+            margin,
+            limits,
+            bands,
+        )
+        try:
+            stored = json.loads(state.read_text())
+        except (OSError, ValueError):
+            stored = {}
+        start = (
+            stored["rows"]
+            if stored.get("key") == key
+            and partial.is_file()
+            and partial.stat().st_size >= stored["rows"] * width * dtype.itemsize
+            else 0
+        )
         with open(partial, "r+b" if start else "wb") as file:
             for top, strip in label_rows(picture, system, vocabulary, tile, overlap, margin, start, progress):
-                file.seek(top*width*dtype.itemsize)
+                file.seek(top * width * dtype.itemsize)
                 file.write(strip.tobytes())
                 file.flush()
-                with atomic_path(state) as temporary: temporary.write_text(json.dumps({"key": key, "rows": top + len(strip)}))
+                with atomic_path(state) as temporary:
+                    temporary.write_text(json.dumps({"key": key, "rows": top + len(strip)}))
         labels = np.memmap(partial, dtype, "r", shape=(height, width))
-        if out.suffix.lower() == ".png": _write_png(out, labels, vocabulary, palette)
-        else: _write_tiff(out, lambda top, end: labels[top:end], picture.size, dtype, vocabulary, palette, picture)
-        counts = sum(np.bincount(labels[y:y + 256].ravel(), minlength=len(vocabulary)) for y in range(0, height, 256))
+        if out.suffix.lower() == ".png":
+            _write_png(out, labels, vocabulary, palette)
+        else:
+            _write_tiff(
+                out, lambda top, end: labels[top:end], picture.size, dtype, vocabulary, palette, picture
+            )
+        counts = sum(
+            np.bincount(labels[y : y + 256].ravel(), minlength=len(vocabulary)) for y in range(0, height, 256)
+        )
         del labels
-    state.unlink(); partial.unlink()
-    return {name: count/(height*width) for name, count in zip(vocabulary.names, counts.tolist()) if count}
+    state.unlink()
+    partial.unlink()
+    return {name: count / (height * width) for name, count in zip(vocabulary.names, counts.tolist()) if count}
 
 # %% ../../nbs/inference/02_tiles.ipynb #f09d5ae0
 def load_tiff(
-    path, # a GeoTIFF of `segment_tiles`
-    window:tuple[int, int, int, int]|None=None, # top, left, height and width in pixels; default: all
+    path,  # a GeoTIFF of `segment_tiles`
+    # top, left, height and width in pixels; default: all
+    window: tuple[int, int, int, int] | None = None,
 ) -> Segmentation:
-    "Labels, names and palette of a GeoTIFF, or of a part of it. Raises `SegmentationError` for a file without our names. Needs the extra `geo`."
+    """Labels, names and palette of a GeoTIFF, or of a part of it.
+
+    Raises `SegmentationError` for a file without our names. Needs the extra `geo`.
+    """
     rasterio = require("rasterio", "geo")
     from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
     from rasterio.windows import Window
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
             with rasterio.open(path) as file:
                 stored = json.loads(file.tags().get("ovss_nb", "{}"))
-                if not stored: raise SegmentationError(f"{path} holds no names of classes. Pass a file of segment_tiles")
+                if not stored:
+                    raise SegmentationError(f"{path} holds no names of classes. Pass a file of segment_tiles")
                 top, left, height, width = window or (0, 0, *file.shape)
-                return Segmentation(file.read(1, window=Window(left, top, width, height)), stored["names"], np.array(stored["palette"]))
-        except RasterioIOError as e: raise SegmentationError(f"{path} is not a readable TIFF file ({e})") from e
+                return Segmentation(
+                    file.read(1, window=Window(left, top, width, height)),
+                    stored["names"],
+                    np.array(stored["palette"]),
+                )
+        except RasterioIOError as e:
+            raise SegmentationError(f"{path} is not a readable TIFF file ({e})") from e

@@ -23,168 +23,312 @@ from ..core.segmentation import Segmentation, SegmentationError
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/inference/03_video.ipynb #a70cb7be
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".ts", ".flv") # containers that hold H.264
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".ts", ".flv")  # containers that hold H.264
+
 
 def check_video_path(
-    path, # the video to write
-    *inputs, # what is read: see `refuse_overwrite`
+    path,  # the video to write
+    *inputs,  # what is read: see `refuse_overwrite`
 ):
-    "Raise `ValueError` for a file that `write_video` could not write, or that is one of the inputs: before the first frame is labelled."
+    """Raise `ValueError` for a file that `write_video` could not write, or that is one of the inputs:
+    before the first frame is labelled.
+    """
     path = Path(path)
-    if path.suffix.lower() not in VIDEO_SUFFIXES: raise ValueError(f"{path}: a video is written as {', '.join(VIDEO_SUFFIXES)}")
-    if not path.parent.is_dir(): raise ValueError(f"The folder {path.parent} for {path.name} does not exist: create it first")
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ValueError(f"{path}: a video is written as {', '.join(VIDEO_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder {path.parent} for {path.name} does not exist: create it first")
     refuse_overwrite(path, *inputs)
 
+
 def check_rate(rate) -> Fraction:
-    "Frames per second as a fraction; 29.97 stays 29.97, \"30000/1001\" is exact. Raises `ValueError` for what is no number above 0."
-    try: found = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError): found = Fraction(0)
-    if not 0 < found <= 1000: raise ValueError(f"the rate is in frames per second, above 0 and up to 1000, such as 25 or 30000/1001, not {rate}")
+    """Frames per second as a fraction;
+    29.97 stays 29.97, "30000/1001" is exact. Raises `ValueError` for what is no number above 0.
+    """
+    try:
+        found = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
+        found = Fraction(0)
+    if not 0 < found <= 1000:
+        raise ValueError(
+            f"the rate is in frames per second, above 0 and up to 1000, such as 25 or 30000/1001, not {rate}"
+        )
     return found
 
+
 def write_video(
-    frames, # H x W x 3 uint8 arrays, or paths of pictures, all of one size
-    path, # *.mp4, or another container that holds H.264
-    rate:float|Fraction|str=25, # frames per second
-    times:list[Fraction]|None=None, # seconds at which each frame is shown, rising from 0; default: at the rate
+    frames,  # H x W x 3 uint8 arrays, or paths of pictures, all of one size
+    path,  # *.mp4, or another container that holds H.264
+    rate: float | Fraction | str = 25,  # frames per second
+    # seconds at which each frame is shown, rising from 0; default: at the rate
+    times: list[Fraction] | None = None,
 ):
-    "Encode frames as H.264. Raises `ImageError` without frames, or for frames of different size; `ValueError` as `check_video_path` does. Needs the extra `video`."
+    """Encode frames as H.264.
+
+    Raises `ImageError` without frames, or for frames of different size; `ValueError` as `check_video_path`
+    does. Needs the extra `video`.
+    """
     av, first, rate = require("av", "video"), None, check_rate(rate)
     check_video_path(path)
     with atomic_path(path) as temporary:
         with av.open(str(temporary), "w") as container:
             stream = container.add_stream("h264", rate=rate)
             stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
-            if times is not None: stream.codec_context.time_base = Fraction(1, 90_000)
+            if times is not None:
+                stream.codec_context.time_base = Fraction(1, 90_000)
             for number, frame in enumerate(frames):
                 refuse_overwrite(path, frame)
                 pixels = load_image(frame)
                 if first is None:
                     first = pixels.shape
-                    if min(first[:2]) < 2: raise ImageError(f"a video needs frames of at least 2 x 2 pixels, not {first[0]} x {first[1]}")
-                    stream.height, stream.width = (o//2*2 for o in first[:2])
+                    if min(first[:2]) < 2:
+                        raise ImageError(
+                            f"a video needs frames of at least 2 x 2 pixels, not {first[0]} x {first[1]}"
+                        )
+                    stream.height, stream.width = (o // 2 * 2 for o in first[:2])
                 name = frame if isinstance(frame, (str, Path)) else f"frame {number}"
-                if pixels.shape != first: raise ImageError(f"frames of a video must be of one size: {name} is {pixels.shape[0]} x {pixels.shape[1]}, the first is {first[0]} x {first[1]}")
-                shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:stream.height, :stream.width]), "rgb24")
-                if times is not None: shown.pts, shown.time_base = round(times[number]*90_000), Fraction(1, 90_000)
-                for packet in stream.encode(shown): container.mux(packet)
-            if first is None: raise ImageError("there are no frames to write")
-            for packet in stream.encode(): container.mux(packet)
+                if pixels.shape != first:
+                    raise ImageError(
+                        f"frames of a video must be of one size: {name} is {pixels.shape[0]} x"
+                        f" {pixels.shape[1]}, the first is {first[0]} x {first[1]}"
+                    )
+                shown = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(pixels[: stream.height, : stream.width]), "rgb24"
+                )
+                if times is not None:
+                    shown.pts, shown.time_base = round(times[number] * 90_000), Fraction(1, 90_000)
+                for packet in stream.encode(shown):
+                    container.mux(packet)
+            if first is None:
+                raise ImageError("there are no frames to write")
+            for packet in stream.encode():
+                container.mux(packet)
 
 # %% ../../nbs/inference/03_video.ipynb #446197be
-def _numbered(path:Path) -> list: return [int(o) if o.isdigit() else o.casefold() for o in re.split(r"(\d+)", path.name)]
+def _numbered(path: Path) -> list:
+    return [int(o) if o.isdigit() else o.casefold() for o in re.split(r"(\d+)", path.name)]
+
 
 @dataclass
 class Frame:
     "A frame that is read when it is called: H x W x 3 uint8. Raises `ImageError` if it is damaged."
-    pixels:Callable|ImageError # () -> array, or what is wrong with it
-    seconds:Fraction|None=None # when it is shown, if the source says so
-    path:Path|None=None # of a folder's frame
+
+    pixels: Callable | ImageError  # () -> array, or what is wrong with it
+    seconds: Fraction | None = None  # when it is shown, if the source says so
+    path: Path | None = None  # of a folder's frame
+
     def __call__(self) -> np.ndarray:
-        if isinstance(self.pixels, Exception): raise self.pixels
+        if isinstance(self.pixels, Exception):
+            raise self.pixels
         return self.pixels()
 
-def _length(container, stream) -> float|None:
+
+def _length(container, stream) -> float | None:
     "Seconds that a stream should last, as far as the file says."
-    if stream.frames and stream.average_rate and "mov" not in container.format.name: return float(stream.frames/stream.average_rate)   # in MP4 some frames are perhaps not to be shown
-    if stream.duration: return float(stream.duration*stream.time_base)
+    # in MP4 some frames are perhaps not to be shown
+    if stream.frames and stream.average_rate and "mov" not in container.format.name:
+        return float(stream.frames / stream.average_rate)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-    if tag: return 3600*int(tag[1]) + 60*int(tag[2]) + float(tag[3])
-    return container.duration/1e6 if container.duration and len(container.streams) == 1 else None
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    return container.duration / 1e6 if container.duration and len(container.streams) == 1 else None
+
 
 def _decoded(av, container, stream) -> Iterator:
     "Frames, and in their place (packet, error) for packets that cannot be decoded."
-    for _ in range(8):   # reading too may stumble over damage, and go on behind it
+    for _ in range(8):  # reading too may stumble over damage, and go on behind it
         packet = None
         try:
             for packet in container.demux(stream):
-                try: frames = packet.decode()
-                except av.FFmpegError as e: frames = [(packet, e)]
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as e:
+                    frames = [(packet, e)]
                 yield from frames
             return
         except av.FFmpegError as e:
-            if isinstance(e, EOFError): return
+            if isinstance(e, EOFError):
+                return
             yield packet, e
 
-def _video_frames(av, source:Path, container, stream) -> Iterator[tuple[str, Frame]]:
+
+def _video_frames(av, source: Path, container, stream) -> Iterator[tuple[str, Frame]]:
     start = last = None
     count, rate, length = 0, stream.average_rate or 25, _length(container, stream)
     for found in _decoded(av, container, stream):
         packet, error = found if isinstance(found, tuple) else (found, None)
         stamp = None if packet is None else packet.dts if packet.pts is None else packet.pts
-        seconds = stamp*packet.time_base if stamp is not None and packet.time_base else None
+        seconds = stamp * packet.time_base if stamp is not None and packet.time_base else None
         if seconds is not None:
             start = seconds if start is None else start
             seconds -= start
-        if error: frame = Frame(ImageError(f"{source}: frame {count:06} is damaged" + (f", {float(seconds):.2f} s from the start" if seconds is not None else "") + f" ({error.strerror})"), seconds)
+        if error:
+            frame = Frame(
+                ImageError(
+                    f"{source}: frame {count:06} is damaged"
+                    + (f", {float(seconds):.2f} s from the start" if seconds is not None else "")
+                    + f" ({error.strerror})"
+                ),
+                seconds,
+            )
         else:
             last = seconds if seconds is not None else last
             # Turned as the camera was held.
-            frame = Frame(lambda frame=found: np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0)/90) % 4)), seconds)
+            frame = Frame(
+                lambda frame=found: np.ascontiguousarray(
+                    np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90) % 4)
+                ),
+                seconds,
+            )
         yield f"{count:06}", frame
         count += 1
-    if length and last is not None and length - float(last + 1/rate) > max(4/rate, 0.05*length):
-        yield f"{count:06}", Frame(ImageError(f"{source}: the file is cut, it ends after {count} frames and {float(last):.2f} of {length:.2f} s"))
+    if length and last is not None and length - float(last + 1 / rate) > max(4 / rate, 0.05 * length):
+        yield (
+            f"{count:06}",
+            Frame(
+                ImageError(
+                    f"{source}: the file is cut, it ends after {count} frames and {float(last):.2f} of"
+                    f" {length:.2f} s"
+                )
+            ),
+        )
 
-def _pictures(folder:Path) -> list[Path]:
+
+def _pictures(folder: Path) -> list[Path]:
     "The frames of a folder, in the order of their numbers."
     return sorted((o for o in folder.iterdir() if is_image_name(o.name) and not o.is_dir()), key=_numbered)
 
+
 @contextmanager
 def open_frames(
-    source, # a video file, or a folder of pictures
-    limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of those pictures, see `load_image`
-): # yields (number of frames or None, frames per second or None, iterator of (name, `Frame`)), where a frame is called to be read
-    "The frames of a video or a folder, one at a time. Raises `ImageError` for what is neither, `MissingExtra` for a video without the extra `video`."
+    source,  # a video file, or a folder of pictures
+    # of those pictures, see `load_image`
+    limits: tuple[float, float] | str | None = None,
+    bands: tuple[int, ...] | None = None,
+    # yields (number of frames or None, frames per second or None, iterator of (name, `Frame`)), where a frame
+    # is called to be read
+):
+    """The frames of a video or a folder, one at a time.
+
+    Raises `ImageError` for what is neither, `MissingExtra` for a video without the extra `video`.
+    """
     source = Path(source)
     if source.is_dir():
         paths = _pictures(source)
-        if not paths: raise ImageError(f"{source} holds no pictures")
-        if len({o.stem for o in paths}) < len(paths): raise ImageError(f"{source} holds pictures that differ in their suffix only: rename or remove one of each pair")
-        yield len(paths), None, ((o.stem, Frame(lambda o=o: load_image(o, limits=limits, bands=bands), path=o)) for o in paths)
+        if not paths:
+            raise ImageError(f"{source} holds no pictures")
+        if len({o.stem for o in paths}) < len(paths):
+            raise ImageError(
+                f"{source} holds pictures that differ in their suffix only: rename or remove one of each pair"
+            )
+        yield (
+            len(paths),
+            None,
+            ((o.stem, Frame(lambda o=o: load_image(o, limits=limits, bands=bands), path=o)) for o in paths),
+        )
         return
-    if not source.is_file(): raise ImageError(f"{source} does not exist. Check the path")
+    if not source.is_file():
+        raise ImageError(f"{source} does not exist. Check the path")
     if limits or bands:
-        raise ImageError(f"{source} is a video, whose frames have 8 bits and three bands: limits and bands are for folders of pictures",
-                         f"{source} is a video, whose frames have 8 bits and three bands: --limits and --bands are for folders of pictures")
+        raise ImageError(
+            f"{source} is a video, whose frames have 8 bits and three bands: limits and bands are for folders"
+            " of pictures",
+            f"{source} is a video, whose frames have 8 bits and three bands: --limits and --bands are for"
+            " folders of pictures",
+        )
     av = require("av", "video")
-    try: container = av.open(str(source))
-    except av.FFmpegError as e: raise ImageError(f"{source} is not a readable video ({e.strerror}): it is of another kind, or was cut before its index") from e
+    try:
+        container = av.open(str(source))
+    except av.FFmpegError as e:
+        raise ImageError(
+            f"{source} is not a readable video ({e.strerror}): it is of another kind, or was cut before its"
+            " index"
+        ) from e
     with container:
         # The cover of an album is a stream too.
-        streams = [o for o in container.streams.video if not o.disposition & av.stream.Disposition.attached_pic]
-        if not len(container.streams): raise ImageError(f"{source} is not a readable video: nothing can be found in it, perhaps because it was cut")
-        if not streams: raise ImageError(f"{source} has no video stream" + (", only sound" if container.streams.audio else ""))
-        yield streams[0].frames or None, streams[0].average_rate or None, _video_frames(av, source, container, streams[0])
+        streams = [
+            o for o in container.streams.video if not o.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not len(container.streams):
+            raise ImageError(
+                f"{source} is not a readable video: nothing can be found in it, perhaps because it was cut"
+            )
+        if not streams:
+            raise ImageError(
+                f"{source} has no video stream" + (", only sound" if container.streams.audio else "")
+            )
+        yield (
+            streams[0].frames or None,
+            streams[0].average_rate or None,
+            _video_frames(av, source, container, streams[0]),
+        )
 
 # %% ../../nbs/inference/03_video.ipynb #71401031
-def _question(source:Path, rate, every:int, vocabulary:Vocabulary, system, limits=None, bands=None) -> dict:
+def _question(
+    source: Path, rate, every: int, vocabulary: Vocabulary, system, limits=None, bands=None
+) -> dict:
     "The first line of the journal."
-    return json.loads(json.dumps(dict(source=str(source.resolve()), digest=None if source.is_dir() else file_digest(source), rate=rate and str(rate), every=every,
-        names=vocabulary.names, words=vocabulary.words, background=vocabulary.background, system=system.describe(), limits=limits, bands=bands)))
+    return json.loads(
+        json.dumps(
+            dict(
+                source=str(source.resolve()),
+                digest=None if source.is_dir() else file_digest(source),
+                rate=rate and str(rate),
+                every=every,
+                names=vocabulary.names,
+                words=vocabulary.words,
+                background=vocabulary.background,
+                system=system.describe(),
+                limits=limits,
+                bands=bands,
+            )
+        )
+    )
 
-def _frame_digest(path:Path|None) -> str|None:
-    "Of a folder's frame; None for a frame of a video, and for a file that cannot be read, which is then damaged."
-    try: return path and file_digest(path)
-    except OSError: return None
 
-def _first_digest(records:dict, source:Path) -> bool:
+def _frame_digest(path: Path | None) -> str | None:
+    """Of a folder's frame;
+    None for a frame of a video, and for a file that cannot be read, which is then damaged.
+    """
+    try:
+        return path and file_digest(path)
+    except OSError:
+        return None
+
+
+def _first_digest(records: dict, source: Path) -> bool:
     "Whether a folder holds a frame that was labelled under this name, with the bytes it had."
     there = {o.stem: o for o in _pictures(source)}
-    return any(record.get("digest") and _frame_digest(there.get(name)) == record["digest"] for name, record in list(records.items())[:3])
+    return any(
+        record.get("digest") and _frame_digest(there.get(name)) == record["digest"]
+        for name, record in list(records.items())[:3]
+    )
 
-def _records(journal:Journal) -> dict[str, dict]: return {o["frame"]: o for o in journal.records}
 
-def _claim(out:Path, question:dict, source:Path) -> tuple[Journal, dict[str, dict]]:
-    "The journal of a folder, and its records by frame. Raises `ValueError` for a folder of another question; one of an older state of the video is emptied."
-    path = out/"frames.jsonl"
+def _records(journal: Journal) -> dict[str, dict]:
+    return {o["frame"]: o for o in journal.records}
+
+
+def _claim(out: Path, question: dict, source: Path) -> tuple[Journal, dict[str, dict]]:
+    """The journal of a folder, and its records by frame.
+
+    Raises `ValueError` for a folder of another question; one of an older state of the video is emptied.
+    """
+    path = out / "frames.jsonl"
     journal = Journal(path)
     if (before := journal.header) is None:
-        if strange := next((o for kind in ("labels.png", "overlay.jpg") for o in out.glob(f"*.{kind}")), None):
-            raise ValueError(f"{out} holds {strange.name}, which was not made from this video: name another folder")
+        if strange := next(
+            (o for kind in ("labels.png", "overlay.jpg") for o in out.glob(f"*.{kind}")), None
+        ):
+            raise ValueError(
+                f"{out} holds {strange.name}, which was not made from this video: name another folder"
+            )
         return journal, {}
     advice = "name another folder, or empty this one"
-    if not isinstance(before, dict) or not question.keys() <= before.keys(): raise ValueError(f"{path} is no list of frames: {advice}")
+    if not isinstance(before, dict) or not question.keys() <= before.keys():
+        raise ValueError(f"{path} is no list of frames: {advice}")
     asked = ("names", "words", "background", "system", "limits", "bands")
     if change := difference({o: before[o] for o in asked}, {o: question[o] for o in asked}):
         raise ValueError(f"{out} holds frames with other words or of another system ({change}): {advice}")
@@ -193,116 +337,201 @@ def _claim(out:Path, question:dict, source:Path) -> tuple[Journal, dict[str, dic
     if moved and (changed or question["digest"] is None and not _first_digest(records, source)):
         raise ValueError(f"{out} holds frames of another video, {before['source']}: {advice}")
     if not changed and before["every"] % question["every"]:
-        raise ValueError(f"{out} was made with every={before['every']}, now every={question['every']} is asked, and frames of both would be mixed: {advice}")
+        raise ValueError(
+            f"{out} was made with every={before['every']}, now every={question['every']} is asked, and frames"
+            f" of both would be mixed: {advice}"
+        )
     if changed:
-        warnings.warn(f"{source} has changed since it was labelled: {len(records)} frames are labelled again", stacklevel=3)
+        warnings.warn(
+            f"{source} has changed since it was labelled: {len(records)} frames are labelled again",
+            stacklevel=3,
+        )
         for name in records:
-            for kind in ("labels.png", "overlay.jpg"): (out/f"{name}.{kind}").unlink(missing_ok=True)
+            for kind in ("labels.png", "overlay.jpg"):
+                (out / f"{name}.{kind}").unlink(missing_ok=True)
         records = {}
     _write_journal(path, question, records.values())
     return Journal(path), records
 
-def _write_journal(path:Path, question:dict, records):
-    with atomic_path(path) as temporary: temporary.write_text("".join(json.dumps(o) + "\n" for o in (question, *records)), encoding="utf-8")
 
-def _label_frame(frame:Frame, labels:Path, picture:Path|None, known:bool, vocabulary:Vocabulary, system) -> Segmentation:
-    "The label map of a frame: from its file if that is whole and `known`, else made; with the overlay, if it is wanted. Raises `ImageError`."
-    try: result = Segmentation.from_png(labels) if known and labels.is_file() else None
-    except SegmentationError: result = None   # damaged: it is made again
-    if result is not None and result.names != tuple(vocabulary.names): result = None
-    if result is not None and (picture is None or picture.is_file()): return result
+def _write_journal(path: Path, question: dict, records):
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(o) + "\n" for o in (question, *records)), encoding="utf-8")
+
+
+def _label_frame(
+    frame: Frame, labels: Path, picture: Path | None, known: bool, vocabulary: Vocabulary, system
+) -> Segmentation:
+    """The label map of a frame:
+    from its file if that is whole and `known`, else made; with the overlay, if it is wanted. Raises
+    `ImageError`.
+    """
+    try:
+        result = Segmentation.from_png(labels) if known and labels.is_file() else None
+    except SegmentationError:
+        result = None  # damaged: it is made again
+    if result is not None and result.names != tuple(vocabulary.names):
+        result = None
+    if result is not None and (picture is None or picture.is_file()):
+        return result
     pixels = frame()
     if result is None or result.labels.shape != pixels.shape[:2]:
-        if picture: picture.unlink(missing_ok=True)
+        if picture:
+            picture.unlink(missing_ok=True)
         result = system.segment(pixels, vocabulary)
         result.save_png(labels)
     if picture:
-        with atomic_path(picture) as temporary: result.overlay(pixels, legend=False).save(temporary, quality=90)
+        with atomic_path(picture) as temporary:
+            result.overlay(pixels, legend=False).save(temporary, quality=90)
     return result
 
-def segment_video(
-    source, # a video file, or a folder of frames
-    words, # what `Vocabulary.of` takes
-    system, # from `ovss_nb.create`
-    out, # folder for `NAME.labels.png` of each frame, and frames.jsonl, which says what they were made from
-    overlay:bool=True, # write `NAME.overlay.jpg` too
-    every:int=1, # label only each so manieth frame
-    progress:bool=True,
-    limits:tuple[float, float]|str|None=None, bands:tuple[int, ...]|None=None, # of a folder of frames, see `load_image`
-) -> Iterator[tuple[str, Segmentation|ImageError]]: # name of the frame, and its label map, also of frames that were finished before, or what is wrong with it
-    """Label frame by frame into a folder; stopped, the same call goes on, and does again what has changed since. A damaged frame yields its `ImageError`, and the rest goes on.
 
-    Raises `ImageError` for a source that is no video, or of which no frame can be read, `ValueError` for a folder of another question, or the source's own."""
+def segment_video(
+    source,  # a video file, or a folder of frames
+    words,  # what `Vocabulary.of` takes
+    system,  # from `ovss_nb.create`
+    # folder for `NAME.labels.png` of each frame, and frames.jsonl, which says what they were made from
+    out,
+    overlay: bool = True,  # write `NAME.overlay.jpg` too
+    every: int = 1,  # label only each so manieth frame
+    progress: bool = True,
+    # of a folder of frames, see `load_image`
+    limits: tuple[float, float] | str | None = None,
+    bands: tuple[int, ...] | None = None,
+    # name of the frame, and its label map, also of frames that were finished before, or what is wrong with it
+) -> Iterator[tuple[str, Segmentation | ImageError]]:
+    """Label frame by frame into a folder; stopped, the same call goes on, and does again what has changed
+    since. A damaged frame yields its `ImageError`, and the rest goes on.
+
+    Raises `ImageError` for a source that is no video, or of which no frame can be read, `ValueError` for a
+    folder of another question, or the source's own.
+    """
     vocabulary, out, source = Vocabulary.of(words), Path(out), Path(source)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every={every!r} must be a whole number, at least 1")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} must be a whole number, at least 1")
     refuse_overwrite(out, source, words)
-    if (source/"frames.jsonl").is_file(): raise ImageError(f"{source} holds label maps and overlays of an earlier run, not frames: pass what that was made from")
-    if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name a folder")
-    system.encode_text(vocabulary)   # a bad word fails before the first frame
+    if (source / "frames.jsonl").is_file():
+        raise ImageError(
+            f"{source} holds label maps and overlays of an earlier run, not frames: pass what that was made"
+            " from"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder")
+    system.encode_text(vocabulary)  # a bad word fails before the first frame
     limits, bands = check_limits(limits), check_bands(bands)
     with open_frames(source, limits, bands) as (count, rate, frames):
-        if (first := next(frames, None)) is None: raise ImageError(f"{source} holds no frame that can be read: it is empty, cut or damaged")
+        if (first := next(frames, None)) is None:
+            raise ImageError(f"{source} holds no frame that can be read: it is empty, cut or damaged")
         out.mkdir(parents=True, exist_ok=True)
         question = _question(source, rate, every, vocabulary, system, limits, bands)
         journal, records = _claim(out, question, source)
         journal.begin(question)
         current, changed, fault = [], 0, None
         try:
-            with tqdm(total=count and -(-count//every), desc="frames", unit="frame", disable=not progress) as bar:
+            with tqdm(
+                total=count and -(-count // every), desc="frames", unit="frame", disable=not progress
+            ) as bar:
                 for i, (name, frame) in enumerate(chain([first], frames)):
                     cut = frame.seconds is None and frame.path is None and isinstance(frame.pixels, Exception)
-                    if i % every and not cut: continue
+                    if i % every and not cut:
+                        continue
                     before = records.get(name)
-                    record = dict(frame=name, seconds=frame.seconds is not None and str(frame.seconds) or None, digest=_frame_digest(frame.path))
-                    known = before is not None and "bad" not in before and before["digest"] == record["digest"]
+                    record = dict(
+                        frame=name,
+                        seconds=frame.seconds is not None and str(frame.seconds) or None,
+                        digest=_frame_digest(frame.path),
+                    )
+                    known = (
+                        before is not None and "bad" not in before and before["digest"] == record["digest"]
+                    )
                     if before is not None and "bad" not in before and not known:
                         changed += 1
-                        journal.append(dict(frame=name, seconds=None, digest=None))   # until it is made, it is of neither
-                        for kind in ("labels.png", "overlay.jpg"): (out/f"{name}.{kind}").unlink(missing_ok=True)
-                    try: result = _label_frame(frame, out/f"{name}.labels.png", out/f"{name}.overlay.jpg" if overlay else None, known, vocabulary, system)
-                    except ImageError as e: result, fault, record = e, fault or e, record | dict(bad=str(e))
-                    if record != before: journal.append(record)
+                        # until it is made, it is of neither
+                        journal.append(dict(frame=name, seconds=None, digest=None))
+                        for kind in ("labels.png", "overlay.jpg"):
+                            (out / f"{name}.{kind}").unlink(missing_ok=True)
+                    try:
+                        result = _label_frame(
+                            frame,
+                            out / f"{name}.labels.png",
+                            out / f"{name}.overlay.jpg" if overlay else None,
+                            known,
+                            vocabulary,
+                            system,
+                        )
+                    except ImageError as e:
+                        result, fault, record = e, fault or e, record | dict(bad=str(e))
+                    if record != before:
+                        journal.append(record)
                     current.append(record)
                     bar.update()
                     yield name, result
-        finally: journal.close()
-        _write_journal(out/"frames.jsonl", question, current)   # without frames that are there no more
-    if changed: warnings.warn(f"{changed} frames of {source} have changed since they were labelled, and were labelled again", stacklevel=2)
+        finally:
+            journal.close()
+        _write_journal(out / "frames.jsonl", question, current)  # without frames that are there no more
+    if changed:
+        warnings.warn(
+            f"{changed} frames of {source} have changed since they were labelled, and were labelled again",
+            stacklevel=2,
+        )
     if all("bad" in o for o in current):
         none = f"none of the {len(current)} frames of {source} can be read; the first: "
         raise ImageError(f"{none}{fault}", f"{none}{getattr(fault, 'shell', fault)}")
 
 # %% ../../nbs/inference/03_video.ipynb #46a1c0e2
-def _shown(records:list[dict], out:Path, rate:Fraction) -> tuple[list[Path], list[Fraction]|None]:
-    "Overlays in the order of time, the one before in the place of a damaged frame; and their times, if they do not follow the rate."
-    if any(o["seconds"] for o in records): records = [o for o in records if o["seconds"]]   # all but the note that a file was cut
+def _shown(records: list[dict], out: Path, rate: Fraction) -> tuple[list[Path], list[Fraction] | None]:
+    """Overlays in the order of time, the one before in the place of a damaged frame;
+    and their times, if they do not follow the rate.
+    """
+    # all but the note that a file was cut
+    if any(o["seconds"] for o in records):
+        records = [o for o in records if o["seconds"]]
     times = [Fraction(o["seconds"]) for o in records if o["seconds"]]
-    if len(times) == len(records): records = sorted(records, key=lambda o: Fraction(o["seconds"]))
-    good = [out/f"{o['frame']}.overlay.jpg" for o in records if "bad" not in o]
-    if not good: raise ImageError(f"{out} holds no frame to show")
-    if missing := next((o for o in good if not o.is_file()), None): raise ImageError(f"{missing} is not there: label the video again, with overlay=True")
+    if len(times) == len(records):
+        records = sorted(records, key=lambda o: Fraction(o["seconds"]))
+    good = [out / f"{o['frame']}.overlay.jpg" for o in records if "bad" not in o]
+    if not good:
+        raise ImageError(f"{out} holds no frame to show")
+    if missing := next((o for o in good if not o.is_file()), None):
+        raise ImageError(f"{missing} is not there: label the video again, with overlay=True")
     pictures, last = [], good[0]
     for o in records:
-        if "bad" not in o: last = out/f"{o['frame']}.overlay.jpg"
+        if "bad" not in o:
+            last = out / f"{o['frame']}.overlay.jpg"
         pictures.append(last)
     times = [o - min(times) for o in sorted(times)]
-    if len(times) < len(pictures) or all(abs(o - i/rate) <= 1/(2*rate) for i, o in enumerate(times)): return pictures, None
-    if any(o >= after for o, after in zip(times, times[1:])): return pictures, None   # two at once: the file's times mean nothing
+    if len(times) < len(pictures) or all(abs(o - i / rate) <= 1 / (2 * rate) for i, o in enumerate(times)):
+        return pictures, None
+    # two at once: the file's times mean nothing
+    if any(o >= after for o, after in zip(times, times[1:])):
+        return pictures, None
     return pictures, times
 
+
 def overlay_video(
-    folder, # of `segment_video`, with overlays
-    path, # the video to write
-    rate:float|Fraction|str|None=None, # frames per second; default: the source's, by the step; 25, with a warning, where the source is a folder of pictures
-) -> Fraction: # the rate; where the source's frames came at uneven times, the mean
-    "The overlays of a folder as one video. Raises `ImageError` for a folder that `segment_video` did not make, else as `write_video` does."
+    folder,  # of `segment_video`, with overlays
+    path,  # the video to write
+    # frames per second; default: the source's, by the step; 25, with a warning, where the source is a folder
+    # of pictures
+    rate: float | Fraction | str | None = None,
+) -> Fraction:  # the rate; where the source's frames came at uneven times, the mean
+    """The overlays of a folder as one video.
+
+    Raises `ImageError` for a folder that `segment_video` did not make, else as `write_video` does.
+    """
     out = Path(folder)
-    journal = Journal(out/"frames.jsonl")
-    if journal.header is None: raise ImageError(f"{out} has no frames.jsonl: pass a folder of segment_video")
+    journal = Journal(out / "frames.jsonl")
+    if journal.header is None:
+        raise ImageError(f"{out} has no frames.jsonl: pass a folder of segment_video")
     check_video_path(path, journal.header["source"])
     every, own = journal.header["every"], journal.header["rate"]
-    if rate is None and own is None: warnings.warn(f"a folder of pictures has no rate: {path} runs at {25/every:g} frames per second. Choose with rate=", stacklevel=2)
-    chosen = Fraction(own or 25)/every if rate is None else check_rate(rate)
+    if rate is None and own is None:
+        warnings.warn(
+            f"a folder of pictures has no rate: {path} runs at {25 / every:g} frames per second. Choose with"
+            " rate=",
+            stacklevel=2,
+        )
+    chosen = Fraction(own or 25) / every if rate is None else check_rate(rate)
     pictures, times = _shown(list(_records(journal).values()), out, chosen)
     write_video(pictures, path, chosen, None if rate is not None else times)
     return chosen

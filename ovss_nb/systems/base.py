@@ -25,13 +25,20 @@ from ..core.vocabulary import Vocabulary, VocabularyWarning
 # %% ../../nbs/systems/01_base.ipynb #0ebcca8d
 @dataclass(frozen=True)
 class Config:
-    "The knobs that every system has; each system adds its own. Frozen, so that a result can be traced to one configuration."
-    size:Count = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`)
-    keep_aspect:bool = False # false squashes the image to a square, as SimSeg does
-    longest:Count|None = None # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
-    templates:str = "single" # prompt templates: see `ovss_nb.text.text_bank`
-    prompts:str|tuple[str, ...] = "names" # "names", "descriptions", "subclasses", "both", the file of a bank (*.json), or several: see `prompt_sources`
-    pooling:Literal["mean", "max"] = "mean" # several texts of one class: "mean" of the embeddings or "max" of the scores
+    """The knobs that every system has;
+    each system adds its own. Frozen, so that a result can be traced to one configuration.
+    """
+
+    size: Count = 448  # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`)
+    keep_aspect: bool = False  # false squashes the image to a square, as SimSeg does
+    # pixels of the longer side at most, with `keep_aspect`; default: four times `size`
+    longest: Count | None = None
+    templates: str = "single"  # prompt templates: see `ovss_nb.text.text_bank`
+    # "names", "descriptions", "subclasses", "both", the file of a bank (*.json), or several: see
+    # `prompt_sources`
+    prompts: str | tuple[str, ...] = "names"
+    # several texts of one class: "mean" of the embeddings or "max" of the scores
+    pooling: Literal["mean", "max"] = "mean"
 
     def __post_init__(self):
         prompts = self.prompts if isinstance(self.prompts, (list, tuple)) else [self.prompts]
@@ -39,33 +46,49 @@ class Config:
             raise ValueError("a configuration names its prompts: save a PromptBank and give the file")
         check_options(self)
         prompt_sources(self.prompts)
-        largest = max((o for o in (self.size if isinstance(self.size, tuple) else [self.size]) if o), default=0)
-        if largest**2 > MAX_PIXELS:   # no picture has more, and memory ends before
+        largest = max(
+            (o for o in (self.size if isinstance(self.size, tuple) else [self.size]) if o), default=0
+        )
+        if largest**2 > MAX_PIXELS:  # no picture has more, and memory ends before
             raise ValueError(f"size must be at most {math.isqrt(MAX_PIXELS)} pixels a side, not {largest}")
         self.check_sizes()
 
     def check_sizes(self):
         "Raises `ValueError` for sizes that contradict each other."
-        if self.keep_aspect and isinstance(self.size, int) and self.longest is not None and self.longest < self.size:
-            raise ValueError(f"longest={self.longest} must be at least size={self.size}: it bounds the longer side")
+        if (
+            self.keep_aspect
+            and isinstance(self.size, int)
+            and self.longest is not None
+            and self.longest < self.size
+        ):
+            raise ValueError(
+                f"longest={self.longest} must be at least size={self.size}: it bounds the longer side"
+            )
 
     def to_dict(self) -> dict:
         "All knobs and their values, ready for JSON."
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, knobs:dict):
-        "Build from a dict; raises `OptionError` for an unknown knob, with the nearest known name, and for a value of another type."
+    def from_dict(cls, knobs: dict):
+        """Build from a dict;
+        raises `OptionError` for an unknown knob, with the nearest known name, and for a value of another
+        type.
+        """
         check_names(knobs, option_kinds(cls), cls.__name__)
         return cls(**knobs)
 
 # %% ../../nbs/systems/01_base.ipynb #29ed9869
 @dataclass
 class EncodedImage:
-    "An image (H x W x 3, uint8) with its features; what `System.encode_image` returns and `System.segment` reuses."
-    image:np.ndarray # H x W x 3 uint8 RGB
-    features:ImageFeatures # of a batch of one
-    resolution:tuple[int, int]|None = None # height and width of what the scores cover, where that is not the encoder's input (sliding windows)
+    """An image (H x W x 3, uint8) with its features;
+    what `System.encode_image` returns and `System.segment` reuses.
+    """
+
+    image: np.ndarray  # H x W x 3 uint8 RGB
+    features: ImageFeatures  # of a batch of one
+    # height and width of what the scores cover, where that is not the encoder's input (sliding windows)
+    resolution: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -74,45 +97,78 @@ class EncodedImage:
 
 # %% ../../nbs/systems/01_base.ipynb #3305f2f8
 class System:
-    "A segmentation system: `scores` turns image features and a text bank into K x h x w scores; the rest is shared."
+    """A segmentation system:
+    `scores` turns image features and a text bank into K x h x w scores; the rest is shared.
+    """
+
     config_class = Config
 
-    def __init__(self,
-        encoder:Encoder, # where features and text embeddings come from
-        config:Config|None=None, # all knobs at once, or ...
-        cache:Cache|bool|None=None, # disk cache for text embeddings; True for the default place
-        **knobs, # ... single knobs by name
+    def __init__(
+        self,
+        encoder: Encoder,  # where features and text embeddings come from
+        config: Config | None = None,  # all knobs at once, or ...
+        cache: Cache | bool | None = None,  # disk cache for text embeddings; True for the default place
+        **knobs,  # ... single knobs by name
     ):
-        if config is not None and knobs: raise ValueError("give a config or single knobs, not both")
+        if config is not None and knobs:
+            raise ValueError("give a config or single knobs, not both")
         if config is not None and not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, not {type(config).__name__}")
         self.config = config or self.config_class.from_dict(knobs)
-        self.encoder, self.cache, self._banks, self._noted = encoder, fit_option("cache", cache, Cache|bool|None), {}, set()
+        self.encoder, self.cache, self._banks, self._noted = (
+            encoder,
+            fit_option("cache", cache, Cache | bool | None),
+            {},
+            set(),
+        )
 
     @torch.inference_mode()
     def encode_image(self, image) -> EncodedImage:
-        "Load and encode one image: the costly part, done once. Takes a path, bytes, PIL image, array or tensor."
-        if isinstance(image, EncodedImage): return image
+        """Load and encode one image:
+        the costly part, done once. Takes a path, bytes, PIL image, array or tensor.
+        """
+        if isinstance(image, EncodedImage):
+            return image
         pixels = load_image(image)
-        return EncodedImage(pixels, self.encoder.encode(self.encoder.preprocess(pixels, self.config.size, self.config.keep_aspect, self.config.longest)))
+        return EncodedImage(
+            pixels,
+            self.encoder.encode(
+                self.encoder.preprocess(
+                    pixels, self.config.size, self.config.keep_aspect, self.config.longest
+                )
+            ),
+        )
 
-    def stand_ins(self, vocabulary:Vocabulary) -> dict[str, list[str]]:
-        "{name: words} that this system puts in place of some names, unless a bank of prompts has texts for them; here none."
+    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
+        """{name:
+        words} that this system puts in place of some names, unless a bank of prompts has texts for them; here
+        none.
+        """
         return {}
 
-    def note_single(self, vocabulary:Vocabulary):
+    def note_single(self, vocabulary: Vocabulary):
         "Warn, once for a vocabulary, if it has one name only."
-        if len(vocabulary) > 1 or vocabulary.names in self._noted: return
+        if len(vocabulary) > 1 or vocabulary.names in self._noted:
+            return
         self._noted.add(vocabulary.names)
         threshold = hasattr(self.config, "background_threshold")
-        advice = "Add the name 'background'" + threshold*"; with it, the knob background_threshold says how probable a name must be"
+        advice = (
+            "Add the name 'background'"
+            + threshold * "; with it, the knob background_threshold says how probable a name must be"
+        )
         advice = "Add" if vocabulary.background else f"{advice}. Or add"
-        warnings.warn(f"{vocabulary.names[0]!r} is the only name, so every pixel gets it, whatever the picture shows. "
-                      f"{advice} the names of what else may be there", VocabularyWarning, stacklevel=4)
+        warnings.warn(
+            f"{vocabulary.names[0]!r} is the only name, so every pixel gets it, whatever the picture shows. "
+            f"{advice} the names of what else may be there",
+            VocabularyWarning,
+            stacklevel=4,
+        )
 
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
-        "Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the system has a cache. Raises as `ovss_nb.text.text_bank.encode_text`."
+        """Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the
+        system has a cache. Raises as `ovss_nb.text.text_bank.encode_text`.
+        """
         vocabulary = Vocabulary.of(words)
         self.note_single(vocabulary)
         # A file that says something else by now is read again.
@@ -120,37 +176,64 @@ class System:
         key = (vocabulary, *(file_digest(o) if o.is_file() else "" for o in files))
         if key not in self._banks:
             # A session that tries hundreds of vocabularies must not grow without bound.
-            while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
-            self._banks[key] = encode_text(self.encoder, vocabulary, templates=self.config.templates, cache=self.cache, prompts=self.config.prompts,
-                                           instead=self.stand_ins(vocabulary))
+            while len(self._banks) >= 32:
+                self._banks.pop(next(iter(self._banks)))
+            self._banks[key] = encode_text(
+                self.encoder,
+                vocabulary,
+                templates=self.config.templates,
+                cache=self.cache,
+                prompts=self.config.prompts,
+                instead=self.stand_ins(vocabulary),
+            )
         return self._banks[key]
 
     def describe(self) -> dict:
-        "What a score must be printed with, ready for JSON: the system, its encoder's weights, every knob, and which texts there were if not names alone."
+        """What a score must be printed with, ready for JSON:
+        the system, its encoder's weights, every knob, and which texts there were if not names alone.
+        """
         digest = prompts_digest(self.config.prompts)
-        return dict(system=type(self).__name__, encoder=self.encoder.name, fingerprint=self.encoder.fingerprint,
-                    config=json.loads(json.dumps(self.config.to_dict()))) | (dict(prompts=digest) if digest else {})
+        return dict(
+            system=type(self).__name__,
+            encoder=self.encoder.name,
+            fingerprint=self.encoder.fingerprint,
+            config=json.loads(json.dumps(self.config.to_dict())),
+        ) | (dict(prompts=digest) if digest else {})
 
-    def scores(self, image:EncodedImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: EncodedImage, text: TextBank) -> torch.Tensor:
         "K x h x w scores at the system's own resolution."
         raise TypeError(f"{type(self).__name__} does not define `scores`")
 
     @torch.inference_mode()
-    def stages(self, image:EncodedImage, text:TextBank) -> dict[str, torch.Tensor]:
-        "What the system believes after each of its steps, in order: K x h x w each, at any resolution; the last is what `scores` returns."
+    def stages(self, image: EncodedImage, text: TextBank) -> dict[str, torch.Tensor]:
+        """What the system believes after each of its steps, in order:
+        K x h x w each, at any resolution; the last is what `scores` returns.
+        """
         return {"scores": self.scores(image, text)}
 
-    def labels(self, image:EncodedImage, text:TextBank, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
+    def labels(
+        self, image: EncodedImage, text: TextBank, scores: torch.Tensor, vocabulary: Vocabulary
+    ) -> np.ndarray:
         "H x W label indices from scores: bilinear up-sampling and argmax unless a system refines otherwise."
         return upsample_argmax(scores, image.size).cpu().numpy()
 
     @torch.inference_mode()
-    def segment(self,
-        image, # an `EncodedImage`, or anything `encode_image` takes
-        words, # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
+    def segment(
+        self,
+        image,  # an `EncodedImage`, or anything `encode_image` takes
+        words,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
     ) -> Segmentation:
         "Label every pixel of `image` with one of `words`."
-        vocabulary, source = Vocabulary.of(words), None if isinstance(image, EncodedImage) or hasattr(image, "shape") else image
+        vocabulary, source = (
+            Vocabulary.of(words),
+            (None if isinstance(image, EncodedImage) or hasattr(image, "shape") else image),
+        )
         image, text = self.encode_image(image), self.encode_text(vocabulary)
         scores = self.scores(image, text)
-        return Segmentation(self.labels(image, text, scores, vocabulary), list(vocabulary.names), scores=scores.float().cpu().numpy(), image=image.image, source=source)
+        return Segmentation(
+            self.labels(image, text, scores, vocabulary),
+            list(vocabulary.names),
+            scores=scores.float().cpu().numpy(),
+            image=image.image,
+            source=source,
+        )

@@ -28,226 +28,375 @@ from ..text.text_bank import TextBank
 @dataclass(frozen=True)
 class CATSegConfig(TrainedConfig):
     "Knobs of CAT-Seg; the defaults are those of the released B/16 and L/14 (SYSTEMS 2.2)."
-    size:Count = 640 # with windows: the image is squashed to this square, or its shorter side becomes so long (`keep_aspect`)
-    shortest:Count|None = 640 # before squashing, the shorter side is brought to this many pixels, as the authors' loader does; None: not
-    windows:bool = True # see the image through windows and as a whole; false: as a whole, once
-    window:Count = 384 # pixels of a window
-    overlap:Annotated[float, Range(0, 1, "high")] = 0.333 # of neighbouring windows, as a share
-    grid:Count = 24 # places per side of a view: the encoder sees grid*stride pixels
-    guidance_layers:tuple[Index, Index]|None = None # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
-    enlarged:tuple[Count, Count] = (256, 128) # channels of the guides, enlarged twice and four times
-    prompt_channels:Count = 1 # several texts per class kept as so many channels of the cost map; 1: pooled as `pooling` says
-    width:Count = 128 # from here on: see `CostAggregation`
-    guidance:tuple[Count, Count] = (128, 128)
-    layers:Index = 2
-    heads:Count = 4
-    attention_window:Count = 12 # places per side
-    decoder:tuple[Count, Count] = (64, 32)
-    decoder_guidance:tuple[Count, Count] = (32, 16)
-    length:Index = 256
-    limit_classes:bool = True # of more classes than `length` only the likeliest go through; the others score 0
-    class_pool_train:Count = 2
-    class_pool_eval:Count = 1
-    chunk:Count|None = None # maps (views times classes) worked on at once: memory against speed; default: 16 on a CPU, else 256
-    spatial_stage:bool = True # false leaves the spatial enhancement out
-    class_stage:bool = True # false leaves the class enhancement out
-    centre_text:bool = False # compare with words less the mean of the vocabulary's words; not in the paper, see below
-    background_threshold:Share|None = None # probability that a background has at least
+
+    # with windows: the image is squashed to this square, or its shorter side becomes so long (`keep_aspect`)
+    size: Count = 640
+    # before squashing, the shorter side is brought to this many pixels, as the authors' loader does; None:
+    # not
+    shortest: Count | None = 640
+    windows: bool = True  # see the image through windows and as a whole; false: as a whole, once
+    window: Count = 384  # pixels of a window
+    overlap: Annotated[float, Range(0, 1, "high")] = 0.333  # of neighbouring windows, as a share
+    grid: Count = 24  # places per side of a view: the encoder sees grid*stride pixels
+    # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
+    guidance_layers: tuple[Index, Index] | None = None
+    enlarged: tuple[Count, Count] = (256, 128)  # channels of the guides, enlarged twice and four times
+    # several texts per class kept as so many channels of the cost map; 1: pooled as `pooling` says
+    prompt_channels: Count = 1
+    width: Count = 128  # from here on: see `CostAggregation`
+    guidance: tuple[Count, Count] = (128, 128)
+    layers: Index = 2
+    heads: Count = 4
+    attention_window: Count = 12  # places per side
+    decoder: tuple[Count, Count] = (64, 32)
+    decoder_guidance: tuple[Count, Count] = (32, 16)
+    length: Index = 256
+    # of more classes than `length` only the likeliest go through; the others score 0
+    limit_classes: bool = True
+    class_pool_train: Count = 2
+    class_pool_eval: Count = 1
+    # maps (views times classes) worked on at once: memory against speed; default: 16 on a CPU, else 256
+    chunk: Count | None = None
+    spatial_stage: bool = True  # false leaves the spatial enhancement out
+    class_stage: bool = True  # false leaves the class enhancement out
+    # compare with words less the mean of the vocabulary's words; not in the paper, see below
+    centre_text: bool = False
+    background_threshold: Share | None = None  # probability that a background has at least
 
     def check_sizes(self):
         if self.shortest is not None and self.longest is not None and self.longest < self.shortest:
-            raise ValueError(f"longest={self.longest} must be at least shortest={self.shortest}: it bounds the longer side")
-        if self.windows: window_offsets(self.size, self.window, self.overlap)   # raises if they do not fit
+            raise ValueError(
+                f"longest={self.longest} must be at least shortest={self.shortest}: it bounds the longer side"
+            )
+        # raises if they do not fit
+        if self.windows:
+            window_offsets(self.size, self.window, self.overlap)
 
 # %% ../../nbs/systems/09_catseg.ipynb #4c312c0d
 def guidance_blocks(
-    encoder:Encoder, # with `blocks`
-    chosen:tuple[int, int]|None=None, # or None for a third and two thirds up
-) -> tuple[int, int]: # 0-based
-    "Which blocks guide the decoder: 3 and 7 of 12, 7 and 15 of 24. Raises `ValueError` for an encoder without transformer blocks, or other numbers."
+    encoder: Encoder,  # with `blocks`
+    chosen: tuple[int, int] | None = None,  # or None for a third and two thirds up
+) -> tuple[int, int]:  # 0-based
+    """Which blocks guide the decoder:
+    3 and 7 of 12, 7 and 15 of 24. Raises `ValueError` for an encoder without transformer blocks, or other
+    numbers.
+    """
     count = len(getattr(encoder, "blocks", ()))
-    if count < 2: raise ValueError(f"{encoder.name} has no transformer blocks to guide the decoder. Take an encoder such as lite or clip:ViT-B-16/openai")
-    chosen = chosen or (max(0, count//3 - 1), 2*count//3 - 1)
-    if len(chosen) != 2 or not all(0 <= o < count for o in chosen): raise ValueError(f"guidance_layers must be two blocks from 0 to {count - 1}, not {chosen}")
+    if count < 2:
+        raise ValueError(
+            f"{encoder.name} has no transformer blocks to guide the decoder. Take an encoder such as lite or"
+            " clip:ViT-B-16/openai"
+        )
+    chosen = chosen or (max(0, count // 3 - 1), 2 * count // 3 - 1)
+    if len(chosen) != 2 or not all(0 <= o < count for o in chosen):
+        raise ValueError(f"guidance_layers must be two blocks from 0 to {count - 1}, not {chosen}")
     return tuple(chosen)
 
+
 def encode_with_layers(
-    encoder:Encoder,
-    images:torch.Tensor, # B x 3 x H x W, normalised
-    indices:tuple[int, ...], # blocks, 0-based
-) -> tuple[ImageFeatures, list[torch.Tensor]]: # and per block B x C x h x w
+    encoder: Encoder,
+    images: torch.Tensor,  # B x 3 x H x W, normalised
+    indices: tuple[int, ...],  # blocks, 0-based
+) -> tuple[ImageFeatures, list[torch.Tensor]]:  # and per block B x C x h x w
     "The features of `encoder.encode` and the blocks of `encoder.layers`, in one pass."
     seen = {}
-    def keep(i): return lambda module, given, result: seen.__setitem__(i, result)
+
+    def keep(i):
+        return lambda module, given, result: seen.__setitem__(i, result)
+
     hooks = [encoder.blocks[i].register_forward_hook(keep(i)) for i in indices]
-    try: features = encoder.encode(images)
+    try:
+        features = encoder.encode(images)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return features, [seen[i][:, 1:].mT.unflatten(-1, features.dense.shape[-2:]).float() for i in indices]
 
 # %% ../../nbs/systems/09_catseg.ipynb #4ef28a58
 class CATSegNetwork(nn.Module):
     "The trained part: guides enlarged twice and four times, then cost aggregation."
-    def __init__(self,
-        dim:int, # of image and text features
-        channels:tuple[int, int], # of the two guiding blocks
-        config:CATSegConfig,
+
+    def __init__(
+        self,
+        dim: int,  # of image and text features
+        channels: tuple[int, int],  # of the two guiding blocks
+        config: CATSegConfig,
     ):
         super().__init__()
-        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(a, b, side, stride=side) for a, b, side in zip(channels, config.enlarged, (2, 4)))
-        self.aggregation = CostAggregation(dim, config.enlarged, prompts=config.prompt_channels, width=config.width, guidance=config.guidance, layers=config.layers,
-            heads=config.heads, window=config.attention_window, decoder=config.decoder, decoder_guidance=config.decoder_guidance, length=config.length,
-            limit=config.limit_classes, pool_train=config.class_pool_train, pool=config.class_pool_eval, chunk=config.chunk,
-            spatial_stage=config.spatial_stage, class_stage=config.class_stage)
+        self.enlarge = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, side, stride=side)
+            for a, b, side in zip(channels, config.enlarged, (2, 4))
+        )
+        self.aggregation = CostAggregation(
+            dim,
+            config.enlarged,
+            prompts=config.prompt_channels,
+            width=config.width,
+            guidance=config.guidance,
+            layers=config.layers,
+            heads=config.heads,
+            window=config.attention_window,
+            decoder=config.decoder,
+            decoder_guidance=config.decoder_guidance,
+            length=config.length,
+            limit=config.limit_classes,
+            pool_train=config.class_pool_train,
+            pool=config.class_pool_eval,
+            chunk=config.chunk,
+            spatial_stage=config.spatial_stage,
+            class_stage=config.class_stage,
+        )
 
-    def forward(self,
-        features:torch.Tensor, # B x d x h x w
-        layers:list[torch.Tensor], # B x C x h x w each
-        text:torch.Tensor, # K x P x d
-        pooling:str="channels", # see `cost_map`
-    ) -> torch.Tensor: # B x K x 4h x 4w logits
-        return self.aggregation(features, text, [enlarge(o) for enlarge, o in zip(self.enlarge, layers)], pooling=pooling)
+    def forward(
+        self,
+        features: torch.Tensor,  # B x d x h x w
+        layers: list[torch.Tensor],  # B x C x h x w each
+        text: torch.Tensor,  # K x P x d
+        pooling: str = "channels",  # see `cost_map`
+    ) -> torch.Tensor:  # B x K x 4h x 4w logits
+        return self.aggregation(
+            features, text, [enlarge(o) for enlarge, o in zip(self.enlarge, layers)], pooling=pooling
+        )
 
 # %% ../../nbs/systems/09_catseg.ipynb #bfd918dd
 _CLIP, _AGGREGATOR = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.transformer."
-_RENAMES = [(re.compile(a), b) for a, b in (
-    (r"^upsample([12])\.", lambda m: f"enlarge.{int(m[1]) - 1}."),
-    (r"^conv1\.", "aggregation.embed."), (r"^head\.", "aggregation.head."),
-    (r"^guidance_projection\.0\.", "aggregation.appearance."), (r"^text_guidance_projection\.0\.", "aggregation.text."),
-    (r"^decoder_guidance_projection\.(\d)\.0\.", r"aggregation.details.\1."),
-    (r"^decoder(\d)\.up\.", lambda m: f"aggregation.decoder.{int(m[1]) - 1}.up."),
-    (r"^decoder(\d)\.conv\.double_conv\.(\d)\.", lambda m: f"aggregation.decoder.{int(m[1]) - 1}.{dict(zip('0134', ('conv1', 'norm1', 'conv2', 'norm2'))).get(m[2], m[2])}."),
-    (r"^layers\.(\d+)\.swin_block\.guidance_norm\.", r"aggregation.spatial.\1.guidance_norm."),
-    (r"^layers\.(\d+)\.swin_block\.block_(\d)\.", lambda m: f"aggregation.spatial.{m[1]}.blocks.{int(m[2]) - 1}."),
-    (r"^layers\.(\d+)\.attention\.padding_tokens$", r"aggregation.classes.\1.padding"),
-    (r"^layers\.(\d+)\.attention\.padding_guidance$", r"aggregation.classes.\1.padding_guidance"),
-    (r"^layers\.(\d+)\.attention\.(?:attention\.)?", r"aggregation.classes.\1."),
-    (r"\.(?:attn\.)?q\.", ".attention.query."), (r"\.(?:attn\.)?k\.", ".attention.key."), (r"\.(?:attn\.)?v\.", ".attention.value."),
-    (r"\.attn\.proj\.", ".project."), (r"\.MLP\.0\.", ".mlp.fc1."), (r"\.MLP\.2\.", ".mlp.fc2."))]
+_RENAMES = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"^upsample([12])\.", lambda m: f"enlarge.{int(m[1]) - 1}."),
+        (r"^conv1\.", "aggregation.embed."),
+        (r"^head\.", "aggregation.head."),
+        (r"^guidance_projection\.0\.", "aggregation.appearance."),
+        (r"^text_guidance_projection\.0\.", "aggregation.text."),
+        (r"^decoder_guidance_projection\.(\d)\.0\.", r"aggregation.details.\1."),
+        (r"^decoder(\d)\.up\.", lambda m: f"aggregation.decoder.{int(m[1]) - 1}.up."),
+        (
+            r"^decoder(\d)\.conv\.double_conv\.(\d)\.",
+            lambda m: (
+                f"aggregation.decoder.{int(m[1]) - 1}.{dict(zip('0134', ('conv1', 'norm1', 'conv2', 'norm2'))).get(m[2], m[2])}."
+            ),
+        ),
+        (r"^layers\.(\d+)\.swin_block\.guidance_norm\.", r"aggregation.spatial.\1.guidance_norm."),
+        (
+            r"^layers\.(\d+)\.swin_block\.block_(\d)\.",
+            lambda m: f"aggregation.spatial.{m[1]}.blocks.{int(m[2]) - 1}.",
+        ),
+        (r"^layers\.(\d+)\.attention\.padding_tokens$", r"aggregation.classes.\1.padding"),
+        (r"^layers\.(\d+)\.attention\.padding_guidance$", r"aggregation.classes.\1.padding_guidance"),
+        (r"^layers\.(\d+)\.attention\.(?:attention\.)?", r"aggregation.classes.\1."),
+        (r"\.(?:attn\.)?q\.", ".attention.query."),
+        (r"\.(?:attn\.)?k\.", ".attention.key."),
+        (r"\.(?:attn\.)?v\.", ".attention.value."),
+        (r"\.attn\.proj\.", ".project."),
+        (r"\.MLP\.0\.", ".mlp.fc1."),
+        (r"\.MLP\.2\.", ".mlp.fc2."),
+    )
+]
+
 
 def translate(
-    state:dict[str, torch.Tensor], # of the authors' checkpoint
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]: # for `CATSegNetwork`, for open_clip's CLIP, and stored window masks
+    state: dict[str, torch.Tensor],  # of the authors' checkpoint
+    # for `CATSegNetwork`, for open_clip's CLIP, and stored window masks
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     "The authors' names in ours (SYSTEMS 2.2). Names that are unknown are kept, for a comparison to find."
     network, clip, masks = {}, {}, {}
     for name, value in state.items():
-        if name.startswith(_CLIP): clip[name.removeprefix(_CLIP)] = value
-        elif name.endswith(".attn_mask"): masks[name] = value
+        if name.startswith(_CLIP):
+            clip[name.removeprefix(_CLIP)] = value
+        elif name.endswith(".attn_mask"):
+            masks[name] = value
         else:
             short = name.removeprefix(_AGGREGATOR)
-            for pattern, ours in _RENAMES: short = pattern.sub(ours, short)
+            for pattern, ours in _RENAMES:
+                short = pattern.sub(ours, short)
             network[short] = value.flatten() if short.endswith((".padding", ".padding_guidance")) else value
     for name in [o for o in clip if o.endswith(".q_proj_weight")]:
         stem = name.removesuffix("q_proj_weight")
-        if all(f"{stem}{o}_proj_weight" in clip for o in "qkv"): clip[f"{stem}in_proj_weight"] = torch.cat([clip.pop(f"{stem}{o}_proj_weight") for o in "qkv"])
+        if all(f"{stem}{o}_proj_weight" in clip for o in "qkv"):
+            clip[f"{stem}in_proj_weight"] = torch.cat([clip.pop(f"{stem}{o}_proj_weight") for o in "qkv"])
     return network, clip, masks
 
 # %% ../../nbs/systems/09_catseg.ipynb #57133563
 def cut_views(
-    image:torch.Tensor, # 3 x H x W
-    frame:tuple[int, int], # height and width that the image is resized to
-    window:int, # pixels
-    overlap:float, # share
-) -> tuple[torch.Tensor, list[tuple[int, int]]]: # (N+1) x 3 x window x window, the whole image last; top and left of the N windows in the frame
-    "Windows of the resized image, row by row, and the whole image (CAT-Seg's sliding window). Raises ValueError for a window that does not fit."
-    def resize(size): return F.interpolate(image[None], size, mode="bilinear", align_corners=False)
+    image: torch.Tensor,  # 3 x H x W
+    frame: tuple[int, int],  # height and width that the image is resized to
+    window: int,  # pixels
+    overlap: float,  # share
+    # (N+1) x 3 x window x window, the whole image last; top and left of the N windows in the frame
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Windows of the resized image, row by row, and the whole image (CAT-Seg's sliding window).
+
+    Raises ValueError for a window that does not fit.
+    """
+
+    def resize(size):
+        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)
+
     framed = resize(frame)
-    corners = [(top, left) for top in window_offsets(frame[0], window, overlap) for left in window_offsets(frame[1], window, overlap)]
-    return torch.cat([framed[..., top:top + window, left:left + window] for top, left in corners] + [resize((window, window))]), corners
+    corners = [
+        (top, left)
+        for top in window_offsets(frame[0], window, overlap)
+        for left in window_offsets(frame[1], window, overlap)
+    ]
+    return (
+        torch.cat(
+            [framed[..., top : top + window, left : left + window] for top, left in corners]
+            + [resize((window, window))]
+        ),
+        corners,
+    )
+
 
 def merge_views(
-    logits:torch.Tensor, # (N+1) x K x h x w
-    corners:list[tuple[int, int]], frame:tuple[int, int], window:int, # as in `cut_views`
-    chunk:int=16, # classes at a time
-) -> torch.Tensor: # K x frame, probabilities
+    logits: torch.Tensor,  # (N+1) x K x h x w
+    corners: list[tuple[int, int]],
+    frame: tuple[int, int],
+    window: int,  # as in `cut_views`
+    chunk: int = 16,  # classes at a time
+) -> torch.Tensor:  # K x frame, probabilities
     "Sigmoid of the enlarged logits; windows averaged where they overlap, then with the whole image."
-    def resize(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+    def resize(x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
     merged, count = logits.new_empty(logits.shape[1], *frame), logits.new_zeros(frame)
-    for top, left in corners: count[top:top + window, left:left + window] += 1
+    for top, left in corners:
+        count[top : top + window, left : left + window] += 1
     for k in range(0, logits.shape[1], chunk):
-        views = resize(logits[:, k:k + chunk], (window, window)).sigmoid()
+        views = resize(logits[:, k : k + chunk], (window, window)).sigmoid()
         total = logits.new_zeros(views.shape[1], *frame)
-        for (top, left), view in zip(corners, views): total[:, top:top + window, left:left + window] += view
-        merged[k:k + chunk] = (total/count + resize(views[-1:], frame)[0])/2
+        for (top, left), view in zip(corners, views):
+            total[:, top : top + window, left : left + window] += view
+        merged[k : k + chunk] = (total / count + resize(views[-1:], frame)[0]) / 2
     return merged
 
 # %% ../../nbs/systems/09_catseg.ipynb #70641dd8
 def class_loss(
-    logits:torch.Tensor, # B x K x h x w
-    labels:torch.Tensor, # B x H x W class indices
-    ignore:int=255, # the label that is no class
-    ignore_as_negative:bool=True, # ignored pixels count, as pixels of no class
-) -> torch.Tensor: # scalar
-    "Binary cross-entropy of every class at every pixel of the labels (LM-7). Raises `ValueError` for a label that is no class."
+    logits: torch.Tensor,  # B x K x h x w
+    labels: torch.Tensor,  # B x H x W class indices
+    ignore: int = 255,  # the label that is no class
+    ignore_as_negative: bool = True,  # ignored pixels count, as pixels of no class
+) -> torch.Tensor:  # scalar
+    """Binary cross-entropy of every class at every pixel of the labels (LM-7).
+
+    Raises `ValueError` for a label that is no class.
+    """
     counts = labels != ignore
     if counts.any() and not 0 <= int(labels[counts].min()) <= int(labels[counts].max()) < logits.shape[1]:
-        raise ValueError(f"labels lie from {int(labels[counts].min())} to {int(labels[counts].max())}, but there are {logits.shape[1]} classes. Is ignore={ignore} right?")
+        raise ValueError(
+            f"labels lie from {int(labels[counts].min())} to {int(labels[counts].max())}, but there are"
+            f" {logits.shape[1]} classes. Is ignore={ignore} right?"
+        )
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-    target = F.one_hot(labels.masked_fill(~counts, 0).long(), logits.shape[1]).movedim(-1, 1)*counts[:, None]
+    target = (
+        F.one_hot(labels.masked_fill(~counts, 0).long(), logits.shape[1]).movedim(-1, 1) * counts[:, None]
+    )
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
-    return loss.mean() if ignore_as_negative else (loss*counts[:, None]).sum()/(counts.sum()*logits.shape[1]).clamp(min=1)
+    return (
+        loss.mean()
+        if ignore_as_negative
+        else (loss * counts[:, None]).sum() / (counts.sum() * logits.shape[1]).clamp(min=1)
+    )
 
 # %% ../../nbs/systems/09_catseg.ipynb #837f89fe
 @dataclass
 class GuidedImage(EncodedImage):
     "An image with features and guides of all its views; `features` are those of the whole."
-    views:ImageFeatures|None = None # of V views, the whole image last
-    layers:list[torch.Tensor] = field(default_factory=list) # per guiding block V x C x h x w
-    corners:list[tuple[int, int]] = field(default_factory=list) # top and left of the windows in the frame; none without windows
-    frame:tuple[int, int] = (0, 0) # height and width of what the windows lie in
+
+    views: ImageFeatures | None = None  # of V views, the whole image last
+    layers: list[torch.Tensor] = field(default_factory=list)  # per guiding block V x C x h x w
+    # top and left of the windows in the frame; none without windows
+    corners: list[tuple[int, int]] = field(default_factory=list)
+    frame: tuple[int, int] = (0, 0)  # height and width of what the windows lie in
+
 
 class CATSeg(TrainedSystem):
-    """Cost aggregation over CLIP's dense features (Cho et al. 2024). Scores are probabilities; classes do not exclude each other.
+    """Cost aggregation over CLIP's dense features (Cho et al. 2024). Scores are probabilities; classes do not
+    exclude each other.
 
-    Raises `ValueError` without weights, for unfit ones (with a readable difference), and for an encoder without transformer blocks."""
+    Raises `ValueError` without weights, for unfit ones (with a readable difference), and for an encoder
+    without transformer blocks.
+    """
+
     config_class = CATSegConfig
 
-    authors = ("the authors' (model_base.pth with encoder='clip:ViT-B-16-quickgelu/random', model_large.pth with 'clip:ViT-L-14-336-quickgelu/random'; "
-        "from huggingface.co/spaces/hamacojr/CAT-Seg-weights)")
+    authors = (
+        "the authors' (model_base.pth with encoder='clip:ViT-B-16-quickgelu/random', model_large.pth with"
+        " 'clip:ViT-L-14-336-quickgelu/random'; from huggingface.co/spaces/hamacojr/CAT-Seg-weights)"
+    )
     network_class = CATSegNetwork
 
     def build(self, **more) -> CATSegNetwork:
         encoder = self.encoder
         self.blocks = guidance_blocks(encoder, self.config.guidance_layers)
         with torch.inference_mode():
-            channels = [o.shape[1] for o in encoder.layers(torch.zeros(1, 3, 2*encoder.stride, 2*encoder.stride, device=encoder.device), list(self.blocks))]
+            channels = [
+                o.shape[1]
+                for o in encoder.layers(
+                    torch.zeros(1, 3, 2 * encoder.stride, 2 * encoder.stride, device=encoder.device),
+                    list(self.blocks),
+                )
+            ]
         return self.network_class(encoder.dim, tuple(channels), self.config, **more)
 
     # ---- images
 
-    def frame(self, image:np.ndarray) -> tuple[int, int]:
+    def frame(self, image: np.ndarray) -> tuple[int, int]:
         "Height and width that an image is resized to before it is cut or looked at."
         c, (height, width) = self.config, image.shape[:2]
-        side = c.size if c.windows else c.grid*self.encoder.stride
-        if not c.keep_aspect: return side, side
-        scale = min(side/min(height, width), (c.longest or 4*side)/max(height, width))
-        step, least = (1, c.window) if c.windows else (self.encoder.stride,)*2
-        return tuple(max(least, round(o*scale/step)*step) for o in (height, width))
+        side = c.size if c.windows else c.grid * self.encoder.stride
+        if not c.keep_aspect:
+            return side, side
+        scale = min(side / min(height, width), (c.longest or 4 * side) / max(height, width))
+        step, least = (1, c.window) if c.windows else (self.encoder.stride,) * 2
+        return tuple(max(least, round(o * scale / step) * step) for o in (height, width))
 
-    def look(self, image:np.ndarray) -> tuple[torch.Tensor, list[tuple[int, int]], tuple[int, int]]:
+    def look(self, image: np.ndarray) -> tuple[torch.Tensor, list[tuple[int, int]], tuple[int, int]]:
         "Normalised views V x 3 x H x W at the encoder's input size, corners of windows, and the frame."
         c, encoder, frame = self.config, self.encoder, self.frame(image)
         if c.shortest and c.windows and not c.keep_aspect:
-            scale = min(c.shortest/min(image.shape[:2]), (c.longest or 4*c.shortest)/max(image.shape[:2]))
-            size = [max(1, int(o*scale + 0.5)) for o in image.shape[:2]]
+            scale = min(
+                c.shortest / min(image.shape[:2]), (c.longest or 4 * c.shortest) / max(image.shape[:2])
+            )
+            size = [max(1, int(o * scale + 0.5)) for o in image.shape[:2]]
             image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        x = torch.from_numpy(image.copy()).permute(2, 0, 1).to(encoder.device, torch.float32)/255
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1).to(encoder.device, torch.float32) / 255
         views, corners = cut_views(x, frame, c.window, c.overlap) if c.windows else (x[None], [])
-        seen = (c.grid*encoder.stride,)*2 if c.windows else frame
-        mean, std = (torch.tensor(o, device=encoder.device).view(1, 3, 1, 1) for o in (encoder.mean, encoder.std))
-        return F.interpolate((views - mean)/std, seen, mode="bilinear", align_corners=False).to(encoder.dtype), corners, frame
+        seen = (c.grid * encoder.stride,) * 2 if c.windows else frame
+        mean, std = (
+            torch.tensor(o, device=encoder.device).view(1, 3, 1, 1) for o in (encoder.mean, encoder.std)
+        )
+        return (
+            F.interpolate((views - mean) / std, seen, mode="bilinear", align_corners=False).to(encoder.dtype),
+            corners,
+            frame,
+        )
 
     @torch.inference_mode()
     def encode_images(self, images) -> list[GuidedImage]:
         "Several images at once; views of one size go through the encoder as one batch."
         pixels = [load_image(o) for o in images]
         looks = [self.look(o) for o in pixels]
-        found = [None]*len(looks)
+        found = [None] * len(looks)
         for group in alike([tuple(views.shape[-2:]) for views, _, _ in looks]):
-            features, layers = encode_with_layers(self.encoder, torch.cat([looks[i][0] for i in group]), self.blocks)
+            features, layers = encode_with_layers(
+                self.encoder, torch.cat([looks[i][0] for i in group]), self.blocks
+            )
             sizes = [len(looks[i][0]) for i in group]
-            for i, dense, pooled, *guides in zip(group, features.dense.split(sizes), features.pooled.split(sizes), *(o.split(sizes) for o in layers)):
-                found[i] = GuidedImage(pixels[i], ImageFeatures(dense[-1:], pooled[-1:]), views=ImageFeatures(dense, pooled), layers=guides, corners=looks[i][1], frame=looks[i][2])
+            for i, dense, pooled, *guides in zip(
+                group,
+                features.dense.split(sizes),
+                features.pooled.split(sizes),
+                *(o.split(sizes) for o in layers),
+            ):
+                found[i] = GuidedImage(
+                    pixels[i],
+                    ImageFeatures(dense[-1:], pooled[-1:]),
+                    views=ImageFeatures(dense, pooled),
+                    layers=guides,
+                    corners=looks[i][1],
+                    frame=looks[i][2],
+                )
         return found
 
     def encode_image(self, image) -> GuidedImage:
@@ -256,58 +405,92 @@ class CATSeg(TrainedSystem):
 
     # ---- text
 
-    def text_features(self, text:TextBank) -> tuple[torch.Tensor, str]:
-        "What the network gets of a bank: K x P x d, and how it pools the cosines. Raises `ValueError` for more texts than `prompt_channels`."
+    def text_features(self, text: TextBank) -> tuple[torch.Tensor, str]:
+        """What the network gets of a bank:
+        K x P x d, and how it pools the cosines. Raises `ValueError` for more texts than `prompt_channels`.
+        """
         if self.config.prompt_channels > 1:
             missing = self.config.prompt_channels - text.embeddings.shape[1]
-            if missing < 0: raise ValueError(f"a class has {text.embeddings.shape[1]} texts, but the network has {self.config.prompt_channels} prompt channels: give fewer, or prompt_channels=1")
+            if missing < 0:
+                raise ValueError(
+                    f"a class has {text.embeddings.shape[1]} texts, but the network has"
+                    f" {self.config.prompt_channels} prompt channels: give fewer, or prompt_channels=1"
+                )
             return F.pad(self._centred(text.embeddings.float()), (0, 0, 0, missing)), "channels"
-        if self.config.pooling == "mean": return self._centred(text.mean()[:, None].float()), "channels"
+        if self.config.pooling == "mean":
+            return self._centred(text.mean()[:, None].float()), "channels"
         return self._centred(text.embeddings.float()), "max"
 
-    def _centred(self, features:torch.Tensor) -> torch.Tensor:
-        "With `centre_text`, K x P x d less the mean over all texts; a word alone, and places without a text, stay as they are."
-        if not self.config.centre_text or len(features) < 2: return features
+    def _centred(self, features: torch.Tensor) -> torch.Tensor:
+        """With `centre_text`, K x P x d less the mean over all texts;
+        a word alone, and places without a text, stay as they are.
+        """
+        if not self.config.centre_text or len(features) < 2:
+            return features
         real = features.any(-1, keepdim=True)
-        return (features - features.sum((0, 1))/real.sum())*real
+        return (features - features.sum((0, 1)) / real.sum()) * real
 
     # ---- both
 
-    def fused(self, images:list[GuidedImage]) -> torch.Tensor:
-        "The features that are compared with words, of all views of some images: V x d x h x w. Here they are the encoder's own."
+    def fused(self, images: list[GuidedImage]) -> torch.Tensor:
+        """The features that are compared with words, of all views of some images:
+        V x d x h x w. Here they are the encoder's own.
+        """
         return torch.cat([o.views.dense for o in images]).float()
 
-    def view_logits(self, images:list[GuidedImage], text:TextBank) -> torch.Tensor: # V x K x 4h x 4w
-        "Logits of all views of some images whose views are of one size, in one pass; with gradients, if images of `see` bring some."
-        if not all(isinstance(o, GuidedImage) for o in images): raise ValueError(f"{type(self).__name__} brings its own windows: leave the resize rule away, and use the knobs windows, size, window and overlap")
+    def view_logits(self, images: list[GuidedImage], text: TextBank) -> torch.Tensor:  # V x K x 4h x 4w
+        """Logits of all views of some images whose views are of one size, in one pass;
+        with gradients, if images of `see` bring some.
+        """
+        if not all(isinstance(o, GuidedImage) for o in images):
+            raise ValueError(
+                f"{type(self).__name__} brings its own windows: leave the resize rule away, and use the knobs"
+                " windows, size, window and overlap"
+            )
         features, pooling = self.text_features(text)
-        return self.network(self.fused(images), [torch.cat(o) for o in zip(*(o.layers for o in images))], features.to(self.encoder.device), pooling).float()
+        return self.network(
+            self.fused(images),
+            [torch.cat(o) for o in zip(*(o.layers for o in images))],
+            features.to(self.encoder.device),
+            pooling,
+        ).float()
 
     @torch.inference_mode()
-    def batch_scores(self, images:list[GuidedImage], text:TextBank) -> list[torch.Tensor]:
+    def batch_scores(self, images: list[GuidedImage], text: TextBank) -> list[torch.Tensor]:
         "K x h x w probabilities for each of some images whose views are of one size, in one pass."
         logits = self.view_logits(images, text)
-        parts = [merge_views(part, o.corners, o.frame, self.config.window) if o.corners else part[0].sigmoid() for o, part in zip(images, logits.split([len(o.views.dense) for o in images]))]
+        parts = [
+            merge_views(part, o.corners, o.frame, self.config.window) if o.corners else part[0].sigmoid()
+            for o, part in zip(images, logits.split([len(o.views.dense) for o in images]))
+        ]
         if text.background and self.config.background_threshold is not None:
-            for o in parts: o[text.names.index(text.background[0])].clamp_(min=self.config.background_threshold)
+            for o in parts:
+                o[text.names.index(text.background[0])].clamp_(min=self.config.background_threshold)
         return parts
 
-    def scores(self, image:GuidedImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: GuidedImage, text: TextBank) -> torch.Tensor:
         "K x size x size probabilities with windows, else K x 4*grid x 4*grid."
         return self.batch_scores([image], text)[0]
 
     @torch.inference_mode()
-    def stages(self, image:GuidedImage, text:TextBank) -> dict[str, torch.Tensor]:
-        "Cosines of the view of the whole with the words (the best text of each), as they enter the network, and what it makes of all views."
+    def stages(self, image: GuidedImage, text: TextBank) -> dict[str, torch.Tensor]:
+        """Cosines of the view of the whole with the words (the best text of each), as they enter the network,
+        and what it makes of all views.
+        """
         scores, (features, _) = self.scores(image, text), self.text_features(text)
-        return {"raw similarity": cost_map(self.fused([image])[-1:], features.to(self.encoder.device), "max")[0, 0], "after aggregation": scores}
+        return {
+            "raw similarity": cost_map(self.fused([image])[-1:], features.to(self.encoder.device), "max")[
+                0, 0
+            ],
+            "after aggregation": scores,
+        }
 
     # ---- training: see `TrainedSystem`
 
     @property
     def side(self) -> int:
         "Pixels of a square view, as the encoder sees it."
-        return self.config.grid*self.encoder.stride
+        return self.config.grid * self.encoder.stride
 
     def tune(self) -> list[nn.Parameter]:
         "Queries and values of both of CLIP's towers."
@@ -317,41 +500,89 @@ class CATSeg(TrainedSystem):
         "The encoder, the size of what it sees, and the guiding blocks."
         return self.encoder.fingerprint, self.side, self.blocks
 
-    def pack(self, image:GuidedImage) -> dict[str, torch.Tensor]:
+    def pack(self, image: GuidedImage) -> dict[str, torch.Tensor]:
         "Dense and pooled features and the guides. Raises `ValueError` with windows or `keep_aspect`."
         if self.config.windows or self.config.keep_aspect:
-            raise ValueError("stored features are of whole pictures, squashed: say windows=false and keep_aspect=false in the knobs, or give an augmentation")
-        return dict(dense=image.views.dense[0], pooled=image.views.pooled[0]) | {f"guide{k}": o[0] for k, o in enumerate(image.layers)}
+            raise ValueError(
+                "stored features are of whole pictures, squashed: say windows=false and keep_aspect=false in"
+                " the knobs, or give an augmentation"
+            )
+        return dict(dense=image.views.dense[0], pooled=image.views.pooled[0]) | {
+            f"guide{k}": o[0] for k, o in enumerate(image.layers)
+        }
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> GuidedImage:
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> GuidedImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
         features = ImageFeatures(found["dense"], found["pooled"])
-        return GuidedImage(None, features, views=features, layers=[o for name, o in found.items() if name.startswith("guide")], frame=(self.side, self.side))
+        return GuidedImage(
+            None,
+            features,
+            views=features,
+            layers=[o for name, o in found.items() if name.startswith("guide")],
+            frame=(self.side, self.side),
+        )
 
-    def see(self, images:torch.Tensor) -> list[GuidedImage]:
+    def see(self, images: torch.Tensor) -> list[GuidedImage]:
         "One view of each picture, squashed."
         features, layers = encode_with_layers(self.encoder, self.normalised(images, self.side), self.blocks)
-        views = [ImageFeatures(dense[None], pooled[None]) for dense, pooled in zip(features.dense, features.pooled)]
-        return [GuidedImage(picture.permute(1, 2, 0).cpu().numpy(), view, views=view, layers=[o[i:i + 1] for o in layers], frame=(self.side, self.side))
-            for i, (picture, view) in enumerate(zip(images, views))]
+        views = [
+            ImageFeatures(dense[None], pooled[None]) for dense, pooled in zip(features.dense, features.pooled)
+        ]
+        return [
+            GuidedImage(
+                picture.permute(1, 2, 0).cpu().numpy(),
+                view,
+                views=view,
+                layers=[o[i : i + 1] for o in layers],
+                frame=(self.side, self.side),
+            )
+            for i, (picture, view) in enumerate(zip(images, views))
+        ]
 
-    def loss(self, images:list[GuidedImage], labels:torch.Tensor, text:TextBank, generator:torch.Generator|None=None) -> tuple[torch.Tensor, dict]:
+    def loss(
+        self,
+        images: list[GuidedImage],
+        labels: torch.Tensor,
+        text: TextBank,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, dict]:
         "`class_loss` of the logits; nothing here is left to chance."
         return class_loss(self.view_logits(images, text), labels), {}
 
     # ---- the authors' files
 
-    def translate(self, path, state:dict[str, torch.Tensor]) -> tuple[dict, dict]|None:
-        "Network, and CLIP under our encoder's names, after all checks; None for a file without their aggregator."
-        if not any(o.startswith(_AGGREGATOR) for o in state): return None
+    def translate(self, path, state: dict[str, torch.Tensor]) -> tuple[dict, dict] | None:
+        """Network, and CLIP under our encoder's names, after all checks;
+        None for a file without their aggregator.
+        """
+        if not any(o.startswith(_AGGREGATOR) for o in state):
+            return None
         network, clip, masks = translate(state)
         c, encoder = self.config, self.encoder
-        if not hasattr(encoder, "model") or getattr(encoder, "way", None) != "value" or encoder.residual != "cls":
-            raise ValueError(f"{path} is a checkpoint of CAT-Seg's authors, for CLIP with dense='value' and residual='cls', not for {encoder.name}")
+        if (
+            not hasattr(encoder, "model")
+            or getattr(encoder, "way", None) != "value"
+            or encoder.residual != "cls"
+        ):
+            raise ValueError(
+                f"{path} is a checkpoint of CAT-Seg's authors, for CLIP with dense='value' and"
+                f" residual='cls', not for {encoder.name}"
+            )
         if type(encoder.blocks[0].mlp.gelu).__name__ != "QuickGELU":
-            raise ValueError(f"{path} holds a CLIP with QuickGELU, but {encoder.name} has another activation: take clip:ViT-B-16-quickgelu/random, or clip:ViT-L-14-336-quickgelu/random")
-        if wrong := difference(clip, encoder.model.state_dict()): raise ValueError(f"{path} holds another CLIP than {encoder.name}.\n{wrong}\nmodel_base.pth is ViT-B-16-quickgelu, model_large.pth ViT-L-14-336-quickgelu")
-        expected = window_mask((c.grid,)*2, (c.attention_window,)*2, (c.attention_window//2,)*2)
+            raise ValueError(
+                f"{path} holds a CLIP with QuickGELU, but {encoder.name} has another activation: take"
+                " clip:ViT-B-16-quickgelu/random, or clip:ViT-L-14-336-quickgelu/random"
+            )
+        if wrong := difference(clip, encoder.model.state_dict()):
+            raise ValueError(
+                f"{path} holds another CLIP than {encoder.name}.\n{wrong}\nmodel_base.pth is"
+                " ViT-B-16-quickgelu, model_large.pth ViT-L-14-336-quickgelu"
+            )
+        expected = window_mask((c.grid,) * 2, (c.attention_window,) * 2, (c.attention_window // 2,) * 2)
         for name, o in masks.items():
-            if expected is None or o.shape != expected.shape or not torch.equal(o.float(), expected): raise ValueError(f"{path}: {name} is not the mask of windows of {c.attention_window} in {c.grid} x {c.grid} places")
+            if expected is None or o.shape != expected.shape or not torch.equal(o.float(), expected):
+                raise ValueError(
+                    f"{path}: {name} is not the mask of windows of {c.attention_window} in {c.grid} x"
+                    f" {c.grid} places"
+                )
         return network, {f"model.{name}": o for name, o in clip.items()}

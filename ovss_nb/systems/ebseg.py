@@ -26,7 +26,12 @@ from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets, match_masks, ssc_loss
 from ..components.mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
 from ovss_nb.components.mask_classification import (
-    TextClassifier, carry, mask_pool, mask_scores, propose, sos_bias,
+    TextClassifier,
+    carry,
+    mask_pool,
+    mask_scores,
+    propose,
+    sos_bias,
 )
 from ..core.options import Count, Index, NotNegative, Positive, Range, Share
 from .base import EncodedImage
@@ -35,73 +40,97 @@ from ..text.text_bank import TextBank
 from ..core.vocabulary import Vocabulary, load_vocabulary
 
 # %% ../../nbs/systems/12_ebseg.ipynb #5039ee3b
-RELEASED = { # what differs between the released models, of B/16 and of L/14 (SYSTEMS 3.1 and 3.7)
+RELEASED = {  # what differs between the released models, of B/16 and of L/14 (SYSTEMS 3.1 and 3.7)
     "B": dict(encoder_scale=0.5, alpha=0.09, beta=0.3, gamma=0.7),
     "L": dict(encoder_scale=0.7, alpha=0.12, beta=0.4, gamma=0.6),
 }
 
+
 @dataclass(frozen=True)
 class EBSegConfig(TrainedConfig):
     "Knobs of EBSeg; the defaults are those of the released B/16 or L/14 (SYSTEMS section 3)."
-    size:Annotated[int, Range(32)] = 640 # pixels of the shorter side; or of both, without `keep_aspect`
-    keep_aspect:bool = True # false squashes to a square, which stored features need
-    templates:str = "vild14"
-    second:str = "lite_sam" # "lite_sam", "lite_sam:WEIGHTS", "sam:MODEL/CHECKPOINT", or "none": CLIP's own layers in its place
-    encoder_scale:Annotated[float, Range(0, 1, "low")]|None = None # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
-    fused:tuple[Index, Index, Index]|None = None # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three quarters of them
-    first:Index|None = None # the first block (0-based) that mask attention goes through; default: three quarters up
-    surgery:Index|None = None # the first block of the second path; default: a sixth up
-    frozen:Literal["surgery", "dense"] = "surgery" # what D is pooled from: "surgery", or "dense", the encoder's own dense features
-    train_positions:bool = True # `tune` unfreezes the position embeddings of both encoders
-    width:Count = 256 # from here on: see `PixelDecoder` and `MaskDecoder`
-    encoder_layers:Count = 6
-    encoder_hidden:Count = 1024
-    points:Count = 4
-    groups:Count = 32
-    queries:Count = 100
-    layers:Count = 9
-    heads:Count = 8
-    hidden:Count = 2048
-    logit_scale:Positive|None = None # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
-    use:Literal["balanced", "A", "B", "D"] = "balanced" # which opinion counts: "A", "B", "D" or "balanced"
-    alpha:Share|None = None # exponent of D for trained words
-    beta:Share|None = None # exponent of D for new words
-    gamma:Share|None = None # exponent of B; A has the rest
-    seen:str|tuple[str, ...] = "COCO-Stuff-171" # the training words, unless the weights' file knows them: a vocabulary's name or file, or words
-    overlap:Literal["words", "published"] = "words" # which classes are seen: "words" compares strings, "published" corrects shipped vocabularies to the authors' lists
-    full_resolution:bool = True # join masks and classes at the picture's own resolution, as the authors do; false: at a quarter of the input's, and enlarge
-    class_weight:NotNegative = 1.5 # in the loss, of each of A and B
-    ssc:NotNegative = 10.0 # weight of the SSC loss; 0: none
-    ssc_normalise:bool = False # compare cosines, not products
-    loss_points:Count = 12544 # per mask
+
+    size: Annotated[int, Range(32)] = 640  # pixels of the shorter side; or of both, without `keep_aspect`
+    keep_aspect: bool = True  # false squashes to a square, which stored features need
+    templates: str = "vild14"
+    # "lite_sam", "lite_sam:WEIGHTS", "sam:MODEL/CHECKPOINT", or "none": CLIP's own layers in its place
+    second: str = "lite_sam"
+    # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
+    encoder_scale: Annotated[float, Range(0, 1, "low")] | None = None
+    # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three
+    # quarters of them
+    fused: tuple[Index, Index, Index] | None = None
+    # the first block (0-based) that mask attention goes through; default: three quarters up
+    first: Index | None = None
+    surgery: Index | None = None  # the first block of the second path; default: a sixth up
+    # what D is pooled from: "surgery", or "dense", the encoder's own dense features
+    frozen: Literal["surgery", "dense"] = "surgery"
+    train_positions: bool = True  # `tune` unfreezes the position embeddings of both encoders
+    width: Count = 256  # from here on: see `PixelDecoder` and `MaskDecoder`
+    encoder_layers: Count = 6
+    encoder_hidden: Count = 1024
+    points: Count = 4
+    groups: Count = 32
+    queries: Count = 100
+    layers: Count = 9
+    heads: Count = 8
+    hidden: Count = 2048
+    # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
+    logit_scale: Positive | None = None
+    # which opinion counts: "A", "B", "D" or "balanced"
+    use: Literal["balanced", "A", "B", "D"] = "balanced"
+    alpha: Share | None = None  # exponent of D for trained words
+    beta: Share | None = None  # exponent of D for new words
+    gamma: Share | None = None  # exponent of B; A has the rest
+    # the training words, unless the weights' file knows them: a vocabulary's name or file, or words
+    seen: str | tuple[str, ...] = "COCO-Stuff-171"
+    # which classes are seen: "words" compares strings, "published" corrects shipped vocabularies to the
+    # authors' lists
+    overlap: Literal["words", "published"] = "words"
+    # join masks and classes at the picture's own resolution, as the authors do; false: at a quarter of the
+    # input's, and enlarge
+    full_resolution: bool = True
+    class_weight: NotNegative = 1.5  # in the loss, of each of A and B
+    ssc: NotNegative = 10.0  # weight of the SSC loss; 0: none
+    ssc_normalise: bool = False  # compare cosines, not products
+    loss_points: Count = 12544  # per mask
 
     def __post_init__(self):
         object.__setattr__(self, "second", self.second or "none")
         super().__post_init__()
         # What is not given yet is taken at its least.
-        alpha, beta, gamma = (min(o[name] for o in RELEASED.values()) if (value := getattr(self, name)) is None else value
-                                     for name in ("alpha", "beta", "gamma"))
+        alpha, beta, gamma = (
+            min(o[name] for o in RELEASED.values()) if (value := getattr(self, name)) is None else value
+            for name in ("alpha", "beta", "gamma")
+        )
         if max(alpha, beta) + gamma > 1 + 1e-9:
-            raise ValueError(f"alpha, beta and gamma are shares, and neither alpha nor beta may pass 1 - gamma, got {self.alpha}, {self.beta}, {self.gamma}")
+            raise ValueError(
+                "alpha, beta and gamma are shares, and neither alpha nor beta may pass 1 - gamma, got"
+                f" {self.alpha}, {self.beta}, {self.gamma}"
+            )
 
-    def completed(self, encoder:Encoder) -> "EBSegConfig":
+    def completed(self, encoder: Encoder) -> "EBSegConfig":
         "With the released values for an encoder of that size in place of what is not given."
         values = RELEASED["L" if len(encoder.blocks) >= 24 or encoder.stride == 14 else "B"]
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
-USES = {"balanced": None, "A": (0.0, 0.0, 0.0), "B": (0.0, 0.0, 1.0), "D": (1.0, 1.0, 0.0)} # alpha, beta, gamma in place of the configuration's
+
+# alpha, beta, gamma in place of the configuration's
+USES = {"balanced": None, "A": (0.0, 0.0, 0.0), "B": (0.0, 0.0, 1.0), "D": (1.0, 1.0, 0.0)}
 
 # %% ../../nbs/systems/12_ebseg.ipynb #d45a8a39
 class LayerFusion(nn.Module):
     "res <- res + resized projection of CLIP's layer, level by level (EB-1)."
-    def __init__(self, layer_width:int, channels:tuple[int, ...]):
+
+    def __init__(self, layer_width: int, channels: tuple[int, ...]):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(layer_width, eps=1e-6) for _ in channels)
         self.projects = nn.ModuleList(nn.Conv2d(layer_width, o, 1) for o in channels)
 
-    def forward(self,
-        maps:list[torch.Tensor], # B x channels x h x w each
-        layers:list[torch.Tensor], # B x layer_width x h' x w' each
+    def forward(
+        self,
+        maps: list[torch.Tensor],  # B x channels x h x w each
+        layers: list[torch.Tensor],  # B x layer_width x h' x w' each
     ) -> list[torch.Tensor]:
         found = []
         for x, layer, norm, project in zip(maps, layers, self.norms, self.projects):
@@ -109,147 +138,252 @@ class LayerFusion(nn.Module):
             found.append(x + F.interpolate(layer, x.shape[-2:], mode="bilinear", align_corners=False))
         return found
 
+
 class EBSegNetwork(nn.Module):
     "The trained part: fusion, pixel decoder, mask decoder with EBSeg's head, and the background's vector."
-    def __init__(self,
-        dim:int, # of the space shared with words
-        layer_width:int, # channels of CLIP's layers
-        bias_heads:int, # of CLIP's attention
-        channels:tuple[int, int, int, int], # of the pyramid, fine to coarse
-        config:EBSegConfig,
-        scale:float=100.0, # of cosines with words
+
+    def __init__(
+        self,
+        dim: int,  # of the space shared with words
+        layer_width: int,  # channels of CLIP's layers
+        bias_heads: int,  # of CLIP's attention
+        channels: tuple[int, int, int, int],  # of the pyramid, fine to coarse
+        config: EBSegConfig,
+        scale: float = 100.0,  # of cosines with words
     ):
         super().__init__()
         c = config
         self.fusion = LayerFusion(layer_width, channels[1:]) if c.second != "none" else None
-        self.pixels = PixelDecoder(channels, c.width, layers=c.encoder_layers, heads=c.heads, points=c.points, hidden=c.encoder_hidden, groups=c.groups)
-        self.decoder = MaskDecoder(MaskHead(c.width, c.width, dim, bias_heads), c.width, c.queries, c.layers, c.heads, c.hidden)
+        self.pixels = PixelDecoder(
+            channels,
+            c.width,
+            layers=c.encoder_layers,
+            heads=c.heads,
+            points=c.points,
+            hidden=c.encoder_hidden,
+            groups=c.groups,
+        )
+        self.decoder = MaskDecoder(
+            MaskHead(c.width, c.width, dim, bias_heads), c.width, c.queries, c.layers, c.heads, c.hidden
+        )
         self.classifier = TextClassifier(dim, scale)
 
-    def forward(self,
-        maps:list[torch.Tensor], # B x channels x h x w, fine to coarse, of any size; none without a second encoder
-        layers:list[torch.Tensor], # B x layer_width x h x w, of three blocks
-        frame:tuple[int, int], # height and width of the picture, multiples of 32
-        every:bool=False, # one prediction per decoder layer, and the first; else the last only
+    def forward(
+        self,
+        # B x channels x h x w, fine to coarse, of any size; none without a second encoder
+        maps: list[torch.Tensor],
+        layers: list[torch.Tensor],  # B x layer_width x h x w, of three blocks
+        frame: tuple[int, int],  # height and width of the picture, multiples of 32
+        every: bool = False,  # one prediction per decoder layer, and the first; else the last only
     ) -> list[Prediction]:
         maps = maps or [layers[0], *layers]
-        sizes = [(frame[0]//stride, frame[1]//stride) for stride in (4, 8, 16, 32)]
-        maps = [x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", align_corners=False) for x, size in zip(maps, sizes)]
-        if self.fusion: maps = [maps[0], *self.fusion(maps[1:], layers)]
+        sizes = [(frame[0] // stride, frame[1] // stride) for stride in (4, 8, 16, 32)]
+        maps = [
+            x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+            for x, size in zip(maps, sizes)
+        ]
+        if self.fusion:
+            maps = [maps[0], *self.fusion(maps[1:], layers)]
         return self.decoder(*self.pixels(maps), every)
 
 # %% ../../nbs/systems/12_ebseg.ipynb #f0861a9d
-PUBLISHED = { # title: (classes that are seen by the authors' lists but not by our words, and the other way round)
+# title: (classes that are seen by the authors' lists but not by our words, and the other way round)
+PUBLISHED = {
     "PC-59": (("plate", "track"), ("light", "road", "sidewalk", "wood")),
-    "PC-459": (("plate", "shelves", "track", "wineglass"), ("light", "plant", "sidewalk", "signallight", "wood")),
+    "PC-459": (
+        ("plate", "shelves", "track", "wineglass"),
+        ("light", "plant", "sidewalk", "signallight", "wood"),
+    ),
     "ADE-150": (("palm", "pot", "animal", "plate", "glass"), ("house", "blind", "light", "minibike")),
-    "ADE-847": (("earth", "palm", "animal", "plate", "cages", "beds", "newspaper", "patty", "mobile", "bowls", "plant pots", "andiron", "cups"),
-                ("house", "minibike", "land", "structure", "railway", "hair dryer", "cellular telephone")),
+    "ADE-847": (
+        (
+            "earth",
+            "palm",
+            "animal",
+            "plate",
+            "cages",
+            "beds",
+            "newspaper",
+            "patty",
+            "mobile",
+            "bowls",
+            "plant pots",
+            "andiron",
+            "cups",
+        ),
+        ("house", "minibike", "land", "structure", "railway", "hair dryer", "cellular telephone"),
+    ),
 }
 
-def spoken(words:Iterable[str]) -> frozenset[str]:
+
+def spoken(words: Iterable[str]) -> frozenset[str]:
     "Words as they are compared: lower case, without blanks around."
     return frozenset(o.strip().lower() for o in words)
 
+
 def seen_classes(
-    words:Iterable[Iterable[str]], # per class all its words
-    trained:frozenset[str], # of `spoken`
-) -> torch.Tensor: # K bool
+    words: Iterable[Iterable[str]],  # per class all its words
+    trained: frozenset[str],  # of `spoken`
+) -> torch.Tensor:  # K bool
     "Which classes share a word with the training (SYSTEMS 3.7)."
     return torch.tensor([not trained.isdisjoint(spoken(own)) for own in words])
 
+
 @lru_cache(maxsize=1)
-def published_flags() -> dict[tuple[str, ...], torch.Tensor]: # names of a shipped vocabulary -> K bool
+def published_flags() -> dict[tuple[str, ...], torch.Tensor]:  # names of a shipped vocabulary -> K bool
     "Which classes of the shipped vocabularies are seen by the authors' lists, when trained on COCO-Stuff."
     trained, found = spoken(o for row in load_vocabulary("COCO-Stuff-171").words for o in row), {}
     for title in ("VOC-20", "COCO-Stuff-171", *PUBLISHED):
         vocabulary = load_vocabulary(title)
         flags, (more, less) = seen_classes(vocabulary.words, trained), PUBLISHED.get(title, ((), ()))
-        for names, value in ((more, True), (less, False)): flags[[vocabulary.names.index(o) for o in names]] = value
+        for names, value in ((more, True), (less, False)):
+            flags[[vocabulary.names.index(o) for o in names]] = value
         found[vocabulary.names] = flags
     return found
 
 # %% ../../nbs/systems/12_ebseg.ipynb #19e31161
 def balance(
-    a:torch.Tensor, b:torch.Tensor, d:torch.Tensor, # B x N x (K+1) logits by the embeddings A, B and D, background last
-    seen:torch.Tensor, # K bool
-    alpha:float=0.09, beta:float=0.3, gamma:float=0.7,
-) -> torch.Tensor: # B x N x (K+1) probabilities
+    # B x N x (K+1) logits by the embeddings A, B and D, background last
+    a: torch.Tensor,
+    b: torch.Tensor,
+    d: torch.Tensor,
+    seen: torch.Tensor,  # K bool
+    alpha: float = 0.09,
+    beta: float = 0.3,
+    gamma: float = 0.7,
+) -> torch.Tensor:  # B x N x (K+1) probabilities
     "Adaptive balancing of the three opinions (EB-10, EB-11)."
     pa, pb, pd = (o[..., :-1].float().softmax(-1) for o in (a, b, d))
-    def chosen(one, other): return torch.where(seen.to(a.device), torch.tensor(one, device=a.device), torch.tensor(other, device=a.device))
+
+    def chosen(one, other):
+        return torch.where(
+            seen.to(a.device), torch.tensor(one, device=a.device), torch.tensor(other, device=a.device)
+        )
+
     of_a, of_d = chosen(round(1 - alpha - gamma, 9), round(1 - beta - gamma, 9)), chosen(alpha, beta)
-    mixed = (1e-8 + pa**of_a*pd**of_d*pb**gamma).log().softmax(-1)
+    mixed = (1e-8 + pa**of_a * pd**of_d * pb**gamma).log().softmax(-1)
     none = a.float().softmax(-1)[..., -1:]
-    return torch.cat([mixed*(1 - none), none], -1)
+    return torch.cat([mixed * (1 - none), none], -1)
 
 # %% ../../nbs/systems/12_ebseg.ipynb #d9cce233
 def resize_matrix(
-    length:int, # of what is resized
-    frame:int, # length of the padded input
-    filled:int, # of which so much is picture
-    size:int, # length wanted
-) -> torch.Tensor: # size x length
+    length: int,  # of what is resized
+    frame: int,  # length of the padded input
+    filled: int,  # of which so much is picture
+    size: int,  # length wanted
+) -> torch.Tensor:  # size x length
     "Resizing along one side: bilinearly to the padded input, cut, bilinearly to the picture."
     x = F.interpolate(torch.eye(length)[None], frame, mode="linear", align_corners=False)[..., :filled]
     return F.interpolate(x, size, mode="linear", align_corners=False)[0].T
 
+
 def paint(
-    probabilities:torch.Tensor, # N x (K+1), background last
-    masks:torch.Tensor, # N x h x w logits
-    frame:tuple[int, int], # height and width of the padded input
-    filled:tuple[int, int], # of which so much is picture
-    size:tuple[int, int], # height and width of the scores
-    limit:int=2**25, # numbers held at once, about
-) -> Iterator[tuple[int, torch.Tensor]]: # first row and K x rows x width scores of each strip, from the top
+    probabilities: torch.Tensor,  # N x (K+1), background last
+    masks: torch.Tensor,  # N x h x w logits
+    frame: tuple[int, int],  # height and width of the padded input
+    filled: tuple[int, int],  # of which so much is picture
+    size: tuple[int, int],  # height and width of the scores
+    limit: int = 2**25,  # numbers held at once, about
+    # first row and K x rows x width scores of each strip, from the top
+) -> Iterator[tuple[int, torch.Tensor]]:
     "Semantic scores of masks and class probabilities, at any resolution and in bounded memory (EB-12)."
     rows = resize_matrix(masks.shape[1], frame[0], filled[0], size[0]).to(masks.device)
-    logits, step = (1e-8 + probabilities).log()[None], max(1, limit//(sum(probabilities.shape)*size[1]))
+    logits, step = (1e-8 + probabilities).log()[None], max(1, limit // (sum(probabilities.shape) * size[1]))
     for top in range(0, size[0], step):
-        strip = F.interpolate(rows[top:top + step]@masks, frame[1], mode="linear", align_corners=False)[..., :filled[1]]
-        yield top, mask_scores(logits, F.interpolate(strip, size[1], mode="linear", align_corners=False)[None])[0]
+        strip = F.interpolate(rows[top : top + step] @ masks, frame[1], mode="linear", align_corners=False)[
+            ..., : filled[1]
+        ]
+        yield (
+            top,
+            mask_scores(logits, F.interpolate(strip, size[1], mode="linear", align_corners=False)[None])[0],
+        )
 
 # %% ../../nbs/systems/12_ebseg.ipynb #3728272e
-_RENAMES = [(re.compile(a), b) for a, b in (
-    (r"^sem_seg_head\.clip_fusion_layers\.(\d)\.0\.", r"fusion.norms.\1."), (r"^sem_seg_head\.clip_fusion_layers\.(\d)\.1\.", r"fusion.projects.\1."),
-    (r"^sem_seg_head\.pixel_decoder\.", "pixels."), (r"^pixels\.input_proj\.", "pixels.project."), (r"^pixels\.transformer\.level_embed$", "pixels.level_positions"),
-    (r"^pixels\.transformer\.encoder\.layers\.", "pixels.layers."), (r"\.self_attn\.sampling_offsets\.", ".attention.offsets."), (r"\.self_attn\.attention_weights\.", ".attention.weights."),
-    (r"\.self_attn\.value_proj\.", ".attention.value."), (r"\.self_attn\.output_proj\.", ".attention.output."), (r"\.linear1\.", ".mlp.0."), (r"\.linear2\.", ".mlp.2."),
-    (r"^pixels\.adapter_1\.norm\.", "pixels.lateral.1."), (r"^pixels\.adapter_1\.", "pixels.lateral.0."), (r"^pixels\.layer_1\.norm\.", "pixels.smooth.1."), (r"^pixels\.layer_1\.", "pixels.smooth.0."),
-    (r"^sem_seg_head\.predictor\.", "decoder."), (r"^decoder\.query_feat\.weight$", "decoder.queries"), (r"^decoder\.query_embed\.weight$", "decoder.query_positions"),
-    (r"^decoder\.level_embed\.weight$", "decoder.level_positions"), (r"^decoder\.decoder_norm\.", "decoder.head.norm."), (r"^decoder\.logit_scale$", "decoder.head.scale"),
-    (r"^decoder\.pool_proj\.", "decoder.head.pooled."), (r"^decoder\.bias_scaling\.", "decoder.head.bias_scale."),
-    (r"^decoder\.(mask_embed1?|attn_proj)\.layers\.(\d)\.", lambda m: f"decoder.head.{dict(mask_embed='mask', mask_embed1='embed', attn_proj='attend')[m[1]]}.{2*int(m[2])}."),
-    (r"^decoder\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r"decoder.layers.\1.cross."), (r"^decoder\.transformer_cross_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm1."),
-    (r"^decoder\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r"decoder.layers.\1.mutual."), (r"^decoder\.transformer_self_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm2."),
-    (r"^decoder\.transformer_ffn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm3."), (r"^decoder\.transformer_ffn_layers\.", "decoder.layers."))]
+_RENAMES = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"^sem_seg_head\.clip_fusion_layers\.(\d)\.0\.", r"fusion.norms.\1."),
+        (r"^sem_seg_head\.clip_fusion_layers\.(\d)\.1\.", r"fusion.projects.\1."),
+        (r"^sem_seg_head\.pixel_decoder\.", "pixels."),
+        (r"^pixels\.input_proj\.", "pixels.project."),
+        (r"^pixels\.transformer\.level_embed$", "pixels.level_positions"),
+        (r"^pixels\.transformer\.encoder\.layers\.", "pixels.layers."),
+        (r"\.self_attn\.sampling_offsets\.", ".attention.offsets."),
+        (r"\.self_attn\.attention_weights\.", ".attention.weights."),
+        (r"\.self_attn\.value_proj\.", ".attention.value."),
+        (r"\.self_attn\.output_proj\.", ".attention.output."),
+        (r"\.linear1\.", ".mlp.0."),
+        (r"\.linear2\.", ".mlp.2."),
+        (r"^pixels\.adapter_1\.norm\.", "pixels.lateral.1."),
+        (r"^pixels\.adapter_1\.", "pixels.lateral.0."),
+        (r"^pixels\.layer_1\.norm\.", "pixels.smooth.1."),
+        (r"^pixels\.layer_1\.", "pixels.smooth.0."),
+        (r"^sem_seg_head\.predictor\.", "decoder."),
+        (r"^decoder\.query_feat\.weight$", "decoder.queries"),
+        (r"^decoder\.query_embed\.weight$", "decoder.query_positions"),
+        (r"^decoder\.level_embed\.weight$", "decoder.level_positions"),
+        (r"^decoder\.decoder_norm\.", "decoder.head.norm."),
+        (r"^decoder\.logit_scale$", "decoder.head.scale"),
+        (r"^decoder\.pool_proj\.", "decoder.head.pooled."),
+        (r"^decoder\.bias_scaling\.", "decoder.head.bias_scale."),
+        (
+            r"^decoder\.(mask_embed1?|attn_proj)\.layers\.(\d)\.",
+            lambda m: (
+                f"decoder.head.{dict(mask_embed='mask', mask_embed1='embed', attn_proj='attend')[m[1]]}.{2 * int(m[2])}."
+            ),
+        ),
+        (
+            r"^decoder\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+            r"decoder.layers.\1.cross.",
+        ),
+        (r"^decoder\.transformer_cross_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm1."),
+        (r"^decoder\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r"decoder.layers.\1.mutual."),
+        (r"^decoder\.transformer_self_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm2."),
+        (r"^decoder\.transformer_ffn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.norm3."),
+        (r"^decoder\.transformer_ffn_layers\.", "decoder.layers."),
+    )
+]
 _TOWER, _LAST, _WORDS, _SAM = "clip_visual_extractor.", "clip_rec_head.", "ov_classifier.", "backbone."
-_LEFT_OUT = ("criterion.empty_weight", "ov_classifier.attn_mask") # constants of the loss and of the text tower
+# constants of the loss and of the text tower
+_LEFT_OUT = ("criterion.empty_weight", "ov_classifier.attn_mask")
+
 
 def translate(
-    state:dict[str, torch.Tensor], # of the authors' checkpoint
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]: # for `EBSegNetwork`, for open_clip's CLIP, and for SAM's image encoder
+    state: dict[str, torch.Tensor],  # of the authors' checkpoint
+    # for `EBSegNetwork`, for open_clip's CLIP, and for SAM's image encoder
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     "The authors' names in ours. Names that are unknown are kept, for a comparison to find."
     network, clip, sam = {}, {}, {}
     place = re.compile(r"^resblocks\.(\d+)\.")
-    offset = 1 + max((int(m[1]) for o in state if o.startswith(_TOWER) and (m := place.match(o.removeprefix(_TOWER)))), default=-1)
+    offset = 1 + max(
+        (int(m[1]) for o in state if o.startswith(_TOWER) and (m := place.match(o.removeprefix(_TOWER)))),
+        default=-1,
+    )
     for name, value in state.items():
-        if name in _LEFT_OUT: continue
-        if name.startswith(_SAM): sam[name.removeprefix(_SAM)] = value
-        elif name == _WORDS + "bg_embed": network["classifier.background"] = value.flatten()
+        if name in _LEFT_OUT:
+            continue
+        if name.startswith(_SAM):
+            sam[name.removeprefix(_SAM)] = value
+        elif name == _WORDS + "bg_embed":
+            network["classifier.background"] = value.flatten()
         elif name.startswith(_WORDS):
             clip[name.removeprefix(_WORDS)] = value
-            if name == _WORDS + "logit_scale": network["classifier.scale"] = value.exp()
+            if name == _WORDS + "logit_scale":
+                network["classifier.scale"] = value.exp()
         elif name.startswith((_TOWER, _LAST)):
             short, last = name.removeprefix(_TOWER).removeprefix(_LAST), name.startswith(_LAST)
             twin = state.get(_TOWER + short)
-            if last and not short.startswith("resblocks.") and twin is not None and torch.equal(twin, value): continue   # stored twice
-            if last and not short.startswith("resblocks."): short = name
-            short = place.sub(lambda m: f"transformer.resblocks.{int(m[1]) + offset*last}.", short)
+            # stored twice
+            if last and not short.startswith("resblocks.") and twin is not None and torch.equal(twin, value):
+                continue
+            if last and not short.startswith("resblocks."):
+                short = name
+            short = place.sub(lambda m: f"transformer.resblocks.{int(m[1]) + offset * last}.", short)
             short = short.replace(".attn.qkv.", ".attn.in_proj_").replace(".attn.proj.", ".attn.out_proj.")
             clip[f"visual.{short}"] = value
         else:
-            for pattern, ours in _RENAMES: name = pattern.sub(ours, name)
+            for pattern, ours in _RENAMES:
+                name = pattern.sub(ours, name)
             network[name] = value
     return network, clip, sam
 
@@ -257,131 +391,239 @@ def translate(
 @dataclass
 class Answers:
     "What N queries say about B pictures."
-    masks:torch.Tensor # B x N x h x w logits, at stride 4
-    A:torch.Tensor # B x N x d, of length s (EB-4)
-    B:torch.Tensor # B x N x d, of unit length (EB-6)
-    D:torch.Tensor|None = None # B x N x d, means of unit vectors (EB-8)
+
+    masks: torch.Tensor  # B x N x h x w logits, at stride 4
+    A: torch.Tensor  # B x N x d, of length s (EB-4)
+    B: torch.Tensor  # B x N x d, of unit length (EB-6)
+    D: torch.Tensor | None = None  # B x N x d, means of unit vectors (EB-8)
+
 
 @dataclass
 class TwiceSeenImage(EncodedImage):
-    "A picture as both frozen encoders see it. `features` hold the dense map of unit vectors that D is pooled from; there are none in training."
-    tokens:torch.Tensor|None = None # 1 x (1+L) x C, as they enter the blocks of mask attention, class token first
-    layers:list[torch.Tensor] = field(default_factory=list) # three of CLIP, 1 x C x h x w
-    maps:list[torch.Tensor] = field(default_factory=list) # four of the second encoder, 1 x C' x h x w; none without one
-    frame:tuple[int, int] = (0, 0) # height and width of what the encoders saw, padding included
-    filled:tuple[int, int] = (0, 0) # of which so much is picture
-    known:tuple|None = None # a network, its state, and its `Answers`
+    """A picture as both frozen encoders see it.
+
+    `features` hold the dense map of unit vectors that D is pooled from; there are none in training.
+    """
+
+    # 1 x (1+L) x C, as they enter the blocks of mask attention, class token first
+    tokens: torch.Tensor | None = None
+    layers: list[torch.Tensor] = field(default_factory=list)  # three of CLIP, 1 x C x h x w
+    # four of the second encoder, 1 x C' x h x w; none without one
+    maps: list[torch.Tensor] = field(default_factory=list)
+    frame: tuple[int, int] = (0, 0)  # height and width of what the encoders saw, padding included
+    filled: tuple[int, int] = (0, 0)  # of which so much is picture
+    known: tuple | None = None  # a network, its state, and its `Answers`
+
 
 class EBSeg(TrainedSystem):
-    """Mask queries named by three opinions (Shan et al. 2024; EB-1 to EB-12). Scores are not negative, and their sum over classes is not one.
+    """Mask queries named by three opinions (Shan et al. 2024; EB-1 to EB-12). Scores are not negative, and
+    their sum over classes is not one.
 
-    Raises as `TrainedSystem`, as `create_second`, and `ValueError` for an encoder without open_clip's transformer blocks."""
+    Raises as `TrainedSystem`, as `create_second`, and `ValueError` for an encoder without open_clip's
+    transformer blocks.
+    """
+
     config_class = EBSegConfig
-    authors = "the authors' EBSeg_base.pth with encoder='clip:ViT-B-16-quickgelu/random' (EBSeg_large.pth: 'clip:ViT-L-14-336-quickgelu/random') and second='sam:vit_b/random'"
+    authors = (
+        "the authors' EBSeg_base.pth with encoder='clip:ViT-B-16-quickgelu/random' (EBSeg_large.pth:"
+        " 'clip:ViT-L-14-336-quickgelu/random') and second='sam:vit_b/random'"
+    )
 
-    def __init__(self, encoder:Encoder, config=None, cache=None,
-        second:Encoder|str|None="", # an encoder already built, or its description in place of the configuration's; None or "none": no second encoder
+    def __init__(
+        self,
+        encoder: Encoder,
+        config=None,
+        cache=None,
+        # an encoder already built, or its description in place of the configuration's; None or "none": no
+        # second encoder
+        second: Encoder | str | None = "",
         **knobs,
     ):
         self.second = second if isinstance(second, Encoder) else None
-        if self.second is None and second != "": knobs["second"] = second or "none"
+        if self.second is None and second != "":
+            knobs["second"] = second or "none"
         self._words, self._trained, self._arrived = {}, None, {}
         super().__init__(encoder, config, cache, **knobs)
 
     def build(self) -> EBSegNetwork:
         c, blocks = self.config, getattr(self.encoder, "blocks", ())
-        if len(blocks) < 2 or not hasattr(self.encoder, "embed"): raise ValueError(f"{self.encoder.name} has no transformer blocks for mask attention. Take an encoder such as lite or clip:ViT-B-16/openai")
-        if self.second is None and c.second != "none": self.second = create_second(c.second, device=self.encoder.device)
+        if len(blocks) < 2 or not hasattr(self.encoder, "embed"):
+            raise ValueError(
+                f"{self.encoder.name} has no transformer blocks for mask attention. Take an encoder such as"
+                " lite or clip:ViT-B-16/openai"
+            )
+        if self.second is None and c.second != "none":
+            self.second = create_second(c.second, device=self.encoder.device)
         self.config = c = c.completed(self.encoder)
         count, default = len(blocks), lambda value, other: other if value is None else value
-        self.first, self.start, self.fused = default(c.first, 3*count//4), default(c.surgery, count//6), default(c.fused, tuple(k*count//4 for k in (1, 2, 3)))
-        if not 0 <= self.first < count or not 0 <= self.start < count or len(self.fused) != 3 or not all(0 <= o <= count for o in self.fused):
-            raise ValueError(f"there are {count} blocks: first={self.first} and surgery={self.start} must be numbers from 0 to {count - 1}, fused={self.fused} three from 0 to {count}")
-        step = self.encoder.stride/c.encoder_scale
-        self.multiple = int(step) if step % 32 == 0 else 32   # so that both grids fit, where that can be
+        self.first, self.start, self.fused = (
+            default(c.first, 3 * count // 4),
+            default(c.surgery, count // 6),
+            default(c.fused, tuple(k * count // 4 for k in (1, 2, 3))),
+        )
+        if (
+            not 0 <= self.first < count
+            or not 0 <= self.start < count
+            or len(self.fused) != 3
+            or not all(0 <= o <= count for o in self.fused)
+        ):
+            raise ValueError(
+                f"there are {count} blocks: first={self.first} and surgery={self.start} must be numbers from"
+                f" 0 to {count - 1}, fused={self.fused} three from 0 to {count}"
+            )
+        step = self.encoder.stride / c.encoder_scale
+        self.multiple = int(step) if step % 32 == 0 else 32  # so that both grids fit, where that can be
         width = blocks[0].attn.embed_dim
-        return EBSegNetwork(self.encoder.dim, width, blocks[0].attn.num_heads, (self.second.width if self.second else width,)*4, c, logit_scale(self.encoder, c.logit_scale))
+        return EBSegNetwork(
+            self.encoder.dim,
+            width,
+            blocks[0].attn.num_heads,
+            (self.second.width if self.second else width,) * 4,
+            c,
+            logit_scale(self.encoder, c.logit_scale),
+        )
 
     def describe(self) -> dict:
         "As every trained system's, and who the second encoder is and which words count as seen."
-        second = dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {}
+        second = (
+            dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {}
+        )
         return super().describe() | second | dict(seen=Cache.key(sorted(self.trained_words)))
 
     # ---- pictures
 
-    def resized(self, image:np.ndarray) -> torch.Tensor:
+    def resized(self, image: np.ndarray) -> torch.Tensor:
         "H x W x 3 uint8 to 3 x h x w from 0 to 1: the shorter side at `size`, or a square."
         c, (height, width) = self.config, image.shape[:2]
-        scale = min(c.size/min(height, width), (c.longest or 4*c.size)/max(height, width))
-        size = (max(1, int(height*scale + 0.5)), max(1, int(width*scale + 0.5))) if c.keep_aspect else (c.size, c.size)
+        scale = min(c.size / min(height, width), (c.longest or 4 * c.size) / max(height, width))
+        size = (
+            (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+            if c.keep_aspect
+            else (c.size, c.size)
+        )
         small = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        return torch.from_numpy(small.copy()).permute(2, 0, 1).to(self.encoder.device, torch.float32)/255
+        return torch.from_numpy(small.copy()).permute(2, 0, 1).to(self.encoder.device, torch.float32) / 255
 
-    def observe(self,
-        pixels:torch.Tensor, # B x 3 x h x w from 0 to 1, resized
-        frozen:bool=True, # compute the dense map for D too
-    ) -> list[TwiceSeenImage]: # without pictures
-        "Pictures through both encoders, padded with zeros to multiples of 32 (64 for `lite` at half size) after normalising."
+    def observe(
+        self,
+        pixels: torch.Tensor,  # B x 3 x h x w from 0 to 1, resized
+        frozen: bool = True,  # compute the dense map for D too
+    ) -> list[TwiceSeenImage]:  # without pictures
+        """Pictures through both encoders, padded with zeros to multiples of 32 (64 for `lite` at half size)
+        after normalising.
+        """
         c, encoder, filled = self.config, self.encoder, tuple(pixels.shape[-2:])
-        frame = tuple(-(-o//self.multiple)*self.multiple for o in filled)
+        frame = tuple(-(-o // self.multiple) * self.multiple for o in filled)
+
         def shown(to):
             mean, std = (torch.tensor(o, device=pixels.device).view(1, 3, 1, 1) for o in (to.mean, to.std))
-            return F.pad((pixels - mean)/std, (0, frame[1] - filled[1], 0, frame[0] - filled[0])).to(to.device, to.dtype)
+            return F.pad((pixels - mean) / std, (0, frame[1] - filled[1], 0, frame[0] - filled[0])).to(
+                to.device, to.dtype
+            )
+
         x = shown(encoder)
-        if c.encoder_scale != 1: x = F.interpolate(x, scale_factor=c.encoder_scale, mode="bilinear", align_corners=False)
-        grid = tuple(max(1, o//encoder.stride) for o in x.shape[-2:])
-        x = x[..., :grid[0]*encoder.stride, :grid[1]*encoder.stride]   # what a convolution in steps leaves over anyway
+        if c.encoder_scale != 1:
+            x = F.interpolate(x, scale_factor=c.encoder_scale, mode="bilinear", align_corners=False)
+        grid = tuple(max(1, o // encoder.stride) for o in x.shape[-2:])
+        # what a convolution in steps leaves over anyway
+        x = x[..., : grid[0] * encoder.stride, : grid[1] * encoder.stride]
         surgery, outputs, surgical = None, [encoder.embed(x)], frozen and c.frozen == "surgery"
-        for i, block in enumerate(encoder.blocks[:None if surgical else max(self.first, *self.fused)]):
-            if surgical and i >= self.start: tokens, surgery = carry([block], outputs[-1], surgery)
-            else: tokens = block(outputs[-1])
+        for i, block in enumerate(encoder.blocks[: None if surgical else max(self.first, *self.fused)]):
+            if surgical and i >= self.start:
+                tokens, surgery = carry([block], outputs[-1], surgery)
+            else:
+                tokens = block(outputs[-1])
             outputs.append(tokens)
-        def spread(o): return o[:, 1:].mT.unflatten(-1, grid)
+
+        def spread(o):
+            return o[:, 1:].mT.unflatten(-1, grid)
+
         tokens, layers, features = outputs[self.first], [spread(outputs[i]) for i in self.fused], None
-        if surgical: features = ImageFeatures(F.normalize(spread(encoder.project(surgery)).float(), dim=1), encoder.project(outputs[-1][:, 0]).float())
+        if surgical:
+            features = ImageFeatures(
+                F.normalize(spread(encoder.project(surgery)).float(), dim=1),
+                encoder.project(outputs[-1][:, 0]).float(),
+            )
         elif frozen:
             features = encoder.encode(x)
             features = ImageFeatures(F.normalize(features.dense.float(), dim=1), features.pooled.float())
         maps = [o.to(pixels.device) for o in self.second.levels(shown(self.second))] if self.second else []
-        def one(o, i): return o[i:i + 1]
-        return [TwiceSeenImage(None, features and ImageFeatures(one(features.dense, i), one(features.pooled, i)), tokens=one(tokens, i), layers=[one(o, i) for o in layers],
-            maps=[one(o, i) for o in maps], frame=frame, filled=filled) for i in range(len(pixels))]
+
+        def one(o, i):
+            return o[i : i + 1]
+
+        return [
+            TwiceSeenImage(
+                None,
+                features and ImageFeatures(one(features.dense, i), one(features.pooled, i)),
+                tokens=one(tokens, i),
+                layers=[one(o, i) for o in layers],
+                maps=[one(o, i) for o in maps],
+                frame=frame,
+                filled=filled,
+            )
+            for i in range(len(pixels))
+        ]
 
     @torch.no_grad()
     def encode_images(self, images) -> list[TwiceSeenImage]:
         "Several pictures; those of one size go through the encoders as one batch."
         pictures = [load_image(o) for o in images]
-        resized, found = [self.resized(o) for o in pictures], [None]*len(pictures)
+        resized, found = [self.resized(o) for o in pictures], [None] * len(pictures)
         for group in alike([tuple(o.shape) for o in resized]):
-            for i, o in zip(group, self.observe(torch.stack([resized[i] for i in group]))): o.image, found[i] = pictures[i], o
+            for i, o in zip(group, self.observe(torch.stack([resized[i] for i in group]))):
+                o.image, found[i] = pictures[i], o
         return found
 
     def encode_image(self, image) -> TwiceSeenImage:
-        "Load one picture and show it to both encoders: the part that depends neither on words nor on the trained network."
+        """Load one picture and show it to both encoders:
+        the part that depends neither on words nor on the trained network.
+        """
         return image if isinstance(image, TwiceSeenImage) else self.encode_images([image])[0]
 
-    def answer(self,
-        images:list[TwiceSeenImage], # of one frame
-        every:bool=False, # one answer per decoder layer, and the first; else the last only
-    ) -> list[Answers]: # the last one with D, if the pictures have features
-        "What the network says about some pictures, before any word is known. Raises `ValueError` for pictures that cannot be one batch, or are not this system's."
-        if not all(isinstance(o, TwiceSeenImage) for o in images): raise ValueError(f"{type(self).__name__} sees pictures in its own way: encode them with its `encode_image`, and leave the resize rule `windows` away")
-        if len({o.frame for o in images}) != 1: raise ValueError(f"pictures of one batch must be of one size, got {sorted({o.frame for o in images})}")
-        layers, maps = ([torch.cat(o).float() for o in zip(*(getattr(image, name) for image in images))] for name in ("layers", "maps"))
+    def answer(
+        self,
+        images: list[TwiceSeenImage],  # of one frame
+        every: bool = False,  # one answer per decoder layer, and the first; else the last only
+    ) -> list[Answers]:  # the last one with D, if the pictures have features
+        """What the network says about some pictures, before any word is known.
+
+        Raises `ValueError` for pictures that cannot be one batch, or are not this system's.
+        """
+        if not all(isinstance(o, TwiceSeenImage) for o in images):
+            raise ValueError(
+                f"{type(self).__name__} sees pictures in its own way: encode them with its `encode_image`,"
+                " and leave the resize rule `windows` away"
+            )
+        if len({o.frame for o in images}) != 1:
+            raise ValueError(
+                f"pictures of one batch must be of one size, got {sorted({o.frame for o in images})}"
+            )
+        layers, maps = (
+            [torch.cat(o).float() for o in zip(*(getattr(image, name) for image in images))]
+            for name in ("layers", "maps")
+        )
         predictions = self.network(maps, layers, images[0].frame, every)
         tokens, grid, count = torch.cat([o.tokens for o in images]), layers[0].shape[-2:], self.config.queries
         bias = torch.cat([sos_bias(o.bias, grid) for o in predictions], 2)
-        proposals, _ = propose(self.encoder.blocks[self.first:], tokens.to(self.encoder.dtype), bias, finish=False)
+        proposals, _ = propose(
+            self.encoder.blocks[self.first :], tokens.to(self.encoder.dtype), bias, finish=False
+        )
         guided = F.normalize(self.encoder.project(proposals).float(), dim=-1).split(count, 1)
         found = [Answers(o.masks, o.embeddings, b) for o, b in zip(predictions, guided)]
         if all(o.features for o in images):
             dense = torch.cat([o.features.dense for o in images])
-            found[-1].D = mask_pool(dense, F.interpolate(found[-1].masks, dense.shape[-2:], mode="bilinear", align_corners=False))
+            found[-1].D = mask_pool(
+                dense, F.interpolate(found[-1].masks, dense.shape[-2:], mode="bilinear", align_corners=False)
+            )
         return found
 
     @torch.no_grad()
-    def answers(self, image:TwiceSeenImage) -> Answers:
-        "The last answer about one picture, computed again only if the network has changed since. Raises as `answer`."
+    def answers(self, image: TwiceSeenImage) -> Answers:
+        """The last answer about one picture, computed again only if the network has changed since.
+
+        Raises as `answer`.
+        """
         known, version = getattr(image, "known", None), sum(o._version for o in self.network.parameters())
         if known is None or known[0] is not self.network or known[1] != version:
             known = self.network, version, self.answer([image])[-1]
@@ -393,157 +635,292 @@ class EBSeg(TrainedSystem):
     def encode_text(self, words) -> TextBank:
         "Text bank of `words`. All of them are remembered, for the question which classes are seen."
         vocabulary = Vocabulary.of(words)
-        while len(self._words) >= 32: self._words.pop(next(iter(self._words)))
+        while len(self._words) >= 32:
+            self._words.pop(next(iter(self._words)))
         self._words[vocabulary.names] = vocabulary.words
         return super().encode_text(vocabulary)
 
-    def words_of(self, text:TextBank) -> tuple[tuple[str, ...], ...]:
+    def words_of(self, text: TextBank) -> tuple[tuple[str, ...], ...]:
         "All words of each class of a bank: those of its vocabulary, or what the bank says itself."
         return self._words.get(text.names) or tuple((name, *own) for name, own in zip(text.names, text.words))
 
     @property
     def trained_words(self) -> frozenset[str]:
-        "The words that count as seen: of the last training (`learns`), of the weights' file, or of the knob `seen`."
+        """The words that count as seen:
+        of the last training (`learns`), of the weights' file, or of the knob `seen`.
+        """
         if self._trained is None:
             known = self.config.seen
-            self._trained = spoken(known if isinstance(known, tuple) else (o for row in Vocabulary.of(known).words for o in row))
+            self._trained = spoken(
+                known if isinstance(known, tuple) else (o for row in Vocabulary.of(known).words for o in row)
+            )
         return self._trained
 
-    def seen(self, text:TextBank) -> torch.Tensor:
+    def seen(self, text: TextBank) -> torch.Tensor:
         "K bool: which classes of a bank were trained."
-        if self.config.overlap == "published" and text.names in published_flags(): return published_flags()[text.names]
+        if self.config.overlap == "published" and text.names in published_flags():
+            return published_flags()[text.names]
         return seen_classes(self.words_of(text), self.trained_words)
 
-    def class_probabilities(self,
-        answers:Answers, # of B pictures, with D
-        text:TextBank,
-        use:str|None=None, # in place of the configuration's
-    ) -> torch.Tensor: # B x N x (K+1), background last
+    def class_probabilities(
+        self,
+        answers: Answers,  # of B pictures, with D
+        text: TextBank,
+        use: str | None = None,  # in place of the configuration's
+    ) -> torch.Tensor:  # B x N x (K+1), background last
         "What the regions are, by one opinion or by all three."
         c = self.config
         exponents = USES[use or c.use] or (c.alpha, c.beta, c.gamma)
-        return balance(*(self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B, answers.D)), self.seen(text), *exponents)
+        return balance(
+            *(self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B, answers.D)),
+            self.seen(text),
+            *exponents,
+        )
 
-    def painted(self, image:TwiceSeenImage, text:TextBank, size:tuple[int, int], use:str|None=None) -> Iterator[tuple[int, torch.Tensor]]:
+    def painted(
+        self, image: TwiceSeenImage, text: TextBank, size: tuple[int, int], use: str | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         "Strips of scores at `size`, see `paint`; `use` in place of the configuration's."
         answers = self.answers(image)
-        return paint(self.class_probabilities(answers, text, use)[0], answers.masks[0], image.frame, image.filled, size)
+        return paint(
+            self.class_probabilities(answers, text, use)[0], answers.masks[0], image.frame, image.filled, size
+        )
 
     @torch.no_grad()
-    def scores(self, image:TwiceSeenImage, text:TextBank, use:str|None=None) -> torch.Tensor:
-        "K x h x w at a quarter of the input's resolution, without padding; `use` in place of the configuration's."
-        self.answers(image)   # which refuses what is no picture of this system's
-        return torch.cat([o for _, o in self.painted(image, text, tuple(-(-o//4) for o in image.filled), use)], 1)
+    def scores(self, image: TwiceSeenImage, text: TextBank, use: str | None = None) -> torch.Tensor:
+        """K x h x w at a quarter of the input's resolution, without padding;
+        `use` in place of the configuration's.
+        """
+        self.answers(image)  # which refuses what is no picture of this system's
+        return torch.cat(
+            [o for _, o in self.painted(image, text, tuple(-(-o // 4) for o in image.filled), use)], 1
+        )
 
-    def stages(self, image:TwiceSeenImage, text:TextBank) -> dict[str, torch.Tensor]:
+    def stages(self, image: TwiceSeenImage, text: TextBank) -> dict[str, torch.Tensor]:
         "Scores by each opinion alone, and balanced; what the knob `use` says comes last."
         order = [o for o in ("A", "B", "D", "balanced") if o != self.config.use] + [self.config.use]
         return {use: self.scores(image, text, use) for use in order}
 
     @torch.no_grad()
     def labels(self, image, text, scores, vocabulary) -> np.ndarray:
-        "H x W label indices, painted at the picture's own resolution, or enlarged from `scores` without `full_resolution`."
-        if not self.config.full_resolution: return super().labels(image, text, scores, vocabulary)
-        return torch.cat([o.argmax(0).to(torch.int16 if len(o) < 2**15 else torch.int32) for _, o in self.painted(image, text, image.size)]).cpu().numpy()
+        """H x W label indices, painted at the picture's own resolution, or enlarged from `scores` without
+        `full_resolution`.
+        """
+        if not self.config.full_resolution:
+            return super().labels(image, text, scores, vocabulary)
+        return (
+            torch.cat(
+                [
+                    o.argmax(0).to(torch.int16 if len(o) < 2**15 else torch.int32)
+                    for _, o in self.painted(image, text, image.size)
+                ]
+            )
+            .cpu()
+            .numpy()
+        )
 
     # ---- training
 
     @property
     def module(self) -> nn.ModuleDict:
         "Network and encoders as one module, for an optimiser."
-        return nn.ModuleDict(dict(network=self.network, encoder=self.encoder) | (dict(second=self.second) if self.second else {}))
+        return nn.ModuleDict(
+            dict(network=self.network, encoder=self.encoder)
+            | (dict(second=self.second) if self.second else {})
+        )
 
-    def learns(self, vocabulary:Vocabulary):
+    def learns(self, vocabulary: Vocabulary):
         "The words of these classes count as seen from now on."
         self._trained = spoken(o for row in vocabulary.words for o in row)
 
     def tune(self) -> list[nn.Parameter]:
-        "With `train_positions`, unfreeze the position embeddings of the image towers, in place; `save` then keeps them. Only pictures given to `see` train them."
-        found = {name: o for name, o in self.encoder.named_parameters() if name.endswith("visual.positional_embedding")}
-        if self.second: found |= {f"second.{name}": o for name, o in self.second.named_parameters() if name == "model.pos_embed"}
-        if not self.config.train_positions: found = {}
+        """With `train_positions`, unfreeze the position embeddings of the image towers, in place;
+        `save` then keeps them. Only pictures given to `see` train them.
+        """
+        found = {
+            name: o
+            for name, o in self.encoder.named_parameters()
+            if name.endswith("visual.positional_embedding")
+        }
+        if self.second:
+            found |= {
+                f"second.{name}": o for name, o in self.second.named_parameters() if name == "model.pos_embed"
+            }
+        if not self.config.train_positions:
+            found = {}
         self.own = sorted({*self.own, *found})
         return [o.requires_grad_(True) for o in found.values()]
 
     def packed_by(self) -> tuple:
         c = self.config
-        return self.encoder.fingerprint, self.second.fingerprint if self.second else None, c.size, c.encoder_scale, self.fused, self.first, self.start, c.frozen
+        return (
+            self.encoder.fingerprint,
+            self.second.fingerprint if self.second else None,
+            c.size,
+            c.encoder_scale,
+            self.fused,
+            self.first,
+            self.start,
+            c.frozen,
+        )
 
-    def pack(self, image:TwiceSeenImage) -> dict[str, torch.Tensor]:
-        if self.config.keep_aspect: raise ValueError("stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or give an augmentation")
-        kept = {f"layer{i}": o for i, o in zip(self.fused, image.layers) if i != self.first} | {f"map{i}": o for i, o in enumerate(image.maps)}
-        return {name: o[0] for name, o in (kept | dict(tokens=image.tokens, dense=image.features.dense, pooled=image.features.pooled)).items()}
+    def pack(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
+        if self.config.keep_aspect:
+            raise ValueError(
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                " give an augmentation"
+            )
+        kept = {f"layer{i}": o for i, o in zip(self.fused, image.layers) if i != self.first} | {
+            f"map{i}": o for i, o in enumerate(image.maps)
+        }
+        return {
+            name: o[0]
+            for name, o in (
+                kept | dict(tokens=image.tokens, dense=image.features.dense, pooled=image.features.pooled)
+            ).items()
+        }
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> TwiceSeenImage:
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> TwiceSeenImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
         found[f"layer{self.first}"] = found["tokens"][:, 1:].mT.unflatten(-1, found["dense"].shape[-2:])
-        side = -(-self.config.size//self.multiple)*self.multiple
-        return TwiceSeenImage(None, ImageFeatures(found["dense"], found["pooled"]), tokens=found["tokens"], layers=[found[f"layer{i}"] for i in self.fused],
-            maps=[found[f"map{i}"] for i in range(4)] if self.second else [], frame=(side, side), filled=(self.config.size,)*2)
+        side = -(-self.config.size // self.multiple) * self.multiple
+        return TwiceSeenImage(
+            None,
+            ImageFeatures(found["dense"], found["pooled"]),
+            tokens=found["tokens"],
+            layers=[found[f"layer{i}"] for i in self.fused],
+            maps=[found[f"map{i}"] for i in range(4)] if self.second else [],
+            frame=(side, side),
+            filled=(self.config.size,) * 2,
+        )
 
-    def see(self, images:torch.Tensor) -> list[TwiceSeenImage]:
-        pixels = F.interpolate(images.to(self.encoder.device, torch.float32)/255, (self.config.size,)*2, mode="bilinear", align_corners=False)
+    def see(self, images: torch.Tensor) -> list[TwiceSeenImage]:
+        pixels = F.interpolate(
+            images.to(self.encoder.device, torch.float32) / 255,
+            (self.config.size,) * 2,
+            mode="bilinear",
+            align_corners=False,
+        )
         found = self.observe(pixels, frozen=False)
-        for o, picture in zip(found, images): o.image = picture.permute(1, 2, 0).cpu().numpy()
+        for o, picture in zip(found, images):
+            o.image = picture.permute(1, 2, 0).cpu().numpy()
         return found
 
     def loss(self, images, labels, text, generator):
-        "Over all answers: class loss of A and of B, mask losses, matched by A; and the SSC loss of the last (SYSTEMS 3.6)."
+        """Over all answers:
+        class loss of A and of B, mask losses, matched by A; and the SSC loss of the last (SYSTEMS 3.6).
+        """
         c, targets = self.config, mask_targets(labels)
-        text = TextBank(**vars(text) | dict(embeddings=text.embeddings.to(labels.device).float().clone()))   # out of inference mode
+        # out of inference mode
+        text = TextBank(**vars(text) | dict(embeddings=text.embeddings.to(labels.device).float().clone()))
         total, numbers = 0, {}
         for answers in self.answer(images, every=True):
             by_a, by_b = (self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B))
             points = torch.rand(len(images), c.loss_points, 2, generator=generator).to(labels.device)
             matches = match_masks(by_a, answers.masks, targets, points)
-            loss, numbers = mask_classification_loss([by_a, by_b], answers.masks, targets, generator, c.loss_points, weights=(c.class_weight, 5, 5), matches=matches)
+            loss, numbers = mask_classification_loss(
+                [by_a, by_b],
+                answers.masks,
+                targets,
+                generator,
+                c.loss_points,
+                weights=(c.class_weight, 5, 5),
+                matches=matches,
+            )
             total = total + loss
-        numbers = {dict(class0="class_A", class1="class_B").get(name, name): o for name, o in numbers.items()}   # of the last answer
+        # of the last answer
+        numbers = {dict(class0="class_A", class1="class_B").get(name, name): o for name, o in numbers.items()}
         if c.ssc:
             structure = ssc_loss(answers.A, text.mean(), matches, targets, c.ssc_normalise)
-            total, numbers = total + c.ssc*structure, numbers | dict(ssc=float(structure.detach()))
+            total, numbers = total + c.ssc * structure, numbers | dict(ssc=float(structure.detach()))
         return total, numbers
 
     # ---- weights
 
     def encoder_state(self) -> dict[str, torch.Tensor]:
         "Tensors of both encoders; the second one's names start with `second.`"
-        return super().encoder_state() | ({f"second.{name}": o for name, o in self.second.state_dict().items()} if self.second else {})
+        return super().encoder_state() | (
+            {f"second.{name}": o for name, o in self.second.state_dict().items()} if self.second else {}
+        )
 
-    def save(self, path, metadata:dict[str, str]|None=None, dtype:torch.dtype|None=None):
+    def save(self, path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None):
         "As every trained system's, with the words that count as seen."
         super().save(path, dict(metadata or {}, seen=json.dumps(sorted(self.trained_words))), dtype)
 
     def translate(self, path, state):
-        "Network and encoder of a file, the authors' or ours; what it has for the second encoder is checked and laid aside."
+        """Network and encoder of a file, the authors' or ours;
+        what it has for the second encoder is checked and laid aside.
+        """
         if any(o.startswith("sem_seg_head.") for o in state):
             network, clip, sam = translate(state)
             model = getattr(self.encoder, "model", None)
-            if type(getattr(getattr(self.encoder.blocks[0], "mlp", None), "gelu", None)).__name__ != "QuickGELU" or not hasattr(model, "visual"):
-                raise ValueError(f"{path} is a checkpoint of EBSeg's authors, with a CLIP that has QuickGELU, unlike {self.encoder.name}. Take {self.authors}")
-            if wrong := difference(clip, model.state_dict()): raise ValueError(f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nTake {self.authors}")
-            if self.second is None or not hasattr(self.second, "global_blocks") or not hasattr(self.second, "model"): raise ValueError(f"{path} was trained with SAM as second encoder. Take {self.authors}")
-            expected = {name: o for name, o in self.second.model.state_dict().items() if not name.startswith("neck.")}
-            if wrong := difference(sam, expected): raise ValueError(f"{path} holds another image encoder than {self.second.name}.\n{wrong}\nTake {self.authors}")
+            if type(
+                getattr(getattr(self.encoder.blocks[0], "mlp", None), "gelu", None)
+            ).__name__ != "QuickGELU" or not hasattr(model, "visual"):
+                raise ValueError(
+                    f"{path} is a checkpoint of EBSeg's authors, with a CLIP that has QuickGELU, unlike"
+                    f" {self.encoder.name}. Take {self.authors}"
+                )
+            if wrong := difference(clip, model.state_dict()):
+                raise ValueError(
+                    f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nTake {self.authors}"
+                )
+            if (
+                self.second is None
+                or not hasattr(self.second, "global_blocks")
+                or not hasattr(self.second, "model")
+            ):
+                raise ValueError(f"{path} was trained with SAM as second encoder. Take {self.authors}")
+            expected = {
+                name: o for name, o in self.second.model.state_dict().items() if not name.startswith("neck.")
+            }
+            if wrong := difference(sam, expected):
+                raise ValueError(
+                    f"{path} holds another image encoder than {self.second.name}.\n{wrong}\nTake"
+                    f" {self.authors}"
+                )
             self._arrived = {f"model.{name}": o for name, o in sam.items()}
             return network, {f"model.{name}": o for name, o in clip.items()}
         prefix = "encoder.second."
         arrived = {name.removeprefix(prefix): o for name, o in state.items() if name.startswith(prefix)}
         if arrived:
             own = self.second.state_dict() if self.second else {}
-            if wrong := difference(arrived, {name: own[name] for name in arrived if name in own}): raise ValueError(f"{path} brings parts of another second encoder.\n{wrong}\nUse the one that it was trained with")
+            if wrong := difference(arrived, {name: own[name] for name in arrived if name in own}):
+                raise ValueError(
+                    f"{path} brings parts of another second encoder.\n{wrong}\nUse the one that it was"
+                    " trained with"
+                )
         self._arrived = arrived
-        if any(not o.startswith(("network.", "encoder.")) for o in state): return None   # which `load` reports
-        return tuple({name.removeprefix(part): o for name, o in state.items() if name.startswith(part) and not name.startswith(prefix)} for part in ("network.", "encoder."))
+        # which `load` reports
+        if any(not o.startswith(("network.", "encoder.")) for o in state):
+            return None
+        return tuple(
+            {
+                name.removeprefix(part): o
+                for name, o in state.items()
+                if name.startswith(part) and not name.startswith(prefix)
+            }
+            for part in ("network.", "encoder.")
+        )
 
     def load(self, path):
-        "Fill network and encoders from a file of `save`'s or the authors'. Encoders that change are copied first. Raises `ValueError` with the differences."
+        """Fill network and encoders from a file of `save`'s or the authors'.
+
+        Encoders that change are copied first. Raises `ValueError` with the differences.
+        """
         super().load(path)
         if self._arrived:
             self.second = copy.deepcopy(self.second)
             with torch.no_grad():
-                for name, value in self._arrived.items(): self.second.state_dict()[name].copy_(value)
-            self.second._fingerprint, self.own, self._arrived = None, [*self.own, *(f"second.{o}" for o in self._arrived)], {}
+                for name, value in self._arrived.items():
+                    self.second.state_dict()[name].copy_(value)
+            self.second._fingerprint, self.own, self._arrived = (
+                None,
+                [*self.own, *(f"second.{o}" for o in self._arrived)],
+                {},
+            )
         if str(path).endswith(".safetensors"):
-            with safe_open(Path(path).expanduser(), "pt") as file: known = (file.metadata() or {}).get("seen")
-            if known: self._trained = frozenset(json.loads(known))
+            with safe_open(Path(path).expanduser(), "pt") as file:
+                known = (file.metadata() or {}).get("seen")
+            if known:
+                self._trained = frozenset(json.loads(known))

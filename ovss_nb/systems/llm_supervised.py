@@ -21,28 +21,41 @@ from ..core.vocabulary import Vocabulary
 @dataclass(frozen=True)
 class LLMSupervisedConfig(SimSegConfig):
     "Knobs of LLM-supervised segmentation; n, ensemble and what follows from the paper (SYSTEMS 5)."
-    n:Count = 10 # subclasses per class; the released code ships 5
-    include_superclass:bool = False # count the class itself among its subclasses
-    ensemble:Literal["paper", "repo", "mean", "max"] = "paper" # "paper" (LS-6 to LS-8), "repo" (LS-8'), "mean", or "max" over the maps
-    temperature:Positive = 1.0 # of the softmax over subclasses
-    score_source:Literal["superclass", "subclasses"] = "superclass" # whose embedding scores the image: "superclass" (code and default) or "subclasses" (their mean)
+
+    n: Count = 10  # subclasses per class; the released code ships 5
+    include_superclass: bool = False  # count the class itself among its subclasses
+    # "paper" (LS-6 to LS-8), "repo" (LS-8'), "mean", or "max" over the maps
+    ensemble: Literal["paper", "repo", "mean", "max"] = "paper"
+    temperature: Positive = 1.0  # of the softmax over subclasses
+    # whose embedding scores the image: "superclass" (code and default) or "subclasses" (their mean)
+    score_source: Literal["superclass", "subclasses"] = "superclass"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prompts != "names": raise ValueError(f"this system brings its own subclasses: leave prompts at 'names', not {self.prompts!r}, or use simseg; words of your own are its subclasses")
-        if self.pooling != "mean": raise ValueError("this system pools its subclasses by the knob 'ensemble'; leave pooling at 'mean'")
+        if self.prompts != "names":
+            raise ValueError(
+                f"this system brings its own subclasses: leave prompts at 'names', not {self.prompts!r}, or"
+                " use simseg; words of your own are its subclasses"
+            )
+        if self.pooling != "mean":
+            raise ValueError(
+                "this system pools its subclasses by the knob 'ensemble'; leave pooling at 'mean'"
+            )
 
 # %% ../../nbs/systems/07_llm_supervised.ipynb #c2c69391
 def subclass_vocabulary(
-    vocabulary:Vocabulary, # names, perhaps with the user's own subclasses
-    n:int=10, # at most so many per class
-    include_superclass:bool=False, # put the class itself first
-) -> Vocabulary: # the same names, with subclasses as their words
-    "Replace the words of every name by its subclasses: the vocabulary's own file, the user's words, any shipped file, or the name itself."
+    vocabulary: Vocabulary,  # names, perhaps with the user's own subclasses
+    n: int = 10,  # at most so many per class
+    include_superclass: bool = False,  # put the class itself first
+) -> Vocabulary:  # the same names, with subclasses as their words
+    """Replace the words of every name by its subclasses:
+    the vocabulary's own file, the user's words, any shipped file, or the name itself.
+    """
     own = load_subclasses(vocabulary.title) if vocabulary.title in list_subclasses() else {}
     shipped = {}
     for title in list_subclasses():
-        for name, found in load_subclasses(title).items(): shipped.setdefault(name, found)
+        for name, found in load_subclasses(title).items():
+            shipped.setdefault(name, found)
     words = {}
     for name, given in zip(vocabulary.names, vocabulary.words):
         found = own.get(name) or (given if tuple(given) != (name,) else shipped.get(name, given))
@@ -54,26 +67,41 @@ def subclass_vocabulary(
 @dataclass
 class SubclassText:
     "Two text banks of one vocabulary: `classes` (K x P x d) and `subclasses` (K x n x d)."
-    classes:TextBank
-    subclasses:TextBank
+
+    classes: TextBank
+    subclasses: TextBank
+
 
 class LLMSupervised(SimSeg):
-    "LLM-supervised, training-free segmentation (arXiv 2404.00701): SimSeg with subclass ensembling, LS-1 to LS-9."
+    """LLM-supervised, training-free segmentation (arXiv 2404.00701):
+    SimSeg with subclass ensembling, LS-1 to LS-9.
+    """
+
     config_class = LLMSupervisedConfig
 
     def encode_text(self, words) -> SubclassText:
         "Text banks of the classes and of their subclasses."
         vocabulary = Vocabulary.of(words)
         names = vocabulary.with_words({name: [name] for name in vocabulary.names})
-        return SubclassText(super().encode_text(names),
-                            super().encode_text(subclass_vocabulary(vocabulary, self.config.n, self.config.include_superclass)))
+        return SubclassText(
+            super().encode_text(names),
+            super().encode_text(
+                subclass_vocabulary(vocabulary, self.config.n, self.config.include_superclass)
+            ),
+        )
 
-    def class_bank(self, text:SubclassText) -> TextBank:
+    def class_bank(self, text: SubclassText) -> TextBank:
         return text.classes if self.config.score_source == "superclass" else text.subclasses
 
-    def scores(self, image:EncodedImage, text:SubclassText) -> torch.Tensor:
+    def scores(self, image: EncodedImage, text: SubclassText) -> torch.Tensor:
         "K x h x w maps of the pooled subclass embeddings (LS-9)."
         bank = text.subclasses
-        maps = subclass_maps(image.features.patches()[0].float(), bank.embeddings.float(), bank.mask, image.features.pooled[0].float(),
-                             method=self.config.ensemble, temperature=self.config.temperature)
+        maps = subclass_maps(
+            image.features.patches()[0].float(),
+            bank.embeddings.float(),
+            bank.mask,
+            image.features.pooled[0].float(),
+            method=self.config.ensemble,
+            temperature=self.config.temperature,
+        )
         return maps.unflatten(1, image.features.dense.shape[-2:])

@@ -25,91 +25,159 @@ from ..core.vocabulary import Vocabulary
 @dataclass(frozen=True)
 class LMSegConfig(CATSegConfig):
     "Knobs of LMSeg: those of CAT-Seg, descriptions, and fusion (SYSTEMS 2.3)."
-    prompts:str|tuple[str, ...] = "descriptions" # see `ovss_nb.text.text_bank.prompt_sources`; "names" is CAT-Seg's template
-    fallback:bool = True # with "descriptions": words without a shipped one are put into the template; false: they are an error
-    second:str = "lite_sam" # where Fs comes from: "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
-    second_size:Count|None = None # pixels of its longer side; default: the encoder's own, 448 for lite_sam and 1024 for SAM
-    fusion_weight:Literal["scalar", "channel"]|Share = "scalar" # w: learned, "scalar" or "channel"; or fixed, where 1.0 leaves the second encoder out
-    fusion_initial:Share = 0.5 # where a learned w starts; 0.88 if training is unstable
-    fusion_project:bool = True # see `FeatureFusion` for this and the next two
-    fusion_normalise:Literal["match", "unit", "none"] = "match"
-    fusion_resize:Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+
+    # see `ovss_nb.text.text_bank.prompt_sources`; "names" is CAT-Seg's template
+    prompts: str | tuple[str, ...] = "descriptions"
+    # with "descriptions": words without a shipped one are put into the template; false: they are an error
+    fallback: bool = True
+    # where Fs comes from: "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g.
+    # "sam:vit_b/sam_vit_b_01ec64.pth"
+    second: str = "lite_sam"
+    # pixels of its longer side; default: the encoder's own, 448 for lite_sam and 1024 for SAM
+    second_size: Count | None = None
+    # w: learned, "scalar" or "channel"; or fixed, where 1.0 leaves the second encoder out
+    fusion_weight: Literal["scalar", "channel"] | Share = "scalar"
+    fusion_initial: Share = 0.5  # where a learned w starts; 0.88 if training is unstable
+    fusion_project: bool = True  # see `FeatureFusion` for this and the next two
+    fusion_normalise: Literal["match", "unit", "none"] = "match"
+    fusion_resize: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
 
 # %% ../../nbs/systems/10_lmseg.ipynb #b24e0d32
 class LMSegNetwork(CATSegNetwork):
     "CAT-Seg's network, and the fusion before it."
-    def __init__(self, dim:int, channels:tuple[int, int], config:LMSegConfig,
-        other:int=256, # channels of the second encoder
+
+    def __init__(
+        self,
+        dim: int,
+        channels: tuple[int, int],
+        config: LMSegConfig,
+        other: int = 256,  # channels of the second encoder
     ):
         super().__init__(dim, channels, config)
-        self.fusion = FeatureFusion(dim, other, config.fusion_weight, config.fusion_initial, config.fusion_project, config.fusion_normalise, config.fusion_resize)
+        self.fusion = FeatureFusion(
+            dim,
+            other,
+            config.fusion_weight,
+            config.fusion_initial,
+            config.fusion_project,
+            config.fusion_normalise,
+            config.fusion_resize,
+        )
+
 
 @dataclass
 class FusedImage(GuidedImage):
     "A guided image with what the second encoder saw of it."
-    second:torch.Tensor|None = None # 1 x C x h x w, of the whole image; None if w is fixed to 1
-    regions:torch.Tensor|None = None # V x 4: what each view shows of it, see `sample_regions`
+
+    second: torch.Tensor | None = None  # 1 x C x h x w, of the whole image; None if w is fixed to 1
+    regions: torch.Tensor | None = None  # V x 4: what each view shows of it, see `sample_regions`
+
 
 class LMSeg(CATSeg):
     """CAT-Seg with descriptions of the classes and with CLIP and SAM fused (arXiv 2412.00364; LM-1 to LM-7).
 
-    The second encoder runs once per image, and not at all if `fusion_weight` is 1.0. Raises as `CATSeg` does, and as `create_second`."""
+    The second encoder runs once per image, and not at all if `fusion_weight` is 1.0. Raises as `CATSeg`
+    does, and as `create_second`.
+    """
+
     config_class, network_class = LMSegConfig, LMSegNetwork
     authors = "with fusion_weight=1.0 " + CATSeg.authors
 
-    def __init__(self, encoder:Encoder, config=None, cache=None,
-        second:Encoder|str|None=None, # an encoder already built, or its description in place of the configuration's
+    def __init__(
+        self,
+        encoder: Encoder,
+        config=None,
+        cache=None,
+        # an encoder already built, or its description in place of the configuration's
+        second: Encoder | str | None = None,
         **knobs,
     ):
-        if isinstance(second, str): knobs["second"], second = second, None
+        if isinstance(second, str):
+            knobs["second"], second = second, None
         self.second = second
         super().__init__(encoder, config, cache, **knobs)
 
     def build(self) -> LMSegNetwork:
-        if self.config.fusion_weight == 1: self.second = None   # nobody will ask
-        elif self.second is None: self.second = create_second(self.config.second, self.config.second_size, self.encoder.device)
+        if self.config.fusion_weight == 1:
+            self.second = None  # nobody will ask
+        elif self.second is None:
+            self.second = create_second(self.config.second, self.config.second_size, self.encoder.device)
         return super().build(other=self.second.dim if self.second else self.encoder.dim)
 
     def describe(self) -> dict:
-        return super().describe() | (dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {})
+        return super().describe() | (
+            dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {}
+        )
 
     @torch.inference_mode()
     def encode_images(self, images) -> list[FusedImage]:
         "As CAT-Seg does, and once per image by the second encoder."
         found = [FusedImage(**vars(o)) for o in super().encode_images(images)]
-        for o in found if self.second else []: self.look_again(o)
+        for o in found if self.second else []:
+            self.look_again(o)
         return found
 
     @torch.no_grad()
-    def look_again(self, image:FusedImage):
-        "Fill in what the second encoder sees of an image, whose `image`, `corners` and `frame` must be there, and which part of it each view shows."
+    def look_again(self, image: FusedImage):
+        """Fill in what the second encoder sees of an image, whose `image`, `corners` and `frame` must be
+        there, and which part of it each view shows.
+        """
         size, device = self.second.size, self.encoder.device
         image.second = self.second.dense(self.second.preprocess(image.image, size)).to(device)
-        filled = torch.tensor(fit_longest(*image.size, size), dtype=torch.float32)/size
-        whole, frame = torch.tensor([[0., 0, 1, 1]]), torch.tensor(image.frame, dtype=torch.float32).repeat(2)
-        windows = torch.tensor([(top, left, top + self.config.window, left + self.config.window) for top, left in image.corners], dtype=torch.float32).reshape(-1, 4)/frame
-        image.regions = (torch.cat([windows, whole])*filled.repeat(2)).clamp(max=1).to(device)
+        filled = torch.tensor(fit_longest(*image.size, size), dtype=torch.float32) / size
+        whole, frame = (
+            torch.tensor([[0.0, 0, 1, 1]]),
+            torch.tensor(image.frame, dtype=torch.float32).repeat(2),
+        )
+        windows = (
+            torch.tensor(
+                [
+                    (top, left, top + self.config.window, left + self.config.window)
+                    for top, left in image.corners
+                ],
+                dtype=torch.float32,
+            ).reshape(-1, 4)
+            / frame
+        )
+        image.regions = (torch.cat([windows, whole]) * filled.repeat(2)).clamp(max=1).to(device)
 
-    def fused(self, images:list[FusedImage]) -> torch.Tensor:
+    def fused(self, images: list[FusedImage]) -> torch.Tensor:
         return torch.cat([self.network.fusion(o.views.dense.float(), o.second, o.regions) for o in images])
 
-    def stand_ins(self, vocabulary:Vocabulary) -> dict[str, list[str]]:
-        "With descriptions, the template around the words of a name, for names that have none; a background never has one."
-        if self.config.prompts != "descriptions": return super().stand_ins(vocabulary)
+    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
+        """With descriptions, the template around the words of a name, for names that have none;
+        a background never has one.
+        """
+        if self.config.prompts != "descriptions":
+            return super().stand_ins(vocabulary)
         sentences = load_templates(self.config.templates)
-        return {name: [o.replace("{}", word) for word in words for o in sentences] for name, words in zip(vocabulary.names, vocabulary.words)}
+        return {
+            name: [o.replace("{}", word) for word in words for o in sentences]
+            for name, words in zip(vocabulary.names, vocabulary.words)
+        }
 
     def encode_text(self, words) -> TextBank:
-        "Text bank of descriptions, with the template for words that have none. Raises `PromptError` for such words with `fallback=False`."
-        try: return super().encode_text(words)
+        """Text bank of descriptions, with the template for words that have none.
+
+        Raises `PromptError` for such words with `fallback=False`.
+        """
+        try:
+            return super().encode_text(words)
         except PromptError:
-            if not self.config.fallback or self.config.prompts != "descriptions": raise
+            if not self.config.fallback or self.config.prompts != "descriptions":
+                raise
         vocabulary = self.read_words(words)
         if (vocabulary, "fallback") not in self._banks:
             bank = PromptBank.new(vocabulary, "descriptions")
             bank.borrow(vocabulary)
-            self._banks[vocabulary, "fallback"] = encode_text(self.encoder, vocabulary, templates=self.config.templates, cache=self.cache, prompts=bank,
-                                                                   instead=self.stand_ins(vocabulary))
+            self._banks[vocabulary, "fallback"] = encode_text(
+                self.encoder,
+                vocabulary,
+                templates=self.config.templates,
+                cache=self.cache,
+                prompts=bank,
+                instead=self.stand_ins(vocabulary),
+            )
         return self._banks[vocabulary, "fallback"]
 
     # ---- training: see `TrainedSystem`
@@ -117,17 +185,23 @@ class LMSeg(CATSeg):
     def packed_by(self) -> tuple:
         return super().packed_by() + ((self.second.fingerprint, self.second.size) if self.second else ())
 
-    def pack(self, image:FusedImage) -> dict[str, torch.Tensor]:
+    def pack(self, image: FusedImage) -> dict[str, torch.Tensor]:
         "As CAT-Seg, and the second encoder's map with the region that the picture fills, if it counts."
-        return super().pack(image) | (dict(second=image.second[0], regions=image.regions[0]) if self.second else {})
+        return super().pack(image) | (
+            dict(second=image.second[0], regions=image.regions[0]) if self.second else {}
+        )
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> FusedImage:
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> FusedImage:
         found = FusedImage(**vars(super().unpack(arrays)))
-        if self.second: found.second, found.regions = (arrays[o].to(self.encoder.device, torch.float32)[None] for o in ("second", "regions"))
+        if self.second:
+            found.second, found.regions = (
+                arrays[o].to(self.encoder.device, torch.float32)[None] for o in ("second", "regions")
+            )
         return found
 
-    def see(self, images:torch.Tensor) -> list[FusedImage]:
+    def see(self, images: torch.Tensor) -> list[FusedImage]:
         "As CAT-Seg, and once by the second encoder, which is never tuned."
         found = [FusedImage(**vars(o)) for o in super().see(images)]
-        for o in found if self.second else []: self.look_again(o)
+        for o in found if self.second else []:
+            self.look_again(o)
         return found

@@ -22,40 +22,81 @@ from ..core.vocabulary import Vocabulary
 @dataclass(frozen=True)
 class MaskCLIPConfig(Config):
     "Knobs of MaskCLIP."
-    size:Count|tuple[Count, Count] = 448 # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`), or height and width
-    background_words:tuple[str, ...] = ("sky", "wall", "floor", "grass", "road", "water", "tree", "building", "ground", "fence") # what `background` means unless the user or a bank says
-    background_threshold:Share|None = None # probability under which a pixel is background too
-    logit_scale:Positive = 20.0 # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
-    crf:bool = False # refine by a joint dense CRF (extra `crf`)
-    crf_pixels:Count = 500_000 # a larger image is refined at this many pixels: time and memory of the CRF grow with them
+
+    # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`), or height and width
+    size: Count | tuple[Count, Count] = 448
+    # what `background` means unless the user or a bank says
+    background_words: tuple[str, ...] = (
+        "sky",
+        "wall",
+        "floor",
+        "grass",
+        "road",
+        "water",
+        "tree",
+        "building",
+        "ground",
+        "fence",
+    )
+    background_threshold: Share | None = None  # probability under which a pixel is background too
+    # cosine to logit, before a softmax over names (threshold, CRF); chosen for `lite`, CLIP's own is 100
+    logit_scale: Positive = 20.0
+    crf: bool = False  # refine by a joint dense CRF (extra `crf`)
+    # a larger image is refined at this many pixels: time and memory of the CRF grow with them
+    crf_pixels: Count = 500_000
 
 # %% ../../nbs/systems/05_maskclip.ipynb #3eb66091
 class MaskCLIP(System):
     "Dense features x text bank, argmax (MaskCLIP, Zhou et al. 2022), with a background made of words."
+
     config_class = MaskCLIPConfig
 
-    def stand_ins(self, vocabulary:Vocabulary) -> dict[str, list[str]]:
+    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
         "The configured words, less those that are taken, for a background without words of its own."
         taken = {o.casefold() for name, own in zip(vocabulary.names, vocabulary.words) for o in (name, *own)}
         described = [o for o in self.config.background_words if o.casefold() not in taken]
-        return {name: described for name, own in zip(vocabulary.names, vocabulary.words) if described and name in vocabulary.background and own in ((name,), ("background",))}
+        return {
+            name: described
+            for name, own in zip(vocabulary.names, vocabulary.words)
+            if described and name in vocabulary.background and own in ((name,), ("background",))
+        }
 
-    def scores(self, image, text:TextBank) -> torch.Tensor:
+    def scores(self, image, text: TextBank) -> torch.Tensor:
         "K x h x w cosines; with a background and a threshold, probabilities."
-        cosines = text.compare(image.features.patches()[0], self.config.pooling).unflatten(1, image.features.dense.shape[-2:])
-        if not text.background or self.config.background_threshold is None: return cosines
-        probabilities, k = (self.config.logit_scale*cosines).softmax(0), text.names.index(text.background[0])
+        cosines = text.compare(image.features.patches()[0], self.config.pooling).unflatten(
+            1, image.features.dense.shape[-2:]
+        )
+        if not text.background or self.config.background_threshold is None:
+            return cosines
+        probabilities, k = (
+            (self.config.logit_scale * cosines).softmax(0),
+            text.names.index(text.background[0]),
+        )
         probabilities[k].clamp_(min=self.config.background_threshold)
         return probabilities
 
-    def labels(self, image:EncodedImage, text:TextBank, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
-        "H x W labels; with `crf`, the classes that win a pixel anywhere compete once more in a joint dense CRF on the image."
+    def labels(
+        self, image: EncodedImage, text: TextBank, scores: torch.Tensor, vocabulary: Vocabulary
+    ) -> np.ndarray:
+        """H x W labels;
+        with `crf`, the classes that win a pixel anywhere compete once more in a joint dense CRF on the image.
+        """
         labels = upsample_argmax(scores, image.size).cpu().numpy()
-        if not self.config.crf: return labels
-        probabilities = scores if vocabulary.background and self.config.background_threshold is not None else (self.config.logit_scale*scores).softmax(0)
+        if not self.config.crf:
+            return labels
+        probabilities = (
+            scores
+            if vocabulary.background and self.config.background_threshold is not None
+            else (self.config.logit_scale * scores).softmax(0)
+        )
         kept = np.unique(labels)
-        shrink = min(1, (self.config.crf_pixels/labels.size)**0.5)
-        size = [max(1, round(o*shrink)) for o in image.size]
+        shrink = min(1, (self.config.crf_pixels / labels.size) ** 0.5)
+        size = [max(1, round(o * shrink)) for o in image.size]
         small = np.asarray(Image.fromarray(image.image).resize(size[::-1], Image.Resampling.BICUBIC))
-        enlarged = F.interpolate(probabilities[None, kept].float(), size, mode="bilinear")[0].clamp(0, 1).cpu().numpy()
+        enlarged = (
+            F.interpolate(probabilities[None, kept].float(), size, mode="bilinear")[0]
+            .clamp(0, 1)
+            .cpu()
+            .numpy()
+        )
         return kept[upsample_argmax(torch.from_numpy(dense_crf(small, enlarged)), image.size).numpy()]

@@ -19,7 +19,13 @@ from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets
 from ..components.mask_classification import TextClassifier, mask_scores, mlp, propose
 from ovss_nb.components.multi_resolution import (
-    AttentionMasks, MaskPyramid, MultiResAdapter, Views, multi_grained_attention, see_views, small_grid,
+    AttentionMasks,
+    MaskPyramid,
+    MultiResAdapter,
+    Views,
+    multi_grained_attention,
+    see_views,
+    small_grid,
 )
 from ..core.options import Count, Index, NotNegative, Positive, Range
 from .base import EncodedImage
@@ -30,84 +36,134 @@ from ..text.text_bank import TextBank
 @dataclass(frozen=True)
 class MROVSegConfig(TrainedConfig):
     "Knobs of MROVSeg; the defaults are the paper's for B/16, or those of SYSTEMS 4."
-    size:Count = 640 # pixels of the shorter side: a multiple of the encoder's stride; 672 for L/14
-    keep_aspect:bool = True
-    templates:str = "vild14"
-    slice_ratio:Annotated[float, Range(0, 1, "low")] = 0.5 # p: side of a slice as a share of `size`
-    slice_pixels:Count|None = None # side of a slice; default: `slice_ratio` of `size`, rounded to whole places
-    reduction:Count = 2 # the small view has so many times fewer places per side
-    pad_to:Count|None = None # sides are filled up to multiples of so many pixels; default: a slice if slices tile a square of `size`, else `reduction` places
-    pad_value:Annotated[int, Range(0, 255)] = 128 # what they are filled with, from 0 to 255
-    layers:tuple[Index, ...]|None = None # of the encoder, to be fused: 0 is the stem; default: every quarter, the last only of up to 12 blocks
-    start:Index|None = None # proposals start after so many blocks; default: three quarters
-    multi_resolution:bool = True # the adapter gets slices; false: the small view alone
-    hierarchical:bool = True # masks of stride 4 from a pyramid; false: of the tokens' stride
-    multi_grained:bool = True # proposals look at both views (MR-9); false: at the small one, and at themselves, as SAN's
-    fusion:Literal["scale", "add", "concat"] = "scale" # how the two views become one: see `MultiResFusion`, as for the next
-    normalise:bool = True
-    width:Count = 768 # from here on: see `MultiResAdapter`
-    depth:Count = 6
-    heads:Count = 12
-    queries:Count = 100
-    inject:tuple[Index, ...]|None = None
-    positions:Literal["every", "once"] = "every"
-    supervised:Count = 2
-    channels:Count = 256 # of query vectors and pixel vectors
-    pyramid:tuple[Index, Index, Index]|None = None # places, among the fused layers, of the mask pyramid's levels, the lowest first; default: the three next above the stem, the deepest first
-    logit_scale:Positive|None = None # factor of the cosines; default: CLIP's own, 100 for encoders that have none
-    resolution:Literal["input", "image", "masks"] = "input" # masks are combined at the pixels of the "input", of the "image" as SAN's evaluation does, or at the places of the "masks" themselves
-    points:Count = 12544 # at which masks are compared in training, here and below: SYSTEMS 1.6
-    loss_weights:tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
-    no_object:NotNegative = 0.1 # weight of the background in the loss of classes
+
+    size: Count = 640  # pixels of the shorter side: a multiple of the encoder's stride; 672 for L/14
+    keep_aspect: bool = True
+    templates: str = "vild14"
+    slice_ratio: Annotated[float, Range(0, 1, "low")] = 0.5  # p: side of a slice as a share of `size`
+    # side of a slice; default: `slice_ratio` of `size`, rounded to whole places
+    slice_pixels: Count | None = None
+    reduction: Count = 2  # the small view has so many times fewer places per side
+    # sides are filled up to multiples of so many pixels; default: a slice if slices tile a square of `size`,
+    # else `reduction` places
+    pad_to: Count | None = None
+    pad_value: Annotated[int, Range(0, 255)] = 128  # what they are filled with, from 0 to 255
+    # of the encoder, to be fused: 0 is the stem; default: every quarter, the last only of up to 12 blocks
+    layers: tuple[Index, ...] | None = None
+    start: Index | None = None  # proposals start after so many blocks; default: three quarters
+    multi_resolution: bool = True  # the adapter gets slices; false: the small view alone
+    hierarchical: bool = True  # masks of stride 4 from a pyramid; false: of the tokens' stride
+    # proposals look at both views (MR-9); false: at the small one, and at themselves, as SAN's
+    multi_grained: bool = True
+    # how the two views become one: see `MultiResFusion`, as for the next
+    fusion: Literal["scale", "add", "concat"] = "scale"
+    normalise: bool = True
+    width: Count = 768  # from here on: see `MultiResAdapter`
+    depth: Count = 6
+    heads: Count = 12
+    queries: Count = 100
+    inject: tuple[Index, ...] | None = None
+    positions: Literal["every", "once"] = "every"
+    supervised: Count = 2
+    channels: Count = 256  # of query vectors and pixel vectors
+    # places, among the fused layers, of the mask pyramid's levels, the lowest first; default: the three next
+    # above the stem, the deepest first
+    pyramid: tuple[Index, Index, Index] | None = None
+    # factor of the cosines; default: CLIP's own, 100 for encoders that have none
+    logit_scale: Positive | None = None
+    # masks are combined at the pixels of the "input", of the "image" as SAN's evaluation does, or at the
+    # places of the "masks" themselves
+    resolution: Literal["input", "image", "masks"] = "input"
+    points: Count = 12544  # at which masks are compared in training, here and below: SYSTEMS 1.6
+    # of classes, cross-entropy of masks, dice
+    loss_weights: tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0)
+    no_object: NotNegative = 0.1  # weight of the background in the loss of classes
 
 # %% ../../nbs/systems/13_mrovseg.ipynb #25564f16
 def pyramid_levels(
-    layers:tuple[int, ...], # that are fused; 0 is the stem
-) -> tuple[int, ...]: # their places in `layers`, for the lowest level first
-    "The three fused layers next above the stem, the deepest first (SYSTEMS 4.3); with the stem if there are only two."
+    layers: tuple[int, ...],  # that are fused; 0 is the stem
+) -> tuple[int, ...]:  # their places in `layers`, for the lowest level first
+    """The three fused layers next above the stem, the deepest first (SYSTEMS 4.3);
+    with the stem if there are only two.
+    """
     order = sorted(range(len(layers)), key=lambda i: layers[i])
     above = [i for i in order if layers[i] > 0]
     return tuple((above if len(above) > 2 else order)[:3][::-1])
 
+
 class MROVSegNetwork(nn.Module):
     "The trained part: adapter, masks, attention masks, and a classifier over words (MR-1 to MR-10)."
-    def __init__(self,
-        dim:int, channels:int, heads:int, # of the joint space, the encoder's tokens and its blocks
-        grid:int, # places per side of a square picture
-        layers:tuple[int, ...], # of the encoder, that are fused
-        start:int, # proposals start after so many blocks
-        scale:float, # of the logits
-        config:MROVSegConfig,
+
+    def __init__(
+        self,
+        dim: int,
+        channels: int,
+        heads: int,  # of the joint space, the encoder's tokens and its blocks
+        grid: int,  # places per side of a square picture
+        layers: tuple[int, ...],  # of the encoder, that are fused
+        start: int,  # proposals start after so many blocks
+        scale: float,  # of the logits
+        config: MROVSegConfig,
     ):
         super().__init__()
         c = config
         self.layers, self.start, self.reduction = layers, start, c.reduction
         self.levels = (c.pyramid or pyramid_levels(layers)) if c.hierarchical else ()
         if c.hierarchical and not (len(self.levels) == 3 and all(0 <= o < len(layers) for o in self.levels)):
-            raise ValueError(f"pyramid={c.pyramid} must name three of the {len(layers)} fused layers {layers}, counted from 0. "
-                             "Fuse more layers, or say hierarchical=False")
-        self.adapter = MultiResAdapter(channels, len(layers), c.width, c.depth, c.heads, c.queries, grid, c.reduction, c.fusion if c.multi_resolution else "low", c.normalise, c.inject, c.positions, c.supervised)
+            raise ValueError(
+                f"pyramid={c.pyramid} must name three of the {len(layers)} fused layers {layers}, counted"
+                " from 0. Fuse more layers, or say hierarchical=False"
+            )
+        self.adapter = MultiResAdapter(
+            channels,
+            len(layers),
+            c.width,
+            c.depth,
+            c.heads,
+            c.queries,
+            grid,
+            c.reduction,
+            c.fusion if c.multi_resolution else "low",
+            c.normalise,
+            c.inject,
+            c.positions,
+            c.supervised,
+        )
         self.vector = mlp(c.width, c.channels, c.channels)
         self.pyramid = MaskPyramid(c.width, c.channels, c.hierarchical)
         self.attention = AttentionMasks(c.width, heads, c.channels, local=c.multi_grained)
-        self.positions = nn.Parameter(0.02*torch.randn(c.queries, channels)) if c.multi_grained else None
+        self.positions = nn.Parameter(0.02 * torch.randn(c.queries, channels)) if c.multi_grained else None
         self.classifier = TextClassifier(dim, scale)
 
-    def forward(self,
-        views:Views, # of a batch
-        grid:tuple[int, int], # places of the large view
-        encoder:Encoder, # whose last blocks and projection the proposals go through
-        every:bool=False, # outputs of all supervised blocks
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]: # per output: unit vectors B x N x d, mask logits B x N x H' x W', attention masks B x heads x N x P
+    def forward(
+        self,
+        views: Views,  # of a batch
+        grid: tuple[int, int],  # places of the large view
+        encoder: Encoder,  # whose last blocks and projection the proposals go through
+        every: bool = False,  # outputs of all supervised blocks
+        # per output: unit vectors B x N x d, mask logits B x N x H' x W', attention masks B x heads x N x P
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         high = None if self.adapter.low else [views.high[o] for o in self.layers]
         stem = views.low[0] if self.adapter.low else views.high[0]
         outputs, fused = self.adapter(stem, high, [views.low[o] for o in self.layers], grid, every)
         vectors = [self.vector(queries) for queries, _ in outputs]
-        masks = [self.pyramid(v, tokens, [fused[o] for o in self.levels]) for v, (_, tokens) in zip(vectors, outputs)]
-        seen = [self.attention(v, tokens, small_grid(grid, self.reduction)) for v, (_, tokens) in zip(vectors, outputs)]
-        blocks, attention = list(encoder.blocks)[self.start:], torch.cat(seen, 2)
+        masks = [
+            self.pyramid(v, tokens, [fused[o] for o in self.levels])
+            for v, (_, tokens) in zip(vectors, outputs)
+        ]
+        seen = [
+            self.attention(v, tokens, small_grid(grid, self.reduction))
+            for v, (_, tokens) in zip(vectors, outputs)
+        ]
+        blocks, attention = list(encoder.blocks)[self.start :], torch.cat(seen, 2)
         if self.positions is not None:
-            x = multi_grained_attention(blocks, [views.tokens(self.start + i) for i in range(len(blocks))], views.cls[self.start], self.positions.repeat(len(outputs), 1), attention)
+            x = multi_grained_attention(
+                blocks,
+                [views.tokens(self.start + i) for i in range(len(blocks))],
+                views.cls[self.start],
+                self.positions.repeat(len(outputs), 1),
+                attention,
+            )
         else:
             tokens = torch.cat([views.cls[self.start][:, None], views.low[self.start].flatten(2).mT], 1)
             x = propose(blocks, tokens.to(encoder.dtype), attention, finish=False)[0]
@@ -118,101 +174,196 @@ class MROVSegNetwork(nn.Module):
 @dataclass
 class SlicedImage(EncodedImage):
     "An image with what the encoder's layers hold of its views; `features` stay empty."
-    views:Views|None = None # of a batch of one
-    frame:tuple[int, int] = (0, 0) # pixels of the resized picture
-    filled:tuple[int, int] = (0, 0) # and with what was filled up at the bottom and right
 
-def _batch(views:list[Views]) -> Views:
-    def join(tables): return {i: torch.cat([o[i] for o in tables]) for i in tables[0]}
+    views: Views | None = None  # of a batch of one
+    frame: tuple[int, int] = (0, 0)  # pixels of the resized picture
+    filled: tuple[int, int] = (0, 0)  # and with what was filled up at the bottom and right
+
+
+def _batch(views: list[Views]) -> Views:
+    def join(tables):
+        return {i: torch.cat([o[i] for o in tables]) for i in tables[0]}
+
     return Views(*(join([getattr(o, name) for o in views]) for name in ("high", "low", "cls")))
 
-class MROVSeg(TrainedSystem):
-    """Multi-resolution open-vocabulary segmentation with frozen CLIP (arXiv 2408.14776; MR-1 to MR-11). Scores are sums of mask probabilities, and do not add up to 1.
 
-    Raises `ValueError` as `TrainedSystem`, for an encoder without transformer blocks, and for sizes that are no multiples of its stride."""
+class MROVSeg(TrainedSystem):
+    """Multi-resolution open-vocabulary segmentation with frozen CLIP (arXiv 2408.14776; MR-1 to MR-11).
+    Scores are sums of mask probabilities, and do not add up to 1.
+
+    Raises `ValueError` as `TrainedSystem`, for an encoder without transformer blocks, and for sizes that
+    are no multiples of its stride.
+    """
+
     config_class = MROVSegConfig
 
     def build(self) -> MROVSegNetwork:
         c, encoder = self.config, self.encoder
         blocks, stride = list(getattr(encoder, "blocks", ())), encoder.stride
-        if len(blocks) < 2: raise ValueError(f"{encoder.name} has no transformer blocks to look into. Take an encoder such as lite or clip:ViT-B-16/openai")
-        if c.size % stride: raise ValueError(f"size={c.size} is no multiple of the {stride} pixels that {encoder.name} takes as one place: take {c.size//stride*stride} or {(c.size//stride + 1)*stride}{'; 672 for L/14' if stride == 14 else ''}")
-        self.slice = c.slice_pixels or max(1, round(c.size*c.slice_ratio/stride))*stride
-        if self.slice % stride or self.slice > c.size: raise ValueError(f"slices of {self.slice} pixels must be a multiple of {stride} and at most size={c.size}")
-        self.pad = c.pad_to or (self.slice if c.size % self.slice == 0 else c.reduction*stride)
-        if self.pad % stride: raise ValueError(f"pad_to={self.pad} must be a multiple of the stride, {stride}")
+        if len(blocks) < 2:
+            raise ValueError(
+                f"{encoder.name} has no transformer blocks to look into. Take an encoder such as lite or"
+                " clip:ViT-B-16/openai"
+            )
+        if c.size % stride:
+            raise ValueError(
+                f"size={c.size} is no multiple of the {stride} pixels that {encoder.name} takes as one place:"
+                f" take {c.size // stride * stride} or"
+                f" {(c.size // stride + 1) * stride}{'; 672 for L/14' if stride == 14 else ''}"
+            )
+        self.slice = c.slice_pixels or max(1, round(c.size * c.slice_ratio / stride)) * stride
+        if self.slice % stride or self.slice > c.size:
+            raise ValueError(
+                f"slices of {self.slice} pixels must be a multiple of {stride} and at most size={c.size}"
+            )
+        self.pad = c.pad_to or (self.slice if c.size % self.slice == 0 else c.reduction * stride)
+        if self.pad % stride:
+            raise ValueError(f"pad_to={self.pad} must be a multiple of the stride, {stride}")
         count = len(blocks)
         # Every quarter: 0, 3, 6, 9, 12 of 12 blocks, and 0, 6, 12, 18 of 24.
-        layers = tuple(round(i*count/4) for i in range(5 if count <= 12 else 4)) if c.layers is None else c.layers
-        start = 3*count//4 if c.start is None else c.start
-        if not 0 <= start < count or not all(0 <= o <= count for o in layers): raise ValueError(f"layers={layers} go from 0 to {count}, and start={start} from 0 to {count - 1}, for {encoder.name}")
+        layers = (
+            tuple(round(i * count / 4) for i in range(5 if count <= 12 else 4))
+            if c.layers is None
+            else c.layers
+        )
+        start = 3 * count // 4 if c.start is None else c.start
+        if not 0 <= start < count or not all(0 <= o <= count for o in layers):
+            raise ValueError(
+                f"layers={layers} go from 0 to {count}, and start={start} from 0 to {count - 1}, for"
+                f" {encoder.name}"
+            )
         self.sliced = c.multi_resolution or c.multi_grained
-        self.kept = sorted({0, *layers, *range(start, count if c.multi_grained else start + 1)})   # 0: the adapter's input
-        return MROVSegNetwork(encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads, c.size//stride, layers, start, logit_scale(encoder, c.logit_scale), c)
+        # 0: the adapter's input
+        self.kept = sorted({0, *layers, *range(start, count if c.multi_grained else start + 1)})
+        return MROVSegNetwork(
+            encoder.dim,
+            blocks[0].attn.embed_dim,
+            blocks[0].attn.num_heads,
+            c.size // stride,
+            layers,
+            start,
+            logit_scale(encoder, c.logit_scale),
+            c,
+        )
 
     # ---- images
 
-    def look(self, image:np.ndarray) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
-        "A picture H x W x 3 uint8, normalised and filled up, 1 x 3 x H' x W'; its frame, and the frame with what was filled up."
+    def look(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+        """A picture H x W x 3 uint8, normalised and filled up, 1 x 3 x H' x W';
+        its frame, and the frame with what was filled up.
+        """
         c, (height, width) = self.config, image.shape[:2]
-        scale = min(c.size/min(height, width), (c.longest or 4*c.size)/max(height, width))
-        frame = tuple(max(1, int(o*scale + 0.5)) for o in (height, width)) if c.keep_aspect else (c.size, c.size)
-        filled = tuple(max(self.slice, -(-o//self.pad)*self.pad) for o in frame) if c.keep_aspect else frame
-        resized = torch.from_numpy(np.asarray(Image.fromarray(image).resize(frame[::-1], Image.Resampling.BILINEAR)).copy()).permute(2, 0, 1)[None]
-        return self.normalised(F.pad(resized, (0, filled[1] - frame[1], 0, filled[0] - frame[0]), value=c.pad_value), filled), frame, filled
+        scale = min(c.size / min(height, width), (c.longest or 4 * c.size) / max(height, width))
+        frame = (
+            tuple(max(1, int(o * scale + 0.5)) for o in (height, width))
+            if c.keep_aspect
+            else (c.size, c.size)
+        )
+        filled = (
+            tuple(max(self.slice, -(-o // self.pad) * self.pad) for o in frame) if c.keep_aspect else frame
+        )
+        resized = torch.from_numpy(
+            np.asarray(Image.fromarray(image).resize(frame[::-1], Image.Resampling.BILINEAR)).copy()
+        ).permute(2, 0, 1)[None]
+        return (
+            self.normalised(
+                F.pad(resized, (0, filled[1] - frame[1], 0, filled[0] - frame[0]), value=c.pad_value), filled
+            ),
+            frame,
+            filled,
+        )
 
-    def _views(self, images:torch.Tensor) -> list[Views]:
+    def _views(self, images: torch.Tensor) -> list[Views]:
         "What the encoder sees of normalised images of one size, one by one."
-        views = see_views(self.encoder, images, self.slice if self.sliced else None, self.kept, self.config.reduction)
-        def one(table, b): return {i: o[b:b + 1] for i, o in table.items()}
-        return [Views(one(views.high, b), one(views.low, b), {self.network.start: views.cls[self.network.start][b:b + 1]}) for b in range(len(images))]
+        views = see_views(
+            self.encoder, images, self.slice if self.sliced else None, self.kept, self.config.reduction
+        )
+
+        def one(table, b):
+            return {i: o[b : b + 1] for i, o in table.items()}
+
+        return [
+            Views(
+                one(views.high, b),
+                one(views.low, b),
+                {self.network.start: views.cls[self.network.start][b : b + 1]},
+            )
+            for b in range(len(images))
+        ]
 
     @torch.inference_mode()
     def encode_images(self, images) -> list[SlicedImage]:
         "Several images; those of one size go through the encoder as one batch."
         pixels = [load_image(o) for o in images]
         looks = [self.look(o) for o in pixels]
-        found = [None]*len(looks)
+        found = [None] * len(looks)
         for group in alike([filled for _, _, filled in looks]):
-            for i, views in zip(group, self._views(torch.cat([looks[i][0] for i in group]))): found[i] = SlicedImage(pixels[i], None, None, views, *looks[i][1:])
+            for i, views in zip(group, self._views(torch.cat([looks[i][0] for i in group]))):
+                found[i] = SlicedImage(pixels[i], None, None, views, *looks[i][1:])
         return found
 
     def encode_image(self, image) -> SlicedImage:
-        "Load one image and send its views through the encoder: the costly part that does not depend on words."
+        """Load one image and send its views through the encoder:
+        the costly part that does not depend on words.
+        """
         return image if isinstance(image, SlicedImage) else self.encode_images([image])[0]
 
     # ---- both
 
-    def outputs(self, images:list[SlicedImage], every:bool=False) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def outputs(
+        self, images: list[SlicedImage], every: bool = False
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         "What the network makes of images whose filled frames are of one size: see `MROVSegNetwork`."
-        if not all(isinstance(o, SlicedImage) for o in images): raise ValueError(f"{type(self).__name__} brings its own slices: leave the resize rule away, and use the knobs size, slice_ratio and keep_aspect")
-        return self.network(_batch([o.views for o in images]), tuple(o//self.encoder.stride for o in images[0].filled), self.encoder, every)
+        if not all(isinstance(o, SlicedImage) for o in images):
+            raise ValueError(
+                f"{type(self).__name__} brings its own slices: leave the resize rule away, and use the knobs"
+                " size, slice_ratio and keep_aspect"
+            )
+        return self.network(
+            _batch([o.views for o in images]),
+            tuple(o // self.encoder.stride for o in images[0].filled),
+            self.encoder,
+            every,
+        )
 
-    def class_logits(self, embeddings:torch.Tensor, text:TextBank) -> torch.Tensor:
-        "Logits B x N x (K+1), background last; a class with several texts counts by their mean, or by its best one, as `pooling` says."
+    def class_logits(self, embeddings: torch.Tensor, text: TextBank) -> torch.Tensor:
+        """Logits B x N x (K+1), background last;
+        a class with several texts counts by their mean, or by its best one, as `pooling` says.
+        """
         return self.network.classifier.compare(embeddings, text, self.config.pooling)
 
-    def visible(self, masks:torch.Tensor, image:SlicedImage) -> torch.Tensor:
-        "Mask logits 1 x N x H' x W' without what was filled up, at the pixels of the resized picture or what else `resolution` says."
+    def visible(self, masks: torch.Tensor, image: SlicedImage) -> torch.Tensor:
+        """Mask logits 1 x N x H' x W' without what was filled up, at the pixels of the resized picture or
+        what else `resolution` says.
+        """
         if self.config.resolution == "masks":
-            share = [a/b for a, b in zip(image.frame, image.filled)]
-            return sample_regions(masks.float(), [(0, 0, *share)], tuple(max(1, round(a*b)) for a, b in zip(masks.shape[-2:], share)))
-        masks = F.interpolate(masks.float(), image.filled, mode="bilinear", align_corners=False)[..., :image.frame[0], :image.frame[1]]
-        if self.config.resolution == "input" or image.image is None: return masks
+            share = [a / b for a, b in zip(image.frame, image.filled)]
+            return sample_regions(
+                masks.float(),
+                [(0, 0, *share)],
+                tuple(max(1, round(a * b)) for a, b in zip(masks.shape[-2:], share)),
+            )
+        masks = F.interpolate(masks.float(), image.filled, mode="bilinear", align_corners=False)[
+            ..., : image.frame[0], : image.frame[1]
+        ]
+        if self.config.resolution == "input" or image.image is None:
+            return masks
         return F.interpolate(masks, image.size, mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def batch_scores(self, images:list[SlicedImage], text:TextBank) -> list[torch.Tensor]:
+    def batch_scores(self, images: list[SlicedImage], text: TextBank) -> list[torch.Tensor]:
         "K x h x w scores of several images; those whose filled frames are of one size in one pass."
-        found = [None]*len(images)
+        found = [None] * len(images)
         for group in alike([getattr(o, "filled", None) for o in images]):
             embeddings, masks, _ = self.outputs([images[i] for i in group])[-1]
             logits = self.class_logits(embeddings, text).float()
             for row, i in enumerate(group):
-                found[i] = mask_scores(logits[row:row + 1], self.visible(masks[row:row + 1], images[i]))[0]
+                found[i] = mask_scores(logits[row : row + 1], self.visible(masks[row : row + 1], images[i]))[
+                    0
+                ]
         return found
 
-    def scores(self, image:SlicedImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: SlicedImage, text: TextBank) -> torch.Tensor:
         "K x h x w scores, at the pixels of the resized picture or what else `resolution` says."
         return self.batch_scores([image], text)[0]
 
@@ -220,29 +371,64 @@ class MROVSeg(TrainedSystem):
 
     def packed_by(self) -> tuple:
         c = self.config
-        return self.encoder.fingerprint, dict(size=c.size, slice=self.slice if self.sliced else None, reduction=c.reduction, layers=self.kept, start=self.network.start)
+        return self.encoder.fingerprint, dict(
+            size=c.size,
+            slice=self.slice if self.sliced else None,
+            reduction=c.reduction,
+            layers=self.kept,
+            start=self.network.start,
+        )
 
-    def pack(self, image:SlicedImage) -> dict[str, torch.Tensor]:
-        "All kept layers of both views, and the class token, of a picture squashed to a square. Raises `ValueError` with `keep_aspect`."
-        if self.config.keep_aspect: raise ValueError("stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or give an augmentation")
+    def pack(self, image: SlicedImage) -> dict[str, torch.Tensor]:
+        """All kept layers of both views, and the class token, of a picture squashed to a square.
+
+        Raises `ValueError` with `keep_aspect`.
+        """
+        if self.config.keep_aspect:
+            raise ValueError(
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                " give an augmentation"
+            )
         views = image.views
-        return {f"{name}{i}": o[0] for name, table in (("high", views.high), ("low", views.low), ("cls", views.cls)) for i, o in table.items()}
+        return {
+            f"{name}{i}": o[0]
+            for name, table in (("high", views.high), ("low", views.low), ("cls", views.cls))
+            for i, o in table.items()
+        }
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> SlicedImage:
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> SlicedImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
-        def table(name, layers): return {i: found[f"{name}{i}"] for i in layers}
-        views = Views(table("high", self.kept if self.sliced else ()), table("low", self.kept), table("cls", [self.network.start]))
-        return SlicedImage(None, None, None, views, *((self.config.size,)*2,)*2)
 
-    def see(self, images:torch.Tensor) -> list[SlicedImage]:
+        def table(name, layers):
+            return {i: found[f"{name}{i}"] for i in layers}
+
+        views = Views(
+            table("high", self.kept if self.sliced else ()),
+            table("low", self.kept),
+            table("cls", [self.network.start]),
+        )
+        return SlicedImage(None, None, None, views, *((self.config.size,) * 2,) * 2)
+
+    def see(self, images: torch.Tensor) -> list[SlicedImage]:
         "B x 3 x H x W uint8 pictures, squashed to a square, through the encoder."
-        side = (self.config.size,)*2
-        return [SlicedImage(picture.permute(1, 2, 0).cpu().numpy(), None, None, views, side, side) for picture, views in zip(images, self._views(self.normalised(images, side)))]
+        side = (self.config.size,) * 2
+        return [
+            SlicedImage(picture.permute(1, 2, 0).cpu().numpy(), None, None, views, side, side)
+            for picture, views in zip(images, self._views(self.normalised(images, side)))
+        ]
 
     def loss(self, images, labels, text, generator) -> tuple[torch.Tensor, dict[str, float]]:
         "Matched classes and masks (SYSTEMS 1.6), summed over the supervised blocks of the adapter."
         c, total, parts, targets = self.config, 0, {}, mask_targets(labels)
         for embeddings, masks, _ in self.outputs(images, every=True):
-            loss, parts = mask_classification_loss(self.class_logits(embeddings, text), masks, targets, generator, points=c.points, weights=c.loss_weights, no_object=c.no_object)
+            loss, parts = mask_classification_loss(
+                self.class_logits(embeddings, text),
+                masks,
+                targets,
+                generator,
+                points=c.points,
+                weights=c.loss_weights,
+                no_object=c.no_object,
+            )
             total = total + loss
         return total, parts

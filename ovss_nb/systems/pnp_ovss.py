@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from ..core.cache import Cache
 from ovss_nb.components.class_selection import (
-    ClipClasses, LLMClasses, OracleClasses, Selection, class_selector,
+    ClipClasses,
+    LLMClasses,
+    OracleClasses,
+    Selection,
+    class_selector,
 )
 from ..encoders.base import Encoder
 from ..encoders.itm import ImageTextMatcher, ImageTokens
@@ -28,77 +32,117 @@ from ..text.text_bank import check_texts
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/systems/08_pnp_ovss.ipynb #284ad183
-MATCHERS = { # kind -> module, and what suits it
+MATCHERS = {  # kind -> module, and what suits it
     "lite_itm": ("ovss_nb.encoders.itm", dict(layer=0, head=0, one_prompt=False, drop_iter=1)),
     "blip": ("ovss_nb.encoders.blip", dict(layer=7, head=9, one_prompt=True)),
 }
-DATASETS = { # title of a vocabulary -> what its script does otherwise (SYSTEMS 6.5)
-    "PC-60": dict(bg_rule="few"), "ADE-150+unl": dict(bg_rule="few"),
-    "COCO-Object-81": dict(rescale_after_resize=True), "COCO-171+bg": dict(bg_rule="few", rescale_after_resize=True),
+DATASETS = {  # title of a vocabulary -> what its script does otherwise (SYSTEMS 6.5)
+    "PC-60": dict(bg_rule="few"),
+    "ADE-150+unl": dict(bg_rule="few"),
+    "COCO-Object-81": dict(rescale_after_resize=True),
+    "COCO-171+bg": dict(bg_rule="few", rescale_after_resize=True),
 }
+
 
 @dataclass(frozen=True)
 class PnPOVSSConfig(SalienceConfig, Config):
     "Knobs of PnP-OVSS; None means what suits the matcher or the data set (`MATCHERS`, `DATASETS`)."
-    size:Count|None = None # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
-    layer:Index|None = None # None: the matcher's
-    head:Index|None = None # None: the matcher's
-    one_prompt:bool|None = None # None: the matcher's
-    drop_iter:Count|None = None # None: the matcher's; lite_itm does better without Salience DropOut, see experiments/pnp_ablation.ipynb
-    bg_rule:Literal["always", "few", "never"]|None = None # None: the data set's
-    rescale_after_resize:bool|None = None # None: the data set's
-    matcher:str = "lite_itm" # "lite_itm", "lite_itm:WEIGHTS", or "blip:MODEL", e.g. "blip:large-flickr": see `BLIPMatcher`
-    selection:Literal["llm", "clip", "all", "oracle"] = "clip" # which classes are in the image: "llm" (published), "clip", "all", or "oracle" (the truth: cheating); see `ovss_nb.components.class_selection`
-    selection_threshold:Annotated[float, Range(0, 100)]|None = None # of "llm" (percent) and "clip" (probability); default: the backend's, 70 and 0.05
-    selection_temperature:Positive = 0.01 # of the softmax over classes in "clip"
-    language_model:str = "gpt-4o" # for "llm": a model that takes pictures, as its server names it
-    base_url:str|None = None # of its server; default: the environment's
-    compat_ade_no_norm:bool = False # images scaled to [0, 1] only, as the released code does for ADE
+
+    # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
+    size: Count | None = None
+    layer: Index | None = None  # None: the matcher's
+    head: Index | None = None  # None: the matcher's
+    one_prompt: bool | None = None  # None: the matcher's
+    # None: the matcher's; lite_itm does better without Salience DropOut, see experiments/pnp_ablation.ipynb
+    drop_iter: Count | None = None
+    bg_rule: Literal["always", "few", "never"] | None = None  # None: the data set's
+    rescale_after_resize: bool | None = None  # None: the data set's
+    # "lite_itm", "lite_itm:WEIGHTS", or "blip:MODEL", e.g. "blip:large-flickr": see `BLIPMatcher`
+    matcher: str = "lite_itm"
+    # which classes are in the image: "llm" (published), "clip", "all", or "oracle" (the truth: cheating); see
+    # `ovss_nb.components.class_selection`
+    selection: Literal["llm", "clip", "all", "oracle"] = "clip"
+    # of "llm" (percent) and "clip" (probability); default: the backend's, 70 and 0.05
+    selection_threshold: Annotated[float, Range(0, 100)] | None = None
+    selection_temperature: Positive = 0.01  # of the softmax over classes in "clip"
+    language_model: str = "gpt-4o"  # for "llm": a model that takes pictures, as its server names it
+    base_url: str | None = None  # of its server; default: the environment's
+    compat_ade_no_norm: bool = False  # images scaled to [0, 1] only, as the released code does for ADE
 
     def __post_init__(self):
         Config.__post_init__(self)
-        if self.matcher.partition(":")[0] not in MATCHERS: raise ValueError(f"no matcher {self.matcher!r}; there are lite_itm, lite_itm:WEIGHTS and blip:MODEL")
-        if self.prompts != "names": raise ValueError(f"this system asks about names: leave prompts at 'names', not {self.prompts!r}")
+        if self.matcher.partition(":")[0] not in MATCHERS:
+            raise ValueError(
+                f"no matcher {self.matcher!r}; there are lite_itm, lite_itm:WEIGHTS and blip:MODEL"
+            )
+        if self.prompts != "names":
+            raise ValueError(f"this system asks about names: leave prompts at 'names', not {self.prompts!r}")
         self.salience()
 
-    def salience(self, vocabulary:Vocabulary|None=None) -> SalienceConfig:
-        "The knobs of the salience with nothing left open, for the words of `vocabulary`. Raises as `SalienceConfig`."
-        suits = MATCHERS[self.matcher.partition(":")[0]][1] | DATASETS.get(vocabulary.title if vocabulary else "", {})
+    def salience(self, vocabulary: Vocabulary | None = None) -> SalienceConfig:
+        """The knobs of the salience with nothing left open, for the words of `vocabulary`.
+
+        Raises as `SalienceConfig`.
+        """
+        suits = MATCHERS[self.matcher.partition(":")[0]][1] | DATASETS.get(
+            vocabulary.title if vocabulary else "", {}
+        )
         own = {o.name: getattr(self, o.name) for o in fields(SalienceConfig)}
         return SalienceConfig(**suits | {knob: value for knob, value in own.items() if value is not None})
 
 # %% ../../nbs/systems/08_pnp_ovss.ipynb #37a6bd83
 def create_matcher(
-    spec:str="lite_itm", # "lite_itm", "lite_itm:WEIGHTS" or "blip:MODEL"
-    encoder:Encoder|None=None, # of the system, whose device is taken; a `LiteEncoder` is shared with lite_itm
+    spec: str = "lite_itm",  # "lite_itm", "lite_itm:WEIGHTS" or "blip:MODEL"
+    # of the system, whose device is taken; a `LiteEncoder` is shared with lite_itm
+    encoder: Encoder | None = None,
 ) -> ImageTextMatcher:
-    "Build an image-text matcher from a short description. Raises `ValueError` for an unknown one, or for weights that are missing or do not fit."
+    """Build an image-text matcher from a short description.
+
+    Raises `ValueError` for an unknown one, or for weights that are missing or do not fit.
+    """
     kind, _, rest = spec.partition(":")
-    if kind not in MATCHERS: raise ValueError(f"no matcher {spec!r}; there are lite_itm, lite_itm:WEIGHTS and blip:MODEL")
+    if kind not in MATCHERS:
+        raise ValueError(f"no matcher {spec!r}; there are lite_itm, lite_itm:WEIGHTS and blip:MODEL")
     module, device = import_module(MATCHERS[kind][0]), "auto" if encoder is None else str(encoder.device)
     if kind == "blip":
-        if not rest: raise ValueError("say which BLIP: blip:large-flickr, blip:base-coco, a folder, a file, or blip:random:base")
+        if not rest:
+            raise ValueError(
+                "say which BLIP: blip:large-flickr, blip:base-coco, a folder, a file, or blip:random:base"
+            )
         return module.BLIPMatcher(rest, device=device)
-    return module.LiteITM(rest or None, encoder=encoder if isinstance(encoder, module.LiteEncoder) else None, device=device)
+    return module.LiteITM(
+        rest or None, encoder=encoder if isinstance(encoder, module.LiteEncoder) else None, device=device
+    )
 
 # %% ../../nbs/systems/08_pnp_ovss.ipynb #450d91d0
 @dataclass
 class MatchedImage(EncodedImage):
-    "An image as a matcher reads it, and the classes selected so far; what `PnPOVSS.encode_image` returns. It has no features of an encoder."
-    pixels:torch.Tensor|None = None # 1 x 3 x h x w, normalised
-    tokens:ImageTokens|None = None # of the whole image
-    selected:dict[Vocabulary, list[int]] = field(default_factory=dict) # vocabulary -> indices of its names, without background
+    """An image as a matcher reads it, and the classes selected so far;
+    what `PnPOVSS.encode_image` returns. It has no features of an encoder.
+    """
+
+    pixels: torch.Tensor | None = None  # 1 x 3 x h x w, normalised
+    tokens: ImageTokens | None = None  # of the whole image
+    # vocabulary -> indices of its names, without background
+    selected: dict[Vocabulary, list[int]] = field(default_factory=dict)
+
 
 class PnPOVSS(System):
-    "Plug-and-play open-vocabulary segmentation with an image-text matcher, training-free (PnP-OVSS, arXiv 2311.17095; PN-1 to PN-5)."
+    """Plug-and-play open-vocabulary segmentation with an image-text matcher, training-free (PnP-OVSS, arXiv
+    2311.17095; PN-1 to PN-5).
+    """
+
     config_class = PnPOVSSConfig
 
-    def __init__(self,
-        encoder:Encoder|None, # selects the classes, where the selection is "clip"
-        config:PnPOVSSConfig|None=None,
-        cache:Cache|bool|None=None,
-        model:ImageTextMatcher|None=None, # one that was built from the knob `matcher` before; default: build it
-        selector=None, # an object with `select(image, vocabulary)`; default: built from the knob `selection`
+    def __init__(
+        self,
+        encoder: Encoder | None,  # selects the classes, where the selection is "clip"
+        config: PnPOVSSConfig | None = None,
+        cache: Cache | bool | None = None,
+        # one that was built from the knob `matcher` before; default: build it
+        model: ImageTextMatcher | None = None,
+        # an object with `select(image, vocabulary)`; default: built from the knob `selection`
+        selector=None,
         **knobs,
     ):
         super().__init__(encoder, config, cache, **knobs)
@@ -106,104 +150,170 @@ class PnPOVSS(System):
 
     @property
     def selector(self):
-        "What selects the classes; built when it is first asked for. Raises `ValueError` for an oracle that was not told the truth."
+        """What selects the classes;
+        built when it is first asked for. Raises `ValueError` for an oracle that was not told the truth.
+        """
         c = self.config
         threshold = {} if c.selection_threshold is None else dict(threshold=c.selection_threshold)
-        if self._selector is None and c.selection == "llm": self._selector = LLMClasses(LanguageModel(c.language_model, c.base_url), **threshold)
+        if self._selector is None and c.selection == "llm":
+            self._selector = LLMClasses(LanguageModel(c.language_model, c.base_url), **threshold)
         elif self._selector is None and c.selection == "clip":
-            if self.encoder is None: raise ValueError("class selection 'clip' needs an encoder: give one, or another selection")
-            self._selector = ClipClasses(self.encoder, templates=c.templates, temperature=c.selection_temperature, cache=self.cache, **threshold)
-        elif self._selector is None and c.selection == "all": self._selector = class_selector("all")
-        elif self._selector is None: raise ValueError("the oracle has to be told the truth: system.selector = DatasetClasses(dataset)")
+            if self.encoder is None:
+                raise ValueError("class selection 'clip' needs an encoder: give one, or another selection")
+            self._selector = ClipClasses(
+                self.encoder,
+                templates=c.templates,
+                temperature=c.selection_temperature,
+                cache=self.cache,
+                **threshold,
+            )
+        elif self._selector is None and c.selection == "all":
+            self._selector = class_selector("all")
+        elif self._selector is None:
+            raise ValueError("the oracle has to be told the truth: system.selector = DatasetClasses(dataset)")
         return self._selector
 
     @selector.setter
-    def selector(self, value): self._selector = value
+    def selector(self, value):
+        self._selector = value
 
     @torch.inference_mode()
     def encode_image(self, image) -> MatchedImage:
         "Load one image and read it into image tokens. Takes a path, bytes, PIL image, array or tensor."
-        if isinstance(image, MatchedImage): return image
+        if isinstance(image, MatchedImage):
+            return image
         image = load_image(image.image if isinstance(image, EncodedImage) else image)
-        pixels = self.matcher.preprocess(image, self.config.size, self.config.keep_aspect, self.config.longest)
-        if self.config.compat_ade_no_norm: mean, std = (pixels.new_tensor(o).view(3, 1, 1) for o in (self.matcher.mean, self.matcher.std)); pixels = pixels*std + mean
+        pixels = self.matcher.preprocess(
+            image, self.config.size, self.config.keep_aspect, self.config.longest
+        )
+        if self.config.compat_ade_no_norm:
+            mean, std = (pixels.new_tensor(o).view(3, 1, 1) for o in (self.matcher.mean, self.matcher.std))
+            pixels = pixels * std + mean
         return MatchedImage(image, None, pixels=pixels, tokens=image_tokens(self.matcher, pixels))
 
     def encode_text(self, words) -> Vocabulary:
-        "Nothing is encoded ahead: a matcher reads words together with an image. Raises `VocabularyError` for names that it would read alike."
+        """Nothing is encoded ahead:
+        a matcher reads words together with an image. Raises `VocabularyError` for names that it would read
+        alike.
+        """
         vocabulary = Vocabulary.of(words)
         self.note_single(vocabulary)
         if vocabulary not in self._banks:
-            while len(self._banks) >= 32: self._banks.pop(next(iter(self._banks)))
-            foreground = [k for k, name in enumerate(vocabulary.names) if name not in vocabulary.background]   # a background is never read
+            while len(self._banks) >= 32:
+                self._banks.pop(next(iter(self._banks)))
+            # a background is never read
+            foreground = [k for k, name in enumerate(vocabulary.names) if name not in vocabulary.background]
             check_texts(self.matcher, {vocabulary.names[k]: vocabulary.words[k][:1] for k in foreground})
             self._banks[vocabulary] = vocabulary
         return vocabulary
 
     def describe(self) -> dict:
-        return super().describe() | dict(matcher=self.matcher.name, matcher_fingerprint=self.matcher.fingerprint) if self.encoder is not None else dict(
-            system=type(self).__name__, config=self.config.to_dict(), matcher=self.matcher.name, matcher_fingerprint=self.matcher.fingerprint)
+        return (
+            super().describe() | dict(matcher=self.matcher.name, matcher_fingerprint=self.matcher.fingerprint)
+            if self.encoder is not None
+            else dict(
+                system=type(self).__name__,
+                config=self.config.to_dict(),
+                matcher=self.matcher.name,
+                matcher_fingerprint=self.matcher.fingerprint,
+            )
+        )
 
-    def classes(self, image:MatchedImage, vocabulary:Vocabulary) -> list[int]:
+    def classes(self, image: MatchedImage, vocabulary: Vocabulary) -> list[int]:
         "Indices of the selected names, without background, ascending; asked once per image and vocabulary."
         if vocabulary not in image.selected:
             found = self.selector.select(image.image, vocabulary).indices
-            image.selected[vocabulary] = [int(k) for k in found if vocabulary.names[k] not in vocabulary.background]
+            image.selected[vocabulary] = [
+                int(k) for k in found if vocabulary.names[k] not in vocabulary.background
+            ]
         return image.selected[vocabulary]
 
-    def batch_scores(self,
-        images:list[MatchedImage], # of one size after preprocessing, as with the default square
-        words, # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
-    ) -> list[torch.Tensor]: # per image, K x h x w
-        "Class maps of several images in as few passes as possible; zero for classes that were not selected. `ValueError` for images of different sizes."
+    def batch_scores(
+        self,
+        images: list[MatchedImage],  # of one size after preprocessing, as with the default square
+        words,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
+    ) -> list[torch.Tensor]:  # per image, K x h x w
+        """Class maps of several images in as few passes as possible;
+        zero for classes that were not selected. `ValueError` for images of different sizes.
+        """
         vocabulary = Vocabulary.of(words)
         for o in images:
-            if not isinstance(o, MatchedImage): raise ValueError("this system reads an image with its matcher: call its encode_image, and leave sliding windows out")
-        if len({o.tokens.grid for o in images}) > 1: raise ValueError(f"images of different sizes cannot go together: {sorted({o.tokens.grid for o in images})} patches; use keep_aspect=False")
+            if not isinstance(o, MatchedImage):
+                raise ValueError(
+                    "this system reads an image with its matcher: call its encode_image, and leave sliding"
+                    " windows out"
+                )
+        if len({o.tokens.grid for o in images}) > 1:
+            raise ValueError(
+                f"images of different sizes cannot go together: {sorted({o.tokens.grid for o in images})}"
+                " patches; use keep_aspect=False"
+            )
         selected = [self.classes(o, vocabulary) for o in images]
         scores = [torch.zeros(len(vocabulary), *o.tokens.grid, device=o.tokens.tokens.device) for o in images]
         asked = [i for i, own in enumerate(selected) if own]
         if asked:
-            tokens = ImageTokens(torch.cat([images[i].tokens.tokens for i in asked]), images[asked[0]].tokens.grid)
-            maps = class_maps(self.matcher, torch.cat([images[i].pixels for i in asked]), [[vocabulary.words[k][0] for k in selected[i]] for i in asked],
-                              self.config.salience(vocabulary), tokens)
-            for i, own in zip(asked, maps): scores[i][selected[i]] = own.float()
+            tokens = ImageTokens(
+                torch.cat([images[i].tokens.tokens for i in asked]), images[asked[0]].tokens.grid
+            )
+            maps = class_maps(
+                self.matcher,
+                torch.cat([images[i].pixels for i in asked]),
+                [[vocabulary.words[k][0] for k in selected[i]] for i in asked],
+                self.config.salience(vocabulary),
+                tokens,
+            )
+            for i, own in zip(asked, maps):
+                scores[i][selected[i]] = own.float()
         return scores
 
-    def scores(self, image:MatchedImage, text:Vocabulary) -> torch.Tensor:
+    def scores(self, image: MatchedImage, text: Vocabulary) -> torch.Tensor:
         "K x h x w class maps of one image; see `batch_scores`."
         return self.batch_scores([image], text)[0]
 
-    def stages(self, image:MatchedImage, text:Vocabulary) -> dict[str, torch.Tensor]:
+    def stages(self, image: MatchedImage, text: Vocabulary) -> dict[str, torch.Tensor]:
         "Class maps of the first look, and after Salience DropOut, if there is any."
-        if self.config.salience(text).drop_iter == 1: return {"salience": self.scores(image, text)}
+        if self.config.salience(text).drop_iter == 1:
+            return {"salience": self.scores(image, text)}
         first = copy(self)
         first.config = replace(self.config, drop_iter=1)
         return {"salience": first.scores(image, text), "after DropOut": self.scores(image, text)}
 
-    def labels(self, image:MatchedImage, text:Vocabulary, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
+    def labels(
+        self, image: MatchedImage, text: Vocabulary, scores: torch.Tensor, vocabulary: Vocabulary
+    ) -> np.ndarray:
         "H x W labels by threshold, background, blur and CRF (SYSTEMS 6.5) of the selected classes."
         ids, background = self.classes(image, vocabulary), vocabulary.background_index
-        if not ids and background is None: raise ValueError("no class was selected, and the vocabulary has no background: lower selection_threshold, or name a background")
+        if not ids and background is None:
+            raise ValueError(
+                "no class was selected, and the vocabulary has no background: lower selection_threshold, or"
+                " name a background"
+            )
         return salience_labels(scores[ids], ids, image.image, self.config.salience(vocabulary), background)
 
 # %% ../../nbs/systems/08_pnp_ovss.ipynb #56ec20a3
 class DatasetClasses:
-    "The oracle for the images of one labelled set: classes of the truth, found by the image's pixels. This is cheating; see `OracleClasses`."
-    def __init__(self, dataset): # `stems`, `image(i)`, `labels(i)`, `ignore`: see the chapter Datasets
+    """The oracle for the images of one labelled set:
+    classes of the truth, found by the image's pixels. This is cheating; see `OracleClasses`.
+    """
+
+    def __init__(self, dataset):  # `stems`, `image(i)`, `labels(i)`, `ignore`: see the chapter Datasets
         self.dataset, self.known, self.next = dataset, {}, 0
         self.oracle = OracleClasses(getattr(dataset, "ignore", 255))
 
     @staticmethod
-    def key(image:np.ndarray) -> bytes: return hashlib.sha256(np.ascontiguousarray(image)).digest() + str(image.shape).encode()
+    def key(image: np.ndarray) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(image)).digest() + str(image.shape).encode()
 
-    def select(self, image:np.ndarray, vocabulary) -> Selection:
+    def select(self, image: np.ndarray, vocabulary) -> Selection:
         "Classes of the truth of `image`, H x W x 3 uint8 RGB; `ValueError` for one that is not in the set."
         wanted = self.key(image)
         while wanted not in self.known and self.next < len(self.dataset.stems):
             i, self.next = self.next, self.next + 1
             # Of a file that cannot be read nobody asks for the classes.
-            try: self.known.setdefault(self.key(load_image(self.dataset.image(i))), i)
-            except ValueError: continue
-        if wanted not in self.known: raise ValueError("the oracle knows the images of its data set only, and this is none of them")
+            try:
+                self.known.setdefault(self.key(load_image(self.dataset.image(i))), i)
+            except ValueError:
+                continue
+        if wanted not in self.known:
+            raise ValueError("the oracle knows the images of its data set only, and this is none of them")
         return self.oracle.select(self.dataset.labels(self.known[wanted]), vocabulary)

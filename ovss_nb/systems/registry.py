@@ -13,7 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 from ovss_nb.core.options import (
-    Count, Range, check_names, fit_option, option_kinds, read_option, read_options,
+    Count,
+    Range,
+    check_names,
+    fit_option,
+    option_kinds,
+    read_option,
+    read_options,
 )
 from ..encoders.registry import _look_up, create_encoder
 
@@ -21,14 +27,52 @@ from ..encoders.registry import _look_up, create_encoder
 SYSTEMS = {
     "maskclip": ("ovss_nb.systems.maskclip", "MaskCLIP", "dense features x text bank, argmax: the baseline"),
     "simseg": ("ovss_nb.systems.simseg", "SimSeg", "select classes, draw each with a CRF, merge by score"),
-    "llm_supervised": ("ovss_nb.systems.llm_supervised", "LLMSupervised", "SimSeg with subclasses named by a language model"),
-    "pnp_ovss": ("ovss_nb.systems.pnp_ovss", "PnPOVSS", "PnP-OVSS: masks out of an image-text matcher, nothing trained"),
-    "catseg": ("ovss_nb.systems.catseg", "CATSeg", "CAT-Seg: cost aggregation, trained; needs weights=FILE, made by train.ipynb or the authors"),
-    "lmseg": ("ovss_nb.systems.lmseg", "LMSeg", "LMSeg: CAT-Seg with descriptions and a second encoder; small weights for lite are there, others by weights=FILE, made by train.ipynb"),
-    "san": ("ovss_nb.systems.san", "SAN", "SAN: masks and attention biases from a small ViT beside CLIP; needs weights=FILE, made by train.ipynb or the authors"),
-    "ebseg": ("ovss_nb.systems.ebseg", "EBSeg", "EBSeg: mask queries named by three opinions, trained, frozen and in between; small weights for lite are there, others by weights=FILE, made by train.ipynb or the authors"),
-    "mrovseg": ("ovss_nb.systems.mrovseg", "MROVSeg", "MROVSeg: mask queries from frozen CLIP at two resolutions; needs weights=FILE, made by train.ipynb"),
+    "llm_supervised": (
+        "ovss_nb.systems.llm_supervised",
+        "LLMSupervised",
+        "SimSeg with subclasses named by a language model",
+    ),
+    "pnp_ovss": (
+        "ovss_nb.systems.pnp_ovss",
+        "PnPOVSS",
+        "PnP-OVSS: masks out of an image-text matcher, nothing trained",
+    ),
+    "catseg": (
+        "ovss_nb.systems.catseg",
+        "CATSeg",
+        "CAT-Seg: cost aggregation, trained; needs weights=FILE, made by train.ipynb or the authors",
+    ),
+    "lmseg": (
+        "ovss_nb.systems.lmseg",
+        "LMSeg",
+        (
+            "LMSeg: CAT-Seg with descriptions and a second encoder; small weights for lite are there, others"
+            " by weights=FILE, made by train.ipynb"
+        ),
+    ),
+    "san": (
+        "ovss_nb.systems.san",
+        "SAN",
+        (
+            "SAN: masks and attention biases from a small ViT beside CLIP; needs weights=FILE, made by"
+            " train.ipynb or the authors"
+        ),
+    ),
+    "ebseg": (
+        "ovss_nb.systems.ebseg",
+        "EBSeg",
+        (
+            "EBSeg: mask queries named by three opinions, trained, frozen and in between; small weights for"
+            " lite are there, others by weights=FILE, made by train.ipynb or the authors"
+        ),
+    ),
+    "mrovseg": (
+        "ovss_nb.systems.mrovseg",
+        "MROVSeg",
+        "MROVSeg: mask queries from frozen CLIP at two resolutions; needs weights=FILE, made by train.ipynb",
+    ),
 }
+
 
 def list_systems() -> dict[str, str]:
     "Names of systems and what each is."
@@ -37,90 +81,141 @@ def list_systems() -> dict[str, str]:
 # %% ../../nbs/systems/14_registry.ipynb #6e14a769
 _RULES = dict(square=["size"], shortest=["size", "longest"], windows=["size", "window", "overlap"])
 
-_NUMBERS = dict(size=Annotated[int, Range(1, 13_377)], longest=Count, window=Count, overlap=Annotated[float, Range(0, 1, "high")])
+_NUMBERS = dict(
+    size=Annotated[int, Range(1, 13_377)],
+    longest=Count,
+    window=Count,
+    overlap=Annotated[float, Range(0, 1, "high")],
+)
+
 
 def resize_rule(
-    rule:str, # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the system's own
-) -> tuple[dict, dict|None]: # knobs of the configuration, and arguments of `SlidingWindows` or None
+    # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the
+    # system's own
+    rule: str,
+) -> tuple[dict, dict | None]:  # knobs of the configuration, and arguments of `SlidingWindows` or None
     "What a resize rule means. Raises `ValueError` for one that does not read so, or whose numbers cannot be."
-    if not fit_option("resize", rule, str): return {}, None
+    if not fit_option("resize", rule, str):
+        return {}, None
     kind, *texts = (o.strip() for o in rule.split(":"))
     names = _RULES.get(kind, [])
     if not 1 + (kind == "windows") <= len(texts) <= len(names):
-        raise ValueError(f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, "
-                         "windows:640:384 or windows:640:384:0.333")
-    found = {name: read_option(f"{name} in the resize rule {rule!r}", text, _NUMBERS[name]) for name, text in zip(names, texts)}
+        raise ValueError(
+            f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, "
+            "windows:640:384 or windows:640:384:0.333"
+        )
+    found = {
+        name: read_option(f"{name} in the resize rule {rule!r}", text, _NUMBERS[name])
+        for name, text in zip(names, texts)
+    }
     if found.get("longest", found["size"]) < found["size"]:
-        raise ValueError(f"the resize rule {rule!r} bounds the longer side by {found['longest']} pixels, but the shorter one gets {found['size']}")
+        raise ValueError(
+            f"the resize rule {rule!r} bounds the longer side by {found['longest']} pixels, but the shorter"
+            f" one gets {found['size']}"
+        )
     if found.get("window", 0) > found["size"]:
-        raise ValueError(f"the resize rule {rule!r} has windows of {found['window']} pixels in an image of {found['size']}")
+        raise ValueError(
+            f"the resize rule {rule!r} has windows of {found['window']} pixels in an image of {found['size']}"
+        )
     return ({}, found) if kind == "windows" else (found | dict(keep_aspect=kind == "shortest"), None)
 
 # %% ../../nbs/systems/14_registry.ipynb #38fa483c
-def _system_class(name:str):
+def _system_class(name: str):
     module, cls, _ = _look_up(fit_option("system", name, str), SYSTEMS, "system")
     return getattr(import_module(module), cls)
 
+
 def has_knob(
-    system:str, # of `list_systems`
-    knob:str,
+    system: str,  # of `list_systems`
+    knob: str,
 ) -> bool:
     "Whether a system can be asked for a knob. Raises `ValueError` for an unknown system."
     return knob in option_kinds(_system_class(system).config_class)
 
+
 def read_knobs(
-    system:str, # of `list_systems`
-    knobs:dict|str|Iterable[str], # {name: value}, the same as JSON, or texts "name=value"
-    door:str="", # what stands before a name where it was typed, e.g. "--set ", for messages
+    system: str,  # of `list_systems`
+    knobs: dict | str | Iterable[str],  # {name: value}, the same as JSON, or texts "name=value"
+    door: str = "",  # what stands before a name where it was typed, e.g. "--set ", for messages
 ) -> dict[str, object]:
-    "Knobs of a system from where there are texts: each is read as its knob wants it. Raises `ValueError` for an unknown system, name or value."
+    """Knobs of a system from where there are texts:
+    each is read as its knob wants it. Raises `ValueError` for an unknown system, name or value.
+    """
     config = _system_class(system).config_class
     kinds = option_kinds(config)
     if isinstance(knobs, str):
-        try: knobs = json.loads(knobs or "{}")
-        except ValueError: knobs = [knobs]
-    if not isinstance(knobs, dict): return read_options(knobs, kinds, config.__name__, door)
-    check_names(knobs, kinds, config.__name__)
-    def read(name, value):
-        try: return fit_option(door + name, value, kinds[name])
+        try:
+            knobs = json.loads(knobs or "{}")
         except ValueError:
-            if not isinstance(value, str): raise
+            knobs = [knobs]
+    if not isinstance(knobs, dict):
+        return read_options(knobs, kinds, config.__name__, door)
+    check_names(knobs, kinds, config.__name__)
+
+    def read(name, value):
+        try:
+            return fit_option(door + name, value, kinds[name])
+        except ValueError:
+            if not isinstance(value, str):
+                raise
         return read_option(door + name, value, kinds[name])
+
     return {name: read(name, value) for name, value in knobs.items()}
 
 # %% ../../nbs/systems/14_registry.ipynb #2253cc4a
-def _own_windows(sizes:dict, windows:dict|None) -> dict:
+def _own_windows(sizes: dict, windows: dict | None) -> dict:
     "What `resize_rule` gives, in the knobs of a system that brings its own windows."
-    if windows: return dict(windows=True, keep_aspect=False, **windows)
-    if not sizes.get("keep_aspect"): return sizes and sizes | dict(shortest=None)
+    if windows:
+        return dict(windows=True, keep_aspect=False, **windows)
+    if not sizes.get("keep_aspect"):
+        return sizes and sizes | dict(shortest=None)
     return dict(shortest=sizes["size"]) | {key: o for key, o in sizes.items() if key == "longest"}
 
+
 def shipped_weights(
-    name:str, # of a system
-    encoder="lite", # as for `create`
-) -> Path|None:
-    "The file of this system's network that comes with the package, if there is one and it was trained with this encoder."
-    path = Path(str(files("ovss_nb.data")/"weights"/f"{name}.safetensors"))
-    if not path.is_file() or isinstance(encoder, str): return path if path.is_file() and encoder == "lite" else None
-    with import_module("safetensors").safe_open(path, "np") as file: trained_with = (file.metadata() or {}).get("fingerprint")
+    name: str,  # of a system
+    encoder="lite",  # as for `create`
+) -> Path | None:
+    """The file of this system's network that comes with the package, if there is one and it was trained with
+    this encoder.
+    """
+    path = Path(str(files("ovss_nb.data") / "weights" / f"{name}.safetensors"))
+    if not path.is_file() or isinstance(encoder, str):
+        return path if path.is_file() and encoder == "lite" else None
+    with import_module("safetensors").safe_open(path, "np") as file:
+        trained_with = (file.metadata() or {}).get("fingerprint")
     return path if trained_with == encoder.fingerprint else None
 
+
 def create(
-    name:str, # one of `list_systems()`
-    encoder="lite", # a description for `create_encoder`, or an encoder
-    device:str="auto",
-    cache=True, # keep text embeddings on disk: True for the default place, a `Cache`, or None
-    resize:str="", # how the image is seen, see `resize_rule`; empty for the system's own way
-    **knobs, # of the system's configuration
+    name: str,  # one of `list_systems()`
+    encoder="lite",  # a description for `create_encoder`, or an encoder
+    device: str = "auto",
+    cache=True,  # keep text embeddings on disk: True for the default place, a `Cache`, or None
+    resize: str = "",  # how the image is seen, see `resize_rule`; empty for the system's own way
+    **knobs,  # of the system's configuration
 ):
-    "Build a system; a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises ValueError for an unknown name, knob or resize rule, PromptError for a file of prompts that is not there."
+    """Build a system;
+    a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises
+    ValueError for an unknown name, knob or resize rule, PromptError for a file of prompts that is not there.
+    """
     sizes, windows = resize_rule(resize)
     cls = _system_class(name)
-    if has_knob(name, "weights") and "weights" not in knobs and (shipped := shipped_weights(name, encoder)): knobs["weights"] = str(shipped)
-    if has_knob(name, "windows"): sizes, windows = _own_windows(sizes, windows), None
+    if has_knob(name, "weights") and "weights" not in knobs and (shipped := shipped_weights(name, encoder)):
+        knobs["weights"] = str(shipped)
+    if has_knob(name, "windows"):
+        sizes, windows = _own_windows(sizes, windows), None
     twice = sorted(sizes.keys() & knobs.keys())
-    if twice: raise ValueError(f"the resize rule {resize!r} and the knob {twice[0]!r} both say how large the image is: leave one out")
-    config = cls.config_class.from_dict(sizes | knobs)   # before the encoder, so that a misspelt knob costs no loading,
-    import_module("ovss_nb.text.text_bank").prompts_digest(config.prompts)   # nor a bank of prompts that is not there
-    system = cls(create_encoder(encoder, device) if isinstance(encoder, str) else encoder, config, cache=cache)
+    if twice:
+        raise ValueError(
+            f"the resize rule {resize!r} and the knob {twice[0]!r} both say how large the image is: leave"
+            " one out"
+        )
+    # before the encoder, so that a misspelt knob costs no loading,
+    config = cls.config_class.from_dict(sizes | knobs)
+    # nor a bank of prompts that is not there
+    import_module("ovss_nb.text.text_bank").prompts_digest(config.prompts)
+    system = cls(
+        create_encoder(encoder, device) if isinstance(encoder, str) else encoder, config, cache=cache
+    )
     return import_module("ovss_nb.systems.windows").SlidingWindows(system, **windows) if windows else system

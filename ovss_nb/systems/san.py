@@ -29,118 +29,186 @@ from ..text.text_bank import TextBank
 @dataclass(frozen=True)
 class SANConfig(TrainedConfig):
     "Knobs of SAN; the defaults are those of the released B/16 and L/14 (SYSTEMS 1.4 and 1.6)."
-    size:Count = 640 # pixels of the shorter side, as the side network sees it
-    keep_aspect:bool = True
-    templates:str = "vild14"
-    pad_to:Count = 32 # sides are filled up to multiples of so many pixels, with zeros after normalising
-    encoder_scale:Positive|None = None # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
-    layers:tuple[Index, ...]|None = None # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
-    start:Index|None = None # proposals start after so many blocks; default: three quarters
-    queries:Count = 100 # masks that are proposed
-    patch:Count = 16 # pixels of a place of the side network
-    width:Count = 240 # of the side network, and for the next two too
-    depth:Count = 8 # blocks
-    heads:Count = 6 # of their attention
-    channels:Count = 256 # of mask vectors, and inside the heads that make them
-    supervised:Count = 2 # outputs of so many last blocks are trained; the last one counts
-    bias_per_head:bool = True # of the encoder; false: one bias for all
-    bias_resize:Literal["max", "bilinear"] = "max" # see `sos_bias`
-    logit_scale:Positive|None = None # factor of the cosines; default: the encoder's own, 100 for encoders that have none
-    train_positions:bool = True # `tune` unfreezes the encoder's position table, as the authors do
-    resolution:Literal["image", "input", "masks"] = "image" # masks are combined at the pixels of the "image" as the authors do, of the "input", or at the places of the "masks" themselves
-    points:Count = 12544 # at which masks are compared in training
-    loss_weights:tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0) # of classes, cross-entropy of masks, dice
-    no_object:NotNegative = 0.1 # weight of the background in the loss of classes
+
+    size: Count = 640  # pixels of the shorter side, as the side network sees it
+    keep_aspect: bool = True
+    templates: str = "vild14"
+    pad_to: Count = 32  # sides are filled up to multiples of so many pixels, with zeros after normalising
+    # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
+    encoder_scale: Positive | None = None
+    # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
+    layers: tuple[Index, ...] | None = None
+    start: Index | None = None  # proposals start after so many blocks; default: three quarters
+    queries: Count = 100  # masks that are proposed
+    patch: Count = 16  # pixels of a place of the side network
+    width: Count = 240  # of the side network, and for the next two too
+    depth: Count = 8  # blocks
+    heads: Count = 6  # of their attention
+    channels: Count = 256  # of mask vectors, and inside the heads that make them
+    supervised: Count = 2  # outputs of so many last blocks are trained; the last one counts
+    bias_per_head: bool = True  # of the encoder; false: one bias for all
+    bias_resize: Literal["max", "bilinear"] = "max"  # see `sos_bias`
+    # factor of the cosines; default: the encoder's own, 100 for encoders that have none
+    logit_scale: Positive | None = None
+    train_positions: bool = True  # `tune` unfreezes the encoder's position table, as the authors do
+    # masks are combined at the pixels of the "image" as the authors do, of the "input", or at the places of
+    # the "masks" themselves
+    resolution: Literal["image", "input", "masks"] = "image"
+    points: Count = 12544  # at which masks are compared in training
+    # of classes, cross-entropy of masks, dice
+    loss_weights: tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0)
+    no_object: NotNegative = 0.1  # weight of the background in the loss of classes
 
     def __post_init__(self):
         super().__post_init__()
-        if self.pad_to % self.patch: raise ValueError(f"pad_to={self.pad_to} must be a multiple of patch={self.patch}")
-        if not self.keep_aspect and self.size % self.pad_to: raise ValueError(f"squashed pictures are not filled up: size={self.size} must be a multiple of pad_to={self.pad_to}")
-        if self.width % self.heads: raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        if self.supervised > self.depth: raise ValueError(f"supervised={self.supervised} must be from 1 to depth={self.depth}")
+        if self.pad_to % self.patch:
+            raise ValueError(f"pad_to={self.pad_to} must be a multiple of patch={self.patch}")
+        if not self.keep_aspect and self.size % self.pad_to:
+            raise ValueError(
+                f"squashed pictures are not filled up: size={self.size} must be a multiple of"
+                f" pad_to={self.pad_to}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if self.supervised > self.depth:
+            raise ValueError(f"supervised={self.supervised} must be from 1 to depth={self.depth}")
 
 # %% ../../nbs/systems/11_san.ipynb #88ebc28d
 class SideNetwork(nn.Module):
     "SAN's side network, with masks, biases and the classifier: all that is trained."
-    def __init__(self,
-        dim:int, channels:int, # of the joint space, and of the encoder's layers
-        biases:int, # how many per query: the encoder's heads, or 1
-        layers:int, # how many of the encoder are fused
-        scale:float, # of the logits
-        config:SANConfig,
+
+    def __init__(
+        self,
+        dim: int,
+        channels: int,  # of the joint space, and of the encoder's layers
+        biases: int,  # how many per query: the encoder's heads, or 1
+        layers: int,  # how many of the encoder are fused
+        scale: float,  # of the logits
+        config: SANConfig,
     ):
         super().__init__()
-        c, grid = config, config.size//config.patch
+        c, grid = config, config.size // config.patch
         self.biases, self.supervised = biases, c.supervised
         self.patches = nn.Conv2d(3, c.width, c.patch, c.patch)
-        self.positions = nn.Parameter(0.02*torch.randn(c.width, grid, grid))
-        self.queries, self.query_positions = (nn.Parameter(0.02*torch.randn(c.queries, c.width)) for _ in range(2))
-        self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, c.width)) for _ in range(layers))
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)) for _ in range(c.depth))
+        self.positions = nn.Parameter(0.02 * torch.randn(c.width, grid, grid))
+        self.queries, self.query_positions = (
+            nn.Parameter(0.02 * torch.randn(c.queries, c.width)) for _ in range(2)
+        )
+        self.enter = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, c.width))
+            for _ in range(layers)
+        )
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+            for _ in range(c.depth)
+        )
         for o in self.blocks.modules():
-            if isinstance(o, nn.Linear): nn.init.trunc_normal_(o.weight, std=0.02); nn.init.zeros_(o.bias)
-        self.vector, self.pixels, self.attention = (mlp(c.width, c.channels, c.channels*n) for n in (1, 1, biases))
+            if isinstance(o, nn.Linear):
+                nn.init.trunc_normal_(o.weight, std=0.02)
+                nn.init.zeros_(o.bias)
+        self.vector, self.pixels, self.attention = (
+            mlp(c.width, c.channels, c.channels * n) for n in (1, 1, biases)
+        )
         self.gain, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
         self.classifier = TextClassifier(dim, scale)
 
-    def heads(self, queries:torch.Tensor, places:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Mask logits B x N x L and biases B x biases x N x L of queries B x N x width and places B x L x width."
+    def heads(self, queries: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits B x N x L and biases B x biases x N x L of queries B x N x width and places B x L x
+        width.
+        """
         q, last = self.vector(queries), self.attention[-1]
-        turned = q[:, None] @ last.weight.unflatten(0, (self.biases, -1))   # B x biases x N x channels
-        bias = turned @ self.attention[:-1](places)[:, None].mT + (q @ last.bias.view(self.biases, -1).T).mT[..., None]
-        return q @ self.pixels(places).mT, self.gain*bias + self.offset
+        turned = q[:, None] @ last.weight.unflatten(0, (self.biases, -1))  # B x biases x N x channels
+        bias = (
+            turned @ self.attention[:-1](places)[:, None].mT
+            + (q @ last.bias.view(self.biases, -1).T).mT[..., None]
+        )
+        return q @ self.pixels(places).mT, self.gain * bias + self.offset
 
-    def forward(self,
-        pictures:torch.Tensor, # B x 3 x H x W, normalised, sides multiples of the patch
-        layers:list[torch.Tensor], # of the encoder, B x C x h x w each
-        every:bool=False, # outputs of all supervised blocks, not of the last alone
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]: # per output: mask logits B x N x h' x w', biases B x biases x N x h' x w'
+    def forward(
+        self,
+        pictures: torch.Tensor,  # B x 3 x H x W, normalised, sides multiples of the patch
+        layers: list[torch.Tensor],  # of the encoder, B x C x h x w each
+        every: bool = False,  # outputs of all supervised blocks, not of the last alone
+        # per output: mask logits B x N x h' x w', biases B x biases x N x h' x w'
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         x = self.patches(pictures)
         grid, count, outputs = x.shape[-2:], len(self.queries), []
-        places = self.positions if self.positions.shape[-2:] == grid else F.interpolate(self.positions[None], grid, mode="bicubic", align_corners=False)[0]
+        places = (
+            self.positions
+            if self.positions.shape[-2:] == grid
+            else F.interpolate(self.positions[None], grid, mode="bicubic", align_corners=False)[0]
+        )
         positions = torch.cat([self.query_positions, places.flatten(1).T])
         x = torch.cat([self.queries.expand(len(x), -1, -1), x.flatten(2).mT], 1)
         for i, block in enumerate(self.blocks):
             x = x + positions
             if i < len(self.enter):
                 guest = self.enter[i](layers[i].movedim(1, -1)).movedim(-1, 1)
-                x = x + F.pad(F.interpolate(guest, grid, mode="bilinear", align_corners=False).flatten(2).mT, (0, 0, count, 0))
+                x = x + F.pad(
+                    F.interpolate(guest, grid, mode="bilinear", align_corners=False).flatten(2).mT,
+                    (0, 0, count, 0),
+                )
             x = block(x)
             if i >= len(self.blocks) - (self.supervised if every else 1):
                 outputs.append(tuple(o.unflatten(-1, grid) for o in self.heads(x[:, :count], x[:, count:])))
         return outputs
 
 # %% ../../nbs/systems/11_san.ipynb #c0497db8
-_SIDE = [(re.compile(a), b) for a, b in (
-    (r"^query_embed$", "queries"), (r"^query_pos_embed$", "query_positions"), (r"^vit_model\.pos_embed$", "positions"),
-    (r"^vit_model\.patch_embed\.proj\.", "patches."), (r"^vit_model\.blocks\.", "blocks."), (r"^fusion_layers\.layer_(\d+)\.input_proj\.", r"enter.\1."),
-    (r"^mask_decoder\.query_mlp\.", "vector."), (r"^mask_decoder\.pix_mlp\.", "pixels."), (r"^mask_decoder\.attn_mlp\.", "attention."),
-    (r"^mask_decoder\.bias_scaling\.weight$", "gain"), (r"^mask_decoder\.bias_scaling\.bias$", "offset"),
-    (r"^(vector|pixels|attention)\.layers\.(\d+)\.", lambda m: f"{m[1]}.{2*int(m[2])}."))]
+_SIDE = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"^query_embed$", "queries"),
+        (r"^query_pos_embed$", "query_positions"),
+        (r"^vit_model\.pos_embed$", "positions"),
+        (r"^vit_model\.patch_embed\.proj\.", "patches."),
+        (r"^vit_model\.blocks\.", "blocks."),
+        (r"^fusion_layers\.layer_(\d+)\.input_proj\.", r"enter.\1."),
+        (r"^mask_decoder\.query_mlp\.", "vector."),
+        (r"^mask_decoder\.pix_mlp\.", "pixels."),
+        (r"^mask_decoder\.attn_mlp\.", "attention."),
+        (r"^mask_decoder\.bias_scaling\.weight$", "gain"),
+        (r"^mask_decoder\.bias_scaling\.bias$", "offset"),
+        (r"^(vector|pixels|attention)\.layers\.(\d+)\.", lambda m: f"{m[1]}.{2 * int(m[2])}."),
+    )
+]
+
 
 def translate(
-    state:dict[str, torch.Tensor], # of the authors' checkpoint
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]: # for `SideNetwork`, for open_clip's CLIP, and after which block the proposals start
+    state: dict[str, torch.Tensor],  # of the authors' checkpoint
+    # for `SideNetwork`, for open_clip's CLIP, and after which block the proposals start
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     "The authors' names in ours. Names that are unknown are kept, for a comparison to find."
     start = len({o.split(".")[2] for o in state if o.startswith("clip_visual_extractor.resblocks.")})
     network, clip = {}, {}
     for name, value in state.items():
         piece, _, rest = name.partition(".")
-        if name in ("criterion.empty_weight", "ov_classifier.attn_mask"): continue   # made from the configuration
-        if name == "ov_classifier.bg_embed": network["classifier.background"] = value.flatten()
+        # made from the configuration
+        if name in ("criterion.empty_weight", "ov_classifier.attn_mask"):
+            continue
+        if name == "ov_classifier.bg_embed":
+            network["classifier.background"] = value.flatten()
         elif piece == "ov_classifier":
             clip[rest] = value
-            if rest == "logit_scale": network["classifier.scale"] = value.exp()
+            if rest == "logit_scale":
+                network["classifier.scale"] = value.exp()
         elif piece in ("clip_visual_extractor", "clip_rec_head"):
             first = start if piece == "clip_rec_head" else 0
-            clip["visual." + re.sub(r"^resblocks\.(\d+)", lambda m: f"transformer.resblocks.{int(m[1]) + first}", rest)] = value
+            clip[
+                "visual."
+                + re.sub(r"^resblocks\.(\d+)", lambda m: f"transformer.resblocks.{int(m[1]) + first}", rest)
+            ] = value
         else:
             short = name.removeprefix("side_adapter_network.")
-            for pattern, ours in _SIDE: short = pattern.sub(ours, short)
-            if short == "positions": value = value[0].T.unflatten(1, (int(value.shape[1]**0.5),)*2)
-            elif short in ("queries", "query_positions"): value = value[0]
-            elif short in ("gain", "offset"): value = value.reshape(())
-            elif short.startswith(("enter.", "vector.", "pixels.", "attention.")) and value.ndim == 4: value = value.flatten(1)
+            for pattern, ours in _SIDE:
+                short = pattern.sub(ours, short)
+            if short == "positions":
+                value = value[0].T.unflatten(1, (int(value.shape[1] ** 0.5),) * 2)
+            elif short in ("queries", "query_positions"):
+                value = value[0]
+            elif short in ("gain", "offset"):
+                value = value.reshape(())
+            elif short.startswith(("enter.", "vector.", "pixels.", "attention.")) and value.ndim == 4:
+                value = value.flatten(1)
             network[short] = value
     return network, clip, start
 
@@ -148,133 +216,262 @@ def translate(
 @dataclass
 class SideImage(EncodedImage):
     "An image with what SAN's two networks are given; `features` stay empty."
-    picture:torch.Tensor|None = None # 1 x 3 x H x W, normalised and filled up
-    layers:dict[int, torch.Tensor] = field(default_factory=dict) # after so many blocks of the encoder: 1 x C x h x w
-    cls:torch.Tensor|None = None # the class token where the proposals start, 1 x C
-    frame:tuple[int, int] = (0, 0) # pixels of the picture, without what was filled up
+
+    picture: torch.Tensor | None = None  # 1 x 3 x H x W, normalised and filled up
+    # after so many blocks of the encoder: 1 x C x h x w
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
+    cls: torch.Tensor | None = None  # the class token where the proposals start, 1 x C
+    frame: tuple[int, int] = (0, 0)  # pixels of the picture, without what was filled up
+
 
 class SAN(TrainedSystem):
-    """Side adapter network (Xu et al. 2023): masks and attention biases from a small ViT, classes from a frozen CLIP. Scores are sums of mask probabilities.
+    """Side adapter network (Xu et al. 2023): masks and attention biases from a small ViT, classes from a
+    frozen CLIP. Scores are sums of mask probabilities.
 
-    Raises `ValueError` as `TrainedSystem` does, and for an encoder without transformer blocks or with fewer than `layers` and `start` ask for."""
+    Raises `ValueError` as `TrainedSystem` does, and for an encoder without transformer blocks or with
+    fewer than `layers` and `start` ask for.
+    """
+
     config_class = SANConfig
-    authors = "the authors' (san_vit_b_16.pth with encoder='clip:ViT-B-16-quickgelu/random', san_vit_large_14.pth with 'clip:ViT-L-14-336-quickgelu/random')"
+    authors = (
+        "the authors' (san_vit_b_16.pth with encoder='clip:ViT-B-16-quickgelu/random', san_vit_large_14.pth"
+        " with 'clip:ViT-L-14-336-quickgelu/random')"
+    )
 
     def build(self) -> SideNetwork:
         c, blocks = self.config, list(getattr(self.encoder, "blocks", ()))
         count = len(blocks)
-        if not blocks: raise ValueError(f"{self.encoder.name} has no transformer blocks to send proposals through. Take an encoder such as lite or clip:ViT-B-16/openai")
-        if c.encoder_scale is None: self.config = c = replace(c, encoder_scale=0.7 if count >= 24 or self.encoder.stride == 14 else 0.5)
-        self.start = 3*count//4 if c.start is None else c.start
-        self.layers = tuple(dict.fromkeys(i*count//4 for i in range(4))) if c.layers is None else c.layers
-        if not 0 <= self.start < count or not all(0 <= o <= count for o in self.layers): raise ValueError(f"layers={self.layers} go from 0 to {count}, and start={self.start} from 0 to {count - 1}, for {self.encoder.name}")
-        if len(self.layers) > c.depth: raise ValueError(f"{len(self.layers)} layers cannot enter before depth={c.depth} blocks: one before each")
-        return SideNetwork(self.encoder.dim, blocks[0].attn.embed_dim, blocks[0].attn.num_heads if c.bias_per_head else 1, len(self.layers), logit_scale(self.encoder, c.logit_scale), c)
+        if not blocks:
+            raise ValueError(
+                f"{self.encoder.name} has no transformer blocks to send proposals through. Take an encoder"
+                " such as lite or clip:ViT-B-16/openai"
+            )
+        if c.encoder_scale is None:
+            self.config = c = replace(
+                c, encoder_scale=0.7 if count >= 24 or self.encoder.stride == 14 else 0.5
+            )
+        self.start = 3 * count // 4 if c.start is None else c.start
+        self.layers = tuple(dict.fromkeys(i * count // 4 for i in range(4))) if c.layers is None else c.layers
+        if not 0 <= self.start < count or not all(0 <= o <= count for o in self.layers):
+            raise ValueError(
+                f"layers={self.layers} go from 0 to {count}, and start={self.start} from 0 to {count - 1},"
+                f" for {self.encoder.name}"
+            )
+        if len(self.layers) > c.depth:
+            raise ValueError(
+                f"{len(self.layers)} layers cannot enter before depth={c.depth} blocks: one before each"
+            )
+        return SideNetwork(
+            self.encoder.dim,
+            blocks[0].attn.embed_dim,
+            blocks[0].attn.num_heads if c.bias_per_head else 1,
+            len(self.layers),
+            logit_scale(self.encoder, c.logit_scale),
+            c,
+        )
 
     # ---- images
 
-    def look(self, image:np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
-        "A picture H x W x 3 uint8 as the side network wants it, 1 x 3 x H' x W', and its frame without what was filled up."
+    def look(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+        """A picture H x W x 3 uint8 as the side network wants it, 1 x 3 x H' x W', and its frame without what
+        was filled up.
+        """
         c, (height, width) = self.config, image.shape[:2]
-        scale = min(c.size/min(height, width), (c.longest or 4*c.size)/max(height, width))
-        frame = tuple(max(1, int(o*scale + 0.5)) for o in (height, width)) if c.keep_aspect else (c.size, c.size)
+        scale = min(c.size / min(height, width), (c.longest or 4 * c.size) / max(height, width))
+        frame = (
+            tuple(max(1, int(o * scale + 0.5)) for o in (height, width))
+            if c.keep_aspect
+            else (c.size, c.size)
+        )
         resized = np.asarray(Image.fromarray(image).resize(frame[::-1], Image.Resampling.BILINEAR)).copy()
         picture = self.normalised(torch.from_numpy(resized).permute(2, 0, 1)[None], frame)
         return F.pad(picture, (0, -frame[1] % c.pad_to, 0, -frame[0] % c.pad_to)), frame
 
-    def read(self, pictures:torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        "What the encoder's layers hold of normalised pictures B x 3 x H x W, {after so many blocks: B x C x h x w}, and the class token at the start of the proposals."
+    def read(self, pictures: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """What the encoder's layers hold of normalised pictures B x 3 x H x W, {after so many blocks:
+        B x C x h x w}, and the class token at the start of the proposals.
+        """
         x, stride = pictures, self.encoder.stride
-        if self.config.encoder_scale != 1: x = F.interpolate(x, scale_factor=self.config.encoder_scale, mode="bilinear")
-        grid = tuple(o//stride for o in x.shape[-2:])
-        if not min(grid): raise ValueError(f"{self.encoder.name} sees {tuple(x.shape[-2:])} pixels, less than one place of {stride}: raise size or encoder_scale")
-        tokens = {0: self.encoder.embed(x[..., :grid[0]*stride, :grid[1]*stride])}   # a rest of pixels is left out, as a convolution would
-        for i, block in enumerate(list(self.encoder.blocks)[:max(self.start, *self.layers)], 1): tokens[i] = block(tokens[i - 1])
-        return {o: tokens[o][:, 1:].mT.unflatten(-1, grid) for o in sorted({*self.layers, self.start})}, tokens[self.start][:, 0]
+        if self.config.encoder_scale != 1:
+            x = F.interpolate(x, scale_factor=self.config.encoder_scale, mode="bilinear")
+        grid = tuple(o // stride for o in x.shape[-2:])
+        if not min(grid):
+            raise ValueError(
+                f"{self.encoder.name} sees {tuple(x.shape[-2:])} pixels, less than one place of {stride}:"
+                " raise size or encoder_scale"
+            )
+        # a rest of pixels is left out, as a convolution would
+        tokens = {0: self.encoder.embed(x[..., : grid[0] * stride, : grid[1] * stride])}
+        for i, block in enumerate(list(self.encoder.blocks)[: max(self.start, *self.layers)], 1):
+            tokens[i] = block(tokens[i - 1])
+        return {
+            o: tokens[o][:, 1:].mT.unflatten(-1, grid) for o in sorted({*self.layers, self.start})
+        }, tokens[self.start][:, 0]
 
-    def _images(self, pixels, pictures:torch.Tensor, frame:tuple[int, int]) -> list[SideImage]:
+    def _images(self, pixels, pictures: torch.Tensor, frame: tuple[int, int]) -> list[SideImage]:
         layers, cls = self.read(pictures)
-        return [SideImage(o, None, None, pictures[i:i + 1], {k: table[i:i + 1] for k, table in layers.items()}, cls[i:i + 1], frame) for i, o in enumerate(pixels)]
+        return [
+            SideImage(
+                o,
+                None,
+                None,
+                pictures[i : i + 1],
+                {k: table[i : i + 1] for k, table in layers.items()},
+                cls[i : i + 1],
+                frame,
+            )
+            for i, o in enumerate(pixels)
+        ]
 
     @torch.inference_mode()
     def encode_image(self, image) -> SideImage:
-        "Load one image and send it through the encoder's first blocks: the part that does not depend on words."
-        if isinstance(image, SideImage): return image
+        """Load one image and send it through the encoder's first blocks:
+        the part that does not depend on words.
+        """
+        if isinstance(image, SideImage):
+            return image
         pixels = load_image(image)
         return self._images([pixels], *self.look(pixels))[0]
 
     # ---- both
 
-    def predict(self,
-        images:list[SideImage], # whose filled-up pictures are of one size
-        text:TextBank, # K classes
-        every:bool=False, # outputs of all supervised blocks
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]: # per output: class logits B x N x (K+1), mask logits B x N x h x w
+    def predict(
+        self,
+        images: list[SideImage],  # whose filled-up pictures are of one size
+        text: TextBank,  # K classes
+        every: bool = False,  # outputs of all supervised blocks
+        # per output: class logits B x N x (K+1), mask logits B x N x h x w
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "Masks, and what the encoder says about each."
-        if not all(isinstance(o, SideImage) for o in images): raise ValueError(f"{type(self).__name__} resizes for itself: leave the resize rule away, and use the knobs size and keep_aspect")
+        if not all(isinstance(o, SideImage) for o in images):
+            raise ValueError(
+                f"{type(self).__name__} resizes for itself: leave the resize rule away, and use the knobs"
+                " size and keep_aspect"
+            )
         layers = {k: torch.cat([o.layers[k] for o in images]) for k in images[0].layers}
-        outputs = self.network(torch.cat([o.picture for o in images]).float(), [layers[k].float() for k in self.layers], every)
+        outputs = self.network(
+            torch.cat([o.picture for o in images]).float(), [layers[k].float() for k in self.layers], every
+        )
         patches = layers[self.start]
-        bias = torch.cat([sos_bias(o, tuple(patches.shape[-2:]), self.config.bias_resize) for _, o in outputs], 2)
-        tokens = torch.cat([torch.cat([o.cls for o in images])[:, None], patches.flatten(2).mT], 1).to(self.encoder.dtype)
-        sos = propose(list(self.encoder.blocks)[self.start:], tokens, bias, finish=False)[0]
+        bias = torch.cat(
+            [sos_bias(o, tuple(patches.shape[-2:]), self.config.bias_resize) for _, o in outputs], 2
+        )
+        tokens = torch.cat([torch.cat([o.cls for o in images])[:, None], patches.flatten(2).mT], 1).to(
+            self.encoder.dtype
+        )
+        sos = propose(list(self.encoder.blocks)[self.start :], tokens, bias, finish=False)[0]
         embeddings = F.normalize(self.encoder.project(sos).float(), dim=-1).chunk(len(outputs), 1)
-        return [(self.network.classifier.compare(o, text, self.config.pooling), masks) for o, (masks, _) in zip(embeddings, outputs)]
+        return [
+            (self.network.classifier.compare(o, text, self.config.pooling), masks)
+            for o, (masks, _) in zip(embeddings, outputs)
+        ]
 
     @torch.inference_mode()
-    def scores(self, image:SideImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: SideImage, text: TextBank) -> torch.Tensor:
         "K x h x w scores at the pixels of the image or the input, or at the masks' places: see `resolution`."
-        (logits, masks), = self.predict([image], text)
+        ((logits, masks),) = self.predict([image], text)
         masks, filled = masks.float(), tuple(image.picture.shape[-2:])
-        if self.config.resolution == "masks":   # without the share that was filled up
-            share = [a/b for a, b in zip(image.frame, filled)]
-            masks = sample_regions(masks, [(0, 0, *share)], tuple(max(1, round(a*b)) for a, b in zip(masks.shape[-2:], share)))
+        if self.config.resolution == "masks":  # without the share that was filled up
+            share = [a / b for a, b in zip(image.frame, filled)]
+            masks = sample_regions(
+                masks, [(0, 0, *share)], tuple(max(1, round(a * b)) for a, b in zip(masks.shape[-2:], share))
+            )
         else:
-            masks = F.interpolate(masks, filled, mode="bilinear", align_corners=False)[..., :image.frame[0], :image.frame[1]]
-            if self.config.resolution == "image" and image.image is not None: masks = F.interpolate(masks, image.size, mode="bilinear", align_corners=False)
+            masks = F.interpolate(masks, filled, mode="bilinear", align_corners=False)[
+                ..., : image.frame[0], : image.frame[1]
+            ]
+            if self.config.resolution == "image" and image.image is not None:
+                masks = F.interpolate(masks, image.size, mode="bilinear", align_corners=False)
         return mask_scores(logits.float(), masks)[0]
 
     # ---- training: see `TrainedSystem`
 
     def tune(self) -> list[nn.Parameter]:
-        "With `train_positions`, unfreeze the position table of the encoder's image tower, in place; only pictures given to `see` train it."
-        found = [o for name, o in self.encoder.named_parameters() if name.endswith("visual.positional_embedding") and self.config.train_positions]
+        """With `train_positions`, unfreeze the position table of the encoder's image tower, in place;
+        only pictures given to `see` train it.
+        """
+        found = [
+            o
+            for name, o in self.encoder.named_parameters()
+            if name.endswith("visual.positional_embedding") and self.config.train_positions
+        ]
         return [o.requires_grad_(True) for o in found]
 
     def packed_by(self) -> tuple:
         c = self.config
-        return self.encoder.fingerprint, dict(size=c.size, scale=c.encoder_scale, layers=sorted({*self.layers, self.start}), start=self.start)
+        return self.encoder.fingerprint, dict(
+            size=c.size, scale=c.encoder_scale, layers=sorted({*self.layers, self.start}), start=self.start
+        )
 
-    def pack(self, image:SideImage) -> dict[str, torch.Tensor]:
+    def pack(self, image: SideImage) -> dict[str, torch.Tensor]:
         "The picture, the encoder's layers and the class token. Raises `ValueError` with `keep_aspect`."
-        if self.config.keep_aspect: raise ValueError("stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or give an augmentation")
-        return dict(picture=image.picture[0], cls=image.cls[0]) | {f"layer{k}": o[0] for k, o in image.layers.items()}
+        if self.config.keep_aspect:
+            raise ValueError(
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                " give an augmentation"
+            )
+        return dict(picture=image.picture[0], cls=image.cls[0]) | {
+            f"layer{k}": o[0] for k, o in image.layers.items()
+        }
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> SideImage:
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> SideImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
-        return SideImage(None, None, None, found["picture"], {int(k[5:]): o for k, o in found.items() if k.startswith("layer")}, found["cls"], (self.config.size,)*2)
+        return SideImage(
+            None,
+            None,
+            None,
+            found["picture"],
+            {int(k[5:]): o for k, o in found.items() if k.startswith("layer")},
+            found["cls"],
+            (self.config.size,) * 2,
+        )
 
-    def see(self, images:torch.Tensor) -> list[SideImage]:
+    def see(self, images: torch.Tensor) -> list[SideImage]:
         "B x 3 x H x W uint8 pictures, squashed to a square, through the encoder."
-        side = (self.config.size,)*2
-        return self._images([o.permute(1, 2, 0).cpu().numpy() for o in images], self.normalised(images, side), side)
+        side = (self.config.size,) * 2
+        return self._images(
+            [o.permute(1, 2, 0).cpu().numpy() for o in images], self.normalised(images, side), side
+        )
 
     def loss(self, images, labels, text, generator) -> tuple[torch.Tensor, dict[str, float]]:
-        "Matched classes and masks (SYSTEMS 1.6), summed over the supervised blocks; the numbers are those of the last."
+        """Matched classes and masks (SYSTEMS 1.6), summed over the supervised blocks;
+        the numbers are those of the last.
+        """
         c, total, parts, targets = self.config, 0, {}, mask_targets(labels)
         for logits, masks in self.predict(images, text, every=True):
-            loss, parts = mask_classification_loss(logits, masks, targets, generator, points=c.points, weights=c.loss_weights, costs=c.loss_weights, no_object=c.no_object)
+            loss, parts = mask_classification_loss(
+                logits,
+                masks,
+                targets,
+                generator,
+                points=c.points,
+                weights=c.loss_weights,
+                costs=c.loss_weights,
+                no_object=c.no_object,
+            )
             total = total + loss
         return total, parts
 
     # ---- the authors' files
 
-    def translate(self, path, state:dict[str, torch.Tensor]) -> tuple[dict, dict]|None:
-        "Network, and CLIP under our encoder's names, after all checks; None for a file without their side network."
-        if not any(o.startswith("side_adapter_network.") for o in state): return None
+    def translate(self, path, state: dict[str, torch.Tensor]) -> tuple[dict, dict] | None:
+        """Network, and CLIP under our encoder's names, after all checks;
+        None for a file without their side network.
+        """
+        if not any(o.startswith("side_adapter_network.") for o in state):
+            return None
         network, clip, start = translate(state)
-        if not hasattr(self.encoder, "model") or type(self.encoder.blocks[0].mlp.gelu).__name__ != "QuickGELU":
-            raise ValueError(f"{path} holds a CLIP with QuickGELU, which {self.encoder.name} is not. Pass {self.authors}")
-        if wrong := difference(clip, self.encoder.model.state_dict()): raise ValueError(f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nPass {self.authors}")
-        if start != self.start: raise ValueError(f"{path} was trained with start={start}, not {self.start}: leave the knob away")
+        if (
+            not hasattr(self.encoder, "model")
+            or type(self.encoder.blocks[0].mlp.gelu).__name__ != "QuickGELU"
+        ):
+            raise ValueError(
+                f"{path} holds a CLIP with QuickGELU, which {self.encoder.name} is not. Pass {self.authors}"
+            )
+        if wrong := difference(clip, self.encoder.model.state_dict()):
+            raise ValueError(
+                f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nPass {self.authors}"
+            )
+        if start != self.start:
+            raise ValueError(f"{path} was trained with start={start}, not {self.start}: leave the knob away")
         return network, {f"model.{name}": o for name, o in clip.items()}

@@ -25,63 +25,90 @@ from ..core.vocabulary import Vocabulary
 @dataclass(frozen=True)
 class SimSegConfig(Config):
     "Knobs of SimSeg's inference; defaults are its evaluation script's, except where marked as ours."
-    templates:str = "imagenet80" # the 80 ImageNet templates
-    top:Annotated[int, Range(2)] = 10 # classes whose scores give the threshold: 10; 30 for Pascal Context
-    walk:Count = 5 # at most so many of the best are drawn
-    threshold:Literal["mean+std"]|float|None = "mean+std" # "mean+std" of the top scores, a number, or None for no threshold
-    crf:bool = True # refine each mask by a binary dense CRF (extra `crf`)
-    morphology:Index = 1 # iterations of dilation and of erosion, 7 x 7; 0 turns it off
-    mask_level:Share = 0.5 # ours: where a stretched map becomes a mask when the CRF is off
+
+    templates: str = "imagenet80"  # the 80 ImageNet templates
+    # classes whose scores give the threshold: 10; 30 for Pascal Context
+    top: Annotated[int, Range(2)] = 10
+    walk: Count = 5  # at most so many of the best are drawn
+    # "mean+std" of the top scores, a number, or None for no threshold
+    threshold: Literal["mean+std"] | float | None = "mean+std"
+    crf: bool = True  # refine each mask by a binary dense CRF (extra `crf`)
+    morphology: Index = 1  # iterations of dilation and of erosion, 7 x 7; 0 turns it off
+    mask_level: Share = 0.5  # ours: where a stretched map becomes a mask when the CRF is off
 
 # %% ../../nbs/systems/06_simseg.ipynb #61fe406e
 def draw_mask(
-    similarity:torch.Tensor, # h x w similarity of every location with one class
-    image:np.ndarray, # H x W x 3 uint8, the picture at the resolution where the mask is drawn
-    config:SimSegConfig,
-) -> np.ndarray: # H x W bool
-    "Min-max, nearest up-sampling, binary CRF, dilation and erosion (SimSeg's evaluation, SYSTEMS 5.4 steps 4 to 6)."
-    stretched = F.interpolate(min_max(similarity[None])[None].float(), image.shape[:2], mode="nearest")[0, 0].cpu().numpy()
+    similarity: torch.Tensor,  # h x w similarity of every location with one class
+    image: np.ndarray,  # H x W x 3 uint8, the picture at the resolution where the mask is drawn
+    config: SimSegConfig,
+) -> np.ndarray:  # H x W bool
+    """Min-max, nearest up-sampling, binary CRF, dilation and erosion (SimSeg's evaluation, SYSTEMS 5.4 steps
+    4 to 6).
+    """
+    stretched = (
+        F.interpolate(min_max(similarity[None])[None].float(), image.shape[:2], mode="nearest")[0, 0]
+        .cpu()
+        .numpy()
+    )
     mask = binary_crf(image, stretched) if config.crf else stretched > config.mask_level
-    if config.morphology: mask = erode(dilate(mask, 7, config.morphology), 7, config.morphology)
+    if config.morphology:
+        mask = erode(dilate(mask, 7, config.morphology), 7, config.morphology)
     return mask
 
 # %% ../../nbs/systems/06_simseg.ipynb #1339a0be
 class SimSeg(System):
     "SimSeg's inference (Yi et al., CVPR 2023) on any encoder: select classes, draw each, merge by score."
+
     config_class = SimSegConfig
 
     def class_bank(self, text) -> TextBank:
         "The bank whose class embeddings score the image as a whole."
         return text
 
-    def scores(self, image:EncodedImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: EncodedImage, text: TextBank) -> torch.Tensor:
         "K x h x w cosine similarity of every location with every class embedding."
-        return text.compare(image.features.patches()[0], self.config.pooling).unflatten(1, image.features.dense.shape[-2:])
+        return text.compare(image.features.patches()[0], self.config.pooling).unflatten(
+            1, image.features.dense.shape[-2:]
+        )
 
-    def class_scores(self, image:EncodedImage, text) -> torch.Tensor:
+    def class_scores(self, image: EncodedImage, text) -> torch.Tensor:
         "K image-level scores: cosine of the pooled image embedding with every class, by the knob `pooling`."
         pooled, bank = image.features.pooled[0].float(), self.class_bank(text)
-        return superclass_scores(pooled, bank.mean().float()) if self.config.pooling == "mean" else bank.compare(F.normalize(pooled, dim=0)[None], self.config.pooling)[:, 0]
+        return (
+            superclass_scores(pooled, bank.mean().float())
+            if self.config.pooling == "mean"
+            else bank.compare(F.normalize(pooled, dim=0)[None], self.config.pooling)[:, 0]
+        )
 
-    def select(self, scores:torch.Tensor, background:int|None) -> list[int]:
+    def select(self, scores: torch.Tensor, background: int | None) -> list[int]:
         "The classes to draw, best first; a vocabulary of fewer than `top` names is drawn whole."
         if len(scores) < self.config.top:
             return [i for i in scores.argsort(descending=True, stable=True).tolist() if i != background]
-        return select_classes(scores, background, top=self.config.top, walk=self.config.walk, threshold=self.config.threshold)
+        return select_classes(
+            scores, background, top=self.config.top, walk=self.config.walk, threshold=self.config.threshold
+        )
 
-    def labels(self, image:EncodedImage, text, scores:torch.Tensor, vocabulary:Vocabulary) -> np.ndarray:
+    def labels(self, image: EncodedImage, text, scores: torch.Tensor, vocabulary: Vocabulary) -> np.ndarray:
         "H x W labels: draw the selected classes, the highest class score wins (SYSTEMS 5.4, steps 1 to 7)."
         class_scores, background = self.class_scores(image, text), vocabulary.background_index
         drawn = self.select(class_scores, background)
-        if background is None and not drawn: drawn = [int(class_scores.argmax())]   # every pixel needs a name
-        side = image.resolution or [o*self.encoder.stride for o in scores.shape[-2:]]
+        # every pixel needs a name
+        if background is None and not drawn:
+            drawn = [int(class_scores.argmax())]
+        side = image.resolution or [o * self.encoder.stride for o in scores.shape[-2:]]
         small = np.asarray(Image.fromarray(image.image).resize(side[::-1], self.encoder.resample))
         masks = np.zeros((len(drawn), *image.size), bool)
         for mask, k in zip(masks, drawn):
             found = torch.from_numpy(draw_mask(scores[k], small, self.config)).float()
             mask[:] = F.interpolate(found[None, None], image.size, mode="nearest")[0, 0].bool().numpy()
-        labels = merge_masks(masks, drawn, class_scores[drawn].cpu().numpy(), background if background is not None else 0)
+        labels = merge_masks(
+            masks, drawn, class_scores[drawn].cpu().numpy(), background if background is not None else 0
+        )
         if background is None:
-            best = upsample_argmax(min_max(scores[drawn])*class_scores[drawn, None, None], image.size).cpu().numpy()
+            best = (
+                upsample_argmax(min_max(scores[drawn]) * class_scores[drawn, None, None], image.size)
+                .cpu()
+                .numpy()
+            )
             labels = np.where(masks.any(0), labels, np.asarray(drawn)[best])
         return labels

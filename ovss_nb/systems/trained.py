@@ -24,87 +24,128 @@ from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/systems/02_trained.ipynb #4fbdd01f
 class _ThreeParts(nn.Module):
-    def forward(self, query, key, value): return torch.cat([query, key, value])
-    def right_inverse(self, joined): return tuple(o.clone() for o in joined.chunk(3))
+    def forward(self, query, key, value):
+        return torch.cat([query, key, value])
+
+    def right_inverse(self, joined):
+        return tuple(o.clone() for o in joined.chunk(3))
+
 
 def tune_queries_values(
-    encoder:nn.Module, # its attentions are changed in place
-) -> list[nn.Parameter]: # what is trainable now
-    "Freeze everything but the query and value matrices of all of torch's attentions, CAT-Seg's way of fine-tuning CLIP. Raises `ValueError` if there is none."
+    encoder: nn.Module,  # its attentions are changed in place
+) -> list[nn.Parameter]:  # what is trainable now
+    """Freeze everything but the query and value matrices of all of torch's attentions, CAT-Seg's way of
+    fine-tuning CLIP. Raises `ValueError` if there is none.
+    """
     encoder.requires_grad_(False)
     tuned = []
     for module in encoder.modules():
-        if not isinstance(module, nn.MultiheadAttention) or module._qkv_same_embed_dim is False: continue
-        if not parametrize.is_parametrized(module, "in_proj_weight"): parametrize.register_parametrization(module, "in_proj_weight", _ThreeParts())
+        if not isinstance(module, nn.MultiheadAttention) or module._qkv_same_embed_dim is False:
+            continue
+        if not parametrize.is_parametrized(module, "in_proj_weight"):
+            parametrize.register_parametrization(module, "in_proj_weight", _ThreeParts())
         parts = module.parametrizations.in_proj_weight
-        for o in (parts.original0, parts.original2): tuned.append(o.requires_grad_(True))
+        for o in (parts.original0, parts.original2):
+            tuned.append(o.requires_grad_(True))
         parts.original1.requires_grad_(False)
-    if not tuned: raise ValueError(f"{type(encoder).__name__} has no torch attention to tune. Train the network alone")
+    if not tuned:
+        raise ValueError(f"{type(encoder).__name__} has no torch attention to tune. Train the network alone")
     return tuned
 
 # %% ../../nbs/systems/02_trained.ipynb #c3f74112
 def logit_scale(
-    encoder:Encoder,
-    chosen:float|None=None, # the knob; none: the encoder's own
+    encoder: Encoder,
+    chosen: float | None = None,  # the knob; none: the encoder's own
 ) -> float:
     "What cosines are multiplied by before a softmax: the chosen number, else CLIP's own, else 100."
     own = getattr(getattr(encoder, "model", None), "logit_scale", None)
     return chosen or (100.0 if own is None else float(own.detach().exp()))
 
+
 def alike(keys) -> list[list[int]]:
     "Positions of equal keys, such as sizes of pictures, in the order in which each key first comes."
     groups = {}
-    for i, key in enumerate(keys): groups.setdefault(key, []).append(i)
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 # %% ../../nbs/systems/02_trained.ipynb #5c94f946
 def stored_knobs(
-    path, # of a weights file
-) -> tuple[str, dict]: # name of the system's class and the knobs it was saved with; nothing for a file that `TrainedSystem.save` did not write
-    "What a weights file says about the system it is for. A file that cannot be read says nothing here; `read_weights` tells why."
+    path,  # of a weights file
+    # name of the system's class and the knobs it was saved with; nothing for a file that `TrainedSystem.save`
+    # did not write
+) -> tuple[str, dict]:
+    """What a weights file says about the system it is for.
+
+    A file that cannot be read says nothing here; `read_weights` tells why.
+    """
     path = Path(path).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file(): return "", {}
+    if path.suffix != ".safetensors" or not path.is_file():
+        return "", {}
     try:
-        with safe_open(path, "pt") as file: found = file.metadata() or {}
-    except (SafetensorError, OSError): return "", {}
-    return found.get("system", ""), {name: value for name, value in json.loads(found.get("config", "{}")).items() if name != "weights"}
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return "", {}
+    return found.get("system", ""), {
+        name: value for name, value in json.loads(found.get("config", "{}")).items() if name != "weights"
+    }
+
 
 @dataclass(frozen=True)
 class TrainedConfig(Config):
-    "Knobs of every system with a trained network; each system adds its own. Those not given to `from_dict` are the ones that the weights file was saved with."
-    weights:str|None = None # file of the network, made by `TrainedSystem.save`, or the authors'; "random" to try the machinery
-    first_word:bool = False # of several words of a class take the first only
+    """Knobs of every system with a trained network;
+    each system adds its own. Those not given to `from_dict` are the ones that the weights file was saved
+    with.
+    """
+
+    # file of the network, made by `TrainedSystem.save`, or the authors'; "random" to try the machinery
+    weights: str | None = None
+    first_word: bool = False  # of several words of a class take the first only
 
     @classmethod
-    def from_dict(cls, knobs:dict):
-        "Build from a dict, over the knobs that the weights file was saved with; raises `ValueError` for an unknown knob, and for a file of another system."
+    def from_dict(cls, knobs: dict):
+        """Build from a dict, over the knobs that the weights file was saved with;
+        raises `ValueError` for an unknown knob, and for a file of another system.
+        """
         system, stored = stored_knobs(knobs.get("weights") or "")
         if strange := stored.keys() - {o.name for o in fields(cls)}:
-            raise ValueError(f"{knobs['weights']} holds a network of {system}, which has knobs that {cls.__name__} lacks ({', '.join(sorted(strange)[:3])}). Create that system")
+            raise ValueError(
+                f"{knobs['weights']} holds a network of {system}, which has knobs that {cls.__name__} lacks"
+                f" ({', '.join(sorted(strange)[:3])}). Create that system"
+            )
         return super().from_dict(stored | knobs)
+
 
 class TrainedSystem(System):
     """A system with a network that was trained: subclasses give `build`, `scores` and `loss`.
 
     Raises `ValueError` without weights, and for unfit ones (with a readable difference)."""
-    config_class = TrainedConfig
-    authors = "" # what of the authors' files can be loaded, in words: for error messages
 
-    def __init__(self, encoder:Encoder, config=None, cache=None, **knobs):
+    config_class = TrainedConfig
+    authors = ""  # what of the authors' files can be loaded, in words: for error messages
+
+    def __init__(self, encoder: Encoder, config=None, cache=None, **knobs):
         super().__init__(encoder, config, cache, **knobs)
         if self.config.weights is None:
-            raise ValueError(f"{type(self).__name__}'s network has no weights. Pass weights='FILE', a file of your own training{self.authors and ' or ' + self.authors}, "
-                "or weights='random' to try the machinery; maskclip needs no training")
-        self.own = [] # names of the encoder's tensors that came with the weights
+            raise ValueError(
+                f"{type(self).__name__}'s network has no weights. Pass weights='FILE', a file of your own"
+                f" training{self.authors and ' or ' + self.authors}, or weights='random' to try the"
+                " machinery; maskclip needs no training"
+            )
+        self.own = []  # names of the encoder's tensors that came with the weights
         self.reset()
-        if self.config.weights != "random": self.load(self.config.weights)
+        if self.config.weights != "random":
+            self.load(self.config.weights)
 
     def build(self) -> nn.Module:
         "The network, with random weights, for this encoder and these knobs."
         raise TypeError(f"{type(self).__name__} does not define `build`")
 
-    def reset(self, seed:int=0):
-        "Build the network anew, frozen and in evaluation mode: the same weights for the same seed, and nobody else's random numbers change."
+    def reset(self, seed: int = 0):
+        """Build the network anew, frozen and in evaluation mode:
+        the same weights for the same seed, and nobody else's random numbers change.
+        """
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.network = self.build()
@@ -113,7 +154,8 @@ class TrainedSystem(System):
     def describe(self) -> dict:
         "As every system's, and what the network's weights are."
         digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()): digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return super().describe() | dict(network=digest.hexdigest())
 
     # ---- training
@@ -123,20 +165,23 @@ class TrainedSystem(System):
         "Network and encoder as one module, for an optimiser: names start with `network.` and `encoder.`."
         return nn.ModuleDict(dict(network=self.network, encoder=self.encoder))
 
-    def learns(self, vocabulary:Vocabulary):
-        "Told before training and testing which classes are taught; systems to which that makes a difference remember it."
+    def learns(self, vocabulary: Vocabulary):
+        """Told before training and testing which classes are taught;
+        systems to which that makes a difference remember it.
+        """
 
     def read_words(self, words) -> Vocabulary:
         "The words that texts are made of: all of a class, or with `first_word` the first."
         vocabulary = Vocabulary.of(words)
-        if not self.config.first_word: return vocabulary
+        if not self.config.first_word:
+            return vocabulary
         return vocabulary.with_words({name: own[:1] for name, own in zip(vocabulary.names, vocabulary.words)})
 
     def encode_text(self, words) -> TextBank:
         "Text bank of `read_words`."
         return super().encode_text(self.read_words(words))
 
-    def tune(self) -> list[nn.Parameter]: # what is trainable now
+    def tune(self) -> list[nn.Parameter]:  # what is trainable now
         "Unfreeze what the system's authors tune of the encoders, in place; here nothing."
         return []
 
@@ -145,40 +190,64 @@ class TrainedSystem(System):
         return [self.encode_image(o) for o in images]
 
     def packed_by(self) -> tuple:
-        "What `pack` depends on beside the picture, as `Cache.key` takes it: here the encoder and all knobs; override it to name fewer."
+        """What `pack` depends on beside the picture, as `Cache.key` takes it:
+        here the encoder and all knobs; override it to name fewer.
+        """
         return self.encoder.fingerprint, self.config.to_dict() | dict(weights=None)
 
-    def pack(self, image:EncodedImage) -> dict[str, torch.Tensor]:
-        "What frozen encoders saw of a picture, without pixels and without a batch dimension; of one shape for all pictures. Raises `ValueError` with `keep_aspect`."
-        if self.config.keep_aspect: raise ValueError("stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or give an augmentation")
+    def pack(self, image: EncodedImage) -> dict[str, torch.Tensor]:
+        """What frozen encoders saw of a picture, without pixels and without a batch dimension;
+        of one shape for all pictures. Raises `ValueError` with `keep_aspect`.
+        """
+        if self.config.keep_aspect:
+            raise ValueError(
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                " give an augmentation"
+            )
         return dict(dense=image.features.dense[0], pooled=image.features.pooled[0])
 
-    def unpack(self, arrays:dict[str, torch.Tensor]) -> EncodedImage:
-        "The encoded image again, without pixels, on the encoder's device in float32; `scores` and `loss` take it."
+    def unpack(self, arrays: dict[str, torch.Tensor]) -> EncodedImage:
+        """The encoded image again, without pixels, on the encoder's device in float32;
+        `scores` and `loss` take it.
+        """
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
         return EncodedImage(None, ImageFeatures(found["dense"], found["pooled"]))
 
-    def normalised(self,
-        images:torch.Tensor, # B x 3 x H x W uint8
-        size:int|tuple[int, int], # what they are squashed to
-    ) -> torch.Tensor: # B x 3 x size, on the encoder's device
+    def normalised(
+        self,
+        images: torch.Tensor,  # B x 3 x H x W uint8
+        size: int | tuple[int, int],  # what they are squashed to
+    ) -> torch.Tensor:  # B x 3 x size, on the encoder's device
         "Pictures as the encoder wants them."
-        mean, deviation = (torch.tensor(o, device=self.encoder.device).view(1, 3, 1, 1) for o in (self.encoder.mean, self.encoder.std))
+        mean, deviation = (
+            torch.tensor(o, device=self.encoder.device).view(1, 3, 1, 1)
+            for o in (self.encoder.mean, self.encoder.std)
+        )
         size = (size, size) if isinstance(size, int) else tuple(size)
-        return F.interpolate((images.to(self.encoder.device)/255 - mean)/deviation, size, mode="bilinear", align_corners=False).to(self.encoder.dtype)
+        return F.interpolate(
+            (images.to(self.encoder.device) / 255 - mean) / deviation,
+            size,
+            mode="bilinear",
+            align_corners=False,
+        ).to(self.encoder.dtype)
 
-    def see(self, images:torch.Tensor) -> list[EncodedImage]:
+    def see(self, images: torch.Tensor) -> list[EncodedImage]:
         "B x 3 x H x W uint8 pictures through the encoders, with gradients into what of them is trainable."
         features = self.encoder.encode(self.normalised(images, self.config.size))
-        return [EncodedImage(picture.permute(1, 2, 0).cpu().numpy(), ImageFeatures(dense[None], pooled[None]))
-            for picture, dense, pooled in zip(images, features.dense, features.pooled)]
+        return [
+            EncodedImage(picture.permute(1, 2, 0).cpu().numpy(), ImageFeatures(dense[None], pooled[None]))
+            for picture, dense, pooled in zip(images, features.dense, features.pooled)
+        ]
 
-    def loss(self,
-        images:list[EncodedImage], # of `unpack` or `see`
-        labels:torch.Tensor, # B x H x W long, class indices of `text`, on the encoder's device; 255 where there is none
-        text:TextBank, # K classes
-        generator:torch.Generator, # on the CPU: all chance comes from it, so that a run can be resumed exactly
-    ) -> tuple[torch.Tensor, dict[str, float]]: # what training minimises, and numbers for the log
+    def loss(
+        self,
+        images: list[EncodedImage],  # of `unpack` or `see`
+        # B x H x W long, class indices of `text`, on the encoder's device; 255 where there is none
+        labels: torch.Tensor,
+        text: TextBank,  # K classes
+        # on the CPU: all chance comes from it, so that a run can be resumed exactly
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, dict[str, float]]:  # what training minimises, and numbers for the log
         "How wrong the network is about some pictures."
         raise TypeError(f"{type(self).__name__} does not define `loss`")
 
@@ -188,38 +257,71 @@ class TrainedSystem(System):
         "The encoder's tensors, with matrices that `tune_queries_values` took apart in one piece."
         state = {name: o for name, o in self.encoder.state_dict().items() if ".parametrizations." not in name}
         for name, module in self.encoder.named_modules():
-            if parametrize.is_parametrized(module): state |= {f"{name}.{o}": getattr(module, o) for o in module.parametrizations}
+            if parametrize.is_parametrized(module):
+                state |= {f"{name}.{o}": getattr(module, o) for o in module.parametrizations}
         return state
 
-    def save(self, path, metadata:dict[str, str]|None=None, dtype:torch.dtype|None=None):
-        "Write the network, and the encoder's tensors that were tuned or came with the weights, as safetensors; in half the space with `torch.float16`."
+    def save(self, path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None):
+        """Write the network, and the encoder's tensors that were tuned or came with the weights, as
+        safetensors; in half the space with `torch.float16`.
+        """
         tuned = {name for name, p in self.encoder.named_parameters() if p.requires_grad}
         tuned = {re.sub(r"parametrizations\.(\w+)\.original\d$", r"\1", o) for o in tuned} | set(self.own)
-        tensors = {f"network.{name}": o for name, o in self.network.state_dict().items()} | {f"encoder.{name}": o for name, o in self.encoder_state().items() if name in tuned}
+        tensors = {f"network.{name}": o for name, o in self.network.state_dict().items()} | {
+            f"encoder.{name}": o for name, o in self.encoder_state().items() if name in tuned
+        }
         with atomic_path(path) as temporary:
-            save_file({name: o.detach().cpu().to(dtype if o.is_floating_point() else None).contiguous().clone() for name, o in tensors.items()}, temporary,
-                      dict(metadata or {}, system=type(self).__name__, fingerprint=self.encoder.fingerprint, config=json.dumps(self.config.to_dict())))
+            save_file(
+                {
+                    name: o.detach().cpu().to(dtype if o.is_floating_point() else None).contiguous().clone()
+                    for name, o in tensors.items()
+                },
+                temporary,
+                dict(
+                    metadata or {},
+                    system=type(self).__name__,
+                    fingerprint=self.encoder.fingerprint,
+                    config=json.dumps(self.config.to_dict()),
+                ),
+            )
 
-    def translate(self, path, state:dict[str, torch.Tensor]) -> tuple[dict, dict]|None: # of the network and of the encoder, under our names
+    # of the network and of the encoder, under our names
+    def translate(self, path, state: dict[str, torch.Tensor]) -> tuple[dict, dict] | None:
         "The authors' checkpoint in our names, or None if this is none of theirs; here it never is."
         return None
 
     def load(self, path):
-        "Fill network and encoder from a file of `save`'s or the authors'. An encoder that changes is copied first. Raises `ValueError` with the differences."
+        """Fill network and encoder from a file of `save`'s or the authors'.
+
+        An encoder that changes is copied first. Raises `ValueError` with the differences.
+        """
         state = read_weights(path, self.authors)
         if (found := self.translate(path, state)) is None:
             if strange := [o for o in state if not o.startswith(("network.", "encoder."))]:
-                raise ValueError(f"{path} holds {strange[0]!r}, which is neither the authors' nor ours. Pass a published checkpoint, or a file of {type(self).__name__}.save")
-            found = [{name.removeprefix(part): o for name, o in state.items() if name.startswith(part)} for part in ("network.", "encoder.")]
+                raise ValueError(
+                    f"{path} holds {strange[0]!r}, which is neither the authors' nor ours. Pass a published"
+                    f" checkpoint, or a file of {type(self).__name__}.save"
+                )
+            found = [
+                {name.removeprefix(part): o for name, o in state.items() if name.startswith(part)}
+                for part in ("network.", "encoder.")
+            ]
         network, encoder = found
         if wrong := difference(network, self.network.state_dict()):
-            raise ValueError(f"{path} does not fit this configuration of {type(self).__name__} with {self.encoder.name}.\n{wrong}\nUse the encoder and the knobs that it was trained with")
+            raise ValueError(
+                f"{path} does not fit this configuration of {type(self).__name__} with"
+                f" {self.encoder.name}.\n{wrong}\nUse the encoder and the knobs that it was trained with"
+            )
         state = self.encoder_state()
         if wrong := difference(encoder, {name: state[name] for name in encoder if name in state}):
-            raise ValueError(f"{path} brings parts of another encoder than {self.encoder.name}.\n{wrong}\nUse the encoder that it was trained with")
+            raise ValueError(
+                f"{path} brings parts of another encoder than {self.encoder.name}.\n{wrong}\nUse the encoder"
+                " that it was trained with"
+            )
         self.network.load_state_dict(network)
         if encoder:
             self.encoder = copy.deepcopy(self.encoder)
             with torch.no_grad():
-                for name, value in encoder.items(): self.encoder.state_dict()[name].copy_(value)
+                for name, value in encoder.items():
+                    self.encoder.state_dict()[name].copy_(value)
             self.encoder._fingerprint, self.own, self._banks = None, list(encoder), {}

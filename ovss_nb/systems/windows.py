@@ -17,66 +17,95 @@ from ..text.text_bank import TextBank
 
 # %% ../../nbs/systems/04_windows.ipynb #9b0465eb
 def window_offsets(
-    length:int, # pixels to cover
-    window:int, # pixels of one window, at most `length`
-    overlap:float, # share of a window that its neighbour covers too, 0 to 1 (excluded)
-) -> list[int]: # first pixel of each window
-    "Offsets of windows that cover `length` pixels. Raises ValueError for a window that does not fit, or an overlap outside 0..1."
-    if not 0 < window <= length: raise ValueError(f"a window of {window} pixels does not fit into {length}")
-    if not 0 <= overlap < 1: raise ValueError(f"the overlap is a share from 0 to below 1, not {overlap}")
-    stride = max(1, int(window*(1 - overlap)))
+    length: int,  # pixels to cover
+    window: int,  # pixels of one window, at most `length`
+    overlap: float,  # share of a window that its neighbour covers too, 0 to 1 (excluded)
+) -> list[int]:  # first pixel of each window
+    """Offsets of windows that cover `length` pixels.
+
+    Raises ValueError for a window that does not fit, or an overlap outside 0..1.
+    """
+    if not 0 < window <= length:
+        raise ValueError(f"a window of {window} pixels does not fit into {length}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"the overlap is a share from 0 to below 1, not {overlap}")
+    stride = max(1, int(window * (1 - overlap)))
     offsets = list(range(0, length - window + 1, stride))
-    return offsets + [length - window]*(offsets[-1] + window < length)
+    return offsets + [length - window] * (offsets[-1] + window < length)
 
 # %% ../../nbs/systems/04_windows.ipynb #fe986fbc
 @dataclass
 class WindowedImage(EncodedImage):
     "An image with the features of the whole, and an encoded image for each window."
-    windows:list[tuple[int, int, EncodedImage]] = field(default_factory=list) # (top, left, encoded), in pixels of the resized image
+
+    # (top, left, encoded), in pixels of the resized image
+    windows: list[tuple[int, int, EncodedImage]] = field(default_factory=list)
+
 
 class SlidingWindows(System):
-    "A system seen through windows of the image squashed to a square, averaged with one look at the whole (CAT-Seg; SYSTEMS 2.2)."
+    """A system seen through windows of the image squashed to a square, averaged with one look at the whole
+    (CAT-Seg; SYSTEMS 2.2).
+    """
 
-    def __init__(self,
-        system:System, # what labels one window
-        size:int=640, # the image is squashed to this square
-        window:int=384, # pixels of a window in it; the system resizes it to its own input size
-        overlap:float=0.333,
+    def __init__(
+        self,
+        system: System,  # what labels one window
+        size: int = 640,  # the image is squashed to this square
+        window: int = 384,  # pixels of a window in it; the system resizes it to its own input size
+        overlap: float = 0.333,
     ):
         super().__init__(system.encoder, system.config, system.cache)
         self.system, self.resolution, self.window, self.overlap = system, size, window, overlap
         self.offsets = window_offsets(size, window, overlap)
 
     def describe(self) -> dict:
-        return self.system.describe() | dict(windows=dict(size=self.resolution, window=self.window, overlap=self.overlap))
+        return self.system.describe() | dict(
+            windows=dict(size=self.resolution, window=self.window, overlap=self.overlap)
+        )
 
     @torch.inference_mode()
     def encode_image(self, image) -> WindowedImage:
         "Load one image and encode it once as a whole and once per window."
-        if isinstance(image, WindowedImage): return image
+        if isinstance(image, WindowedImage):
+            return image
         pixels, side = load_image(image), (self.resolution, self.resolution)
         square = np.asarray(Image.fromarray(pixels).resize(side, self.encoder.resample))
-        whole = self.system.encode_image(np.asarray(Image.fromarray(square).resize((self.window, self.window), self.encoder.resample)))
-        windows = [(top, left, self.system.encode_image(square[top:top + self.window, left:left + self.window].copy()))
-                   for top in self.offsets for left in self.offsets]
+        whole = self.system.encode_image(
+            np.asarray(Image.fromarray(square).resize((self.window, self.window), self.encoder.resample))
+        )
+        windows = [
+            (
+                top,
+                left,
+                self.system.encode_image(square[top : top + self.window, left : left + self.window].copy()),
+            )
+            for top in self.offsets
+            for left in self.offsets
+        ]
         return WindowedImage(pixels, whole.features, side, windows)
 
-    def encode_text(self, words) -> TextBank: return self.system.encode_text(words)
+    def encode_text(self, words) -> TextBank:
+        return self.system.encode_text(words)
 
-    def scores(self, image:WindowedImage, text:TextBank) -> torch.Tensor:
+    def scores(self, image: WindowedImage, text: TextBank) -> torch.Tensor:
         "K x size x size scores: windows averaged where they overlap, then averaged with the whole."
-        def enlarged(encoded, side): return F.interpolate(self.system.scores(encoded, text)[None].float(), side, mode="bilinear")[0]
+
+        def enlarged(encoded, side):
+            return F.interpolate(self.system.scores(encoded, text)[None].float(), side, mode="bilinear")[0]
+
         whole = enlarged(EncodedImage(image.image, image.features), image.resolution)
         total, count = torch.zeros_like(whole), torch.zeros_like(whole[0])
         for top, left, encoded in image.windows:
             place = (..., slice(top, top + self.window), slice(left, left + self.window))
             total[place] += enlarged(encoded, (self.window, self.window))
             count[place] += 1
-        return (total/count + whole)/2
+        return (total / count + whole) / 2
 
-    def labels(self, image, text, scores, vocabulary) -> np.ndarray: return self.system.labels(image, text, scores, vocabulary)
+    def labels(self, image, text, scores, vocabulary) -> np.ndarray:
+        return self.system.labels(image, text, scores, vocabulary)
 
     def __getattr__(self, name):
         # What only some systems have, such as `class_scores`, is asked of the one inside.
-        if name == "system": raise AttributeError(name)
+        if name == "system":
+            raise AttributeError(name)
         return getattr(self.system, name)

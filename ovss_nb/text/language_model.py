@@ -38,288 +38,447 @@ _FINAL = re.compile(_LABEL + r"final (?:answer|list|response|output)[ \t*_]*(?::
 _ANSWER = re.compile(_LABEL + r"(?:final )?(?:answer|list|response|output)[ \t*_]*(?::[*_]*|$)")
 _THOUGHT = re.compile(r"(?i)\A[\s*_#>]*(?:thoughts?|thinking|reasoning|analysis)(?: process)?[ \t*_]*:")
 
+
 def final_answer(
-    text:str, # what the model wrote, its thinking included
+    text: str,  # what the model wrote, its thinking included
 ) -> str:
-    "What remains without the thinking: the last piece. Raises `ValueError` if the thinking does not end, or nothing follows it."
-    if not text.strip(): return ""
-    text = re.sub(r"(?s)\A\s*analysis.*assistantfinal", "", text)   # gpt-oss, its marks lost on the way
+    """What remains without the thinking:
+    the last piece. Raises `ValueError` if the thinking does not end, or nothing follows it.
+    """
+    if not text.strip():
+        return ""
+    text = re.sub(r"(?s)\A\s*analysis.*assistantfinal", "", text)  # gpt-oss, its marks lost on the way
     pieces, at, thinking = [], 0, False
     for tag in _THINKING.finditer(text):
-        if not thinking: pieces.append(text[at:tag.start()])
-        if tag["close"] and not thinking: pieces.clear()   # the opening mark belongs to the server's template
+        if not thinking:
+            pieces.append(text[at : tag.start()])
+        # the opening mark belongs to the server's template
+        if tag["close"] and not thinking:
+            pieces.clear()
         thinking, at = tag["open"] is not None and not tag[0].endswith("/>"), tag.end()
-    if thinking: raise ValueError("the answer is cut off in the middle of the model's thinking")
+    if thinking:
+        raise ValueError("the answer is cut off in the middle of the model's thinking")
     pieces = [o for piece in [*pieces, text[at:]] if (o := _SPECIAL.sub("", piece)).strip()]
-    if not pieces: raise ValueError("the answer holds nothing but the model's thinking")
+    if not pieces:
+        raise ValueError("the answer holds nothing but the model's thinking")
     wrapped = [o["answer"] for o in _WRAPPED.finditer(pieces[-1]) if o["answer"].strip()]
     answer = (wrapped or pieces)[-1]
     *before, last = (_ANSWER if _THOUGHT.match(answer) else _FINAL).split(answer)
-    if before and not last.strip(): raise ValueError("the answer is cut off before the final answer")
+    if before and not last.strip():
+        raise ValueError("the answer is cut off before the final answer")
     return last.strip()
-
 
 # %% ../../nbs/text/01_language_model.ipynb #8ecd706e
 @dataclass(frozen=True)
 class Question:
     "What to send: chat turns, and the JSON schema of the answer (None: the answer is plain text)."
-    messages:list # [{"role": "user", "content": text or parts}, ...]
-    schema:dict|None = None # type object, array, string, integer or number; properties, items, minItems and maxItems
+
+    messages: list  # [{"role": "user", "content": text or parts}, ...]
+    # type object, array, string, integer or number; properties, items, minItems and maxItems
+    schema: dict | None = None
+
 
 _KINDS = dict(object=dict, array=list, string=str, integer=int, number=(int, float))
 
-def _misfit(value, schema:dict, where:str="the answer") -> str|None:
+
+def _misfit(value, schema: dict, where: str = "the answer") -> str | None:
     "Why `value` does not fit the schema, or None."
     kind = schema["type"]
-    if not isinstance(value, _KINDS[kind]) or isinstance(value, bool): return f"{where} must be of type {kind}"
+    if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
+        return f"{where} must be of type {kind}"
     if kind == "object":
         for name, inner in schema["properties"].items():
-            if name not in value: return f"{where} lacks {name!r}"
-            if fault := _misfit(value[name], inner, repr(name)): return fault
+            if name not in value:
+                return f"{where} lacks {name!r}"
+            if fault := _misfit(value[name], inner, repr(name)):
+                return fault
     if kind == "array":
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)): return f"{where} has {len(value)} items"
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            return f"{where} has {len(value)} items"
         for item in value:
-            if fault := _misfit(item, schema["items"], f"an item of {where}"): return fault
+            if fault := _misfit(item, schema["items"], f"an item of {where}"):
+                return fault
 
-def _closing(text:str) -> dict[int, int]:
+
+def _closing(text: str) -> dict[int, int]:
     "Where each opening brace closes; strings are not looked at."
     opened, ends = [], {}
     for brace in re.finditer("[{}]", text):
-        if brace[0] == "{": opened.append(brace.start())
-        elif opened: ends[opened.pop()] = brace.end()
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            ends[opened.pop()] = brace.end()
     return ends
 
-def _mended(piece:str) -> dict|None:
-    "An object with slips in it (quotes, commas, comments), as json-repair reads it; None if it is none, or was cut, which would be closed silently."
-    if ":" not in piece or piece.count("[") != piece.count("]"): return None
-    try: value = require("json_repair", "llm").loads(piece)
-    except (ValueError, RecursionError): return None
+
+def _mended(piece: str) -> dict | None:
+    """An object with slips in it (quotes, commas, comments), as json-repair reads it;
+    None if it is none, or was cut, which would be closed silently.
+    """
+    if ":" not in piece or piece.count("[") != piece.count("]"):
+        return None
+    try:
+        value = require("json_repair", "llm").loads(piece)
+    except (ValueError, RecursionError):
+        return None
     return value if isinstance(value, dict) else None
 
+
 def read_json(
-    text:str, # what the model wrote: JSON, perhaps with thinking, words or a code fence around it
-    schema:dict, # see `Question`
+    text: str,  # what the model wrote: JSON, perhaps with thinking, words or a code fence around it
+    schema: dict,  # see `Question`
 ) -> dict:
-    "The last JSON object in an answer that fits the schema. Raises `ValueError` if there is none, or if an object after it is cut."
+    """The last JSON object in an answer that fits the schema.
+
+    Raises `ValueError` if there is none, or if an object after it is cut.
+    """
     text = final_answer(text)
     ends, at, found, faults, cut = _closing(text), text.find("{"), None, [], False
     while at >= 0:
-        after = at + 1   # in what does not fit, something may
-        try: value, end = json.JSONDecoder().raw_decode(text, at)
+        after = at + 1  # in what does not fit, something may
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError):
             end = ends.get(at)
             value = _mended(text[at:end]) if end else None
-            if value is not None: after = end
+            if value is not None:
+                after = end
         if value is not None:
             fault = _misfit(value, schema)
-            if fault: faults.append((end - at, fault))
-            else: found, cut, after = value, False, end
-        elif not end and re.match(r"\{\s*[\"'“]", text[at:]): cut = True
+            if fault:
+                faults.append((end - at, fault))
+            else:
+                found, cut, after = value, False, end
+        elif not end and re.match(r"\{\s*[\"'“]", text[at:]):
+            cut = True
         at = text.find("{", after)
-    if cut: raise ValueError("the answer is not whole JSON: it ends too early")
-    if found is None and faults: raise ValueError(max(faults)[1])   # of the longest
-    if found is None: raise ValueError("the answer holds no JSON object" if "{" not in text else "the answer is not whole JSON")
+    if cut:
+        raise ValueError("the answer is not whole JSON: it ends too early")
+    if found is None and faults:
+        raise ValueError(max(faults)[1])  # of the longest
+    if found is None:
+        raise ValueError(
+            "the answer holds no JSON object" if "{" not in text else "the answer is not whole JSON"
+        )
     return found
-
 
 # %% ../../nbs/text/01_language_model.ipynb #7be57356
 _SYSTEM = ("system", "developer")
 
+
 def _said(content) -> str:
     "The text of a message: a string, or a list of parts of which some may be thoughts or pictures."
-    if isinstance(content, str): return content
-    if isinstance(content, dict): content = content.get("value", content.get("text")) if "type" in content or "value" in content else json.dumps(content)
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        content = (
+            content.get("value", content.get("text"))
+            if "type" in content or "value" in content
+            else json.dumps(content)
+        )
     if isinstance(content, list):
-        return "".join(_said(o) for o in content if isinstance(o, str) or isinstance(o, dict) and o.get("type", "text") in ("text", "output_text"))
+        return "".join(
+            _said(o)
+            for o in content
+            if isinstance(o, str) or isinstance(o, dict) and o.get("type", "text") in ("text", "output_text")
+        )
     return content if isinstance(content, str) else ""
 
-def _merged(messages:list) -> list:
+
+def _merged(messages: list) -> list:
     "The turns without system turns: their text goes before the user's first."
     said = "\n\n".join(_said(o["content"]) for o in messages if o["role"] in _SYSTEM)
     rest = [o for o in messages if o["role"] not in _SYSTEM]
-    if not said: return rest
-    if not rest or rest[0]["role"] != "user": return [{"role": "user", "content": said}, *rest]
+    if not said:
+        return rest
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": said}, *rest]
     content = rest[0]["content"]
     both = f"{said}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": said}, *content]
     return [rest[0] | {"content": both}, *rest[1:]]
 
-def _usable(text:str, schema:dict|None) -> str:
-    "An answer without the thinking. Raises `ValueError` if it does not fit the schema, or holds thoughts only."
-    answer = final_answer(text)
-    if schema: read_json(answer, schema)
-    elif re.match(r"(?i)[\s*_#>]*(?:thoughts?|thinking)(?: process)?[ \t*_]*:", answer): raise ValueError("the answer holds nothing but the model's thinking")
-    return answer
 
+def _usable(text: str, schema: dict | None) -> str:
+    """An answer without the thinking.
+
+    Raises `ValueError` if it does not fit the schema, or holds thoughts only.
+    """
+    answer = final_answer(text)
+    if schema:
+        read_json(answer, schema)
+    elif re.match(r"(?i)[\s*_#>]*(?:thoughts?|thinking)(?: process)?[ \t*_]*:", answer):
+        raise ValueError("the answer holds nothing but the model's thinking")
+    return answer
 
 # %% ../../nbs/text/01_language_model.ipynb #2c83ef54
 class LanguageModelError(ValueError):
-    "The model cannot be asked, or not further; the message says what to do. Answers that were paid for are in the journal."
+    """The model cannot be asked, or not further;
+    the message says what to do. Answers that were paid for are in the journal.
+    """
+
 
 class BudgetSpent(LanguageModelError):
     "`max_calls` or `max_tokens` is used up; the message says how to go on."
 
+
 def waiting_time(
-    headers, # of the reply, or an empty dict
-    attempt:int, # 0 for the first
-    backoff:float=1.0, # seconds before the second attempt, without the server's wish
-) -> float: # seconds, at most 60 where the server has no wish
-    "How long to wait before asking again: `retry-after` where the server sent it, else doubling waits with jitter."
+    headers,  # of the reply, or an empty dict
+    attempt: int,  # 0 for the first
+    backoff: float = 1.0,  # seconds before the second attempt, without the server's wish
+) -> float:  # seconds, at most 60 where the server has no wish
+    """How long to wait before asking again:
+    `retry-after` where the server sent it, else doubling waits with jitter.
+    """
     milliseconds, wish = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
-        if milliseconds: return max(0.0, float(milliseconds)/1000)
-        if wish: return max(0.0, float(wish))
+        if milliseconds:
+            return max(0.0, float(milliseconds) / 1000)
+        if wish:
+            return max(0.0, float(wish))
     except ValueError:
-        try: return max(0.0, (parsedate_to_datetime(wish) - datetime.now(timezone.utc)).total_seconds())
-        except (ValueError, TypeError): pass   # neither a number nor a date: as if it had not been sent
-    return min(60.0, backoff*2**attempt)*random.uniform(0.5, 1)
+        try:
+            return max(0.0, (parsedate_to_datetime(wish) - datetime.now(timezone.utc)).total_seconds())
+        except (ValueError, TypeError):
+            pass  # neither a number nor a date: as if it had not been sent
+    return min(60.0, backoff * 2**attempt) * random.uniform(0.5, 1)
 
 # %% ../../nbs/text/01_language_model.ipynb #3c697a2e
 class Answers(dict):
-    "Answers by the key of their question; `failed` says for each of the other questions why it has none; `refused` are those of which model or `check` would have none."
-    def __init__(self): super().__init__(); self.failed, self.refused = {}, set()
+    """Answers by the key of their question;
+    `failed` says for each of the other questions why it has none; `refused` are those of which model or
+    `check` would have none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.failed, self.refused = {}, set()
+
 
 @dataclass(frozen=True)
 class Estimate:
-    "What a set of questions will take. Tokens are characters / 4, plus a given number per answer; repeated calls are not foreseen."
-    questions:int # in all
-    calls:int # those without an answer in the journal
-    tokens_in:int
-    tokens_out:int
-    cost:float|None = None # in the currency of the prices
+    """What a set of questions will take.
+
+    Tokens are characters / 4, plus a given number per answer; repeated calls are not foreseen.
+    """
+
+    questions: int  # in all
+    calls: int  # those without an answer in the journal
+    tokens_in: int
+    tokens_out: int
+    cost: float | None = None  # in the currency of the prices
 
     def __str__(self):
         cost = "" if self.cost is None else f", cost about {self.cost:.4g}"
-        return (f"{self.calls} calls for {self.questions} questions ({self.questions - self.calls} answered in the journal), about {self.tokens_in:,} tokens in "
-                f"(characters / 4) and {self.tokens_out:,} out{cost}; retries not counted")
+        return (
+            f"{self.calls} calls for {self.questions} questions ({self.questions - self.calls} answered in"
+            f" the journal), about {self.tokens_in:,} tokens in (characters / 4) and {self.tokens_out:,}"
+            f" out{cost}; retries not counted"
+        )
 
 # %% ../../nbs/text/01_language_model.ipynb #46b2f879
-_ENTRY = b'{"key"'   # how each line of a journal begins
+_ENTRY = b'{"key"'  # how each line of a journal begins
 
-def _append(path:Path, line:bytes):
+
+def _append(path: Path, line: bytes):
     "One more line, in one piece and on the disk. Raises `OSError`."
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
         file.seek(max(0, file.seek(0, 2) - 1))
-        torn = file.read(1) not in (b"", b"\n")   # a crash left half a line
+        torn = file.read(1) not in (b"", b"\n")  # a crash left half a line
         data = (b"\n" if torn else b"") + line + b"\n"
-        if file.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(file.fileno())
-
 
 # %% ../../nbs/text/01_language_model.ipynb #d297059d
 _FORMATS = ("json_schema", "json_object", "plain")
 _REFUSED = ("content_filter", "content_policy_violation")
-_ROLES = re.compile(r"(?i)system|developer|role|alternat")   # in a refusal: it is the system turn that the model's template cannot take
-_UNFIT = (400, 404, 405, 415, 422, 501)   # what a server answers to a question in a form that it does not know
-_PASSING = (408, 409, 425, 429)   # and 5xx: worth another try
-_LONGEST_WAIT = 300   # seconds; a server that asks for more has run out of something that waiting will not bring back
+# in a refusal: it is the system turn that the model's template cannot take
+_ROLES = re.compile(r"(?i)system|developer|role|alternat")
+# what a server answers to a question in a form that it does not know
+_UNFIT = (400, 404, 405, 415, 422, 501)
+_PASSING = (408, 409, 425, 429)  # and 5xx: worth another try
+# seconds; a server that asks for more has run out of something that waiting will not bring back
+_LONGEST_WAIT = 300
+
 
 class _Unanswered(Exception):
     "One question stays without an answer; the others may go on."
 
+
 class _Refused(_Unanswered):
     "The same, though the server works: the model will not answer, or its answers cannot be used."
+
 
 class _Stopped(Exception):
     "Not asked, because another question ended the run."
 
+
 @dataclass(frozen=True)
 class _Way:
     "How a server is asked: what it refuses is left out."
-    format:int=0 # index into `_FORMATS`
-    merged:bool=False # no system turns: their text goes into the user's
-    temperature:bool=True
 
-    def __or__(self, other:"_Way") -> "_Way":
+    format: int = 0  # index into `_FORMATS`
+    merged: bool = False  # no system turns: their text goes into the user's
+    temperature: bool = True
+
+    def __or__(self, other: "_Way") -> "_Way":
         "What suits both."
-        return _Way(max(self.format, other.format), self.merged or other.merged, self.temperature and other.temperature)
+        return _Way(
+            max(self.format, other.format),
+            self.merged or other.merged,
+            self.temperature and other.temperature,
+        )
+
 
 class LanguageModel:
     """A chat model behind an OpenAI-compatible server, asked many questions at once.
 
-    Calls are made by the `openai` client (extra `llm`), which reads OPENAI_API_KEY and OPENAI_BASE_URL itself. One object may be used for several
-    sets of questions; `calls` and `tokens` count what it spent. What a server refuses (structured output, a system turn, a temperature) is
+    Calls are made by the `openai` client (extra `llm`), which reads OPENAI_API_KEY and OPENAI_BASE_URL
+    itself. One object may be used for several
+    sets of questions; `calls` and `tokens` count what it spent. What a server refuses (structured output,
+    a system turn, a temperature) is
     left out from then on. Raises `LanguageModelError` for limits below 1.
+
     """
+
     @partial(checked_arguments, error=LanguageModelError)
-    def __init__(self,
-        model:str, # name of the model, as the server knows it
-        base_url:str|None=None, # e.g. "http://localhost:8000/v1"; default: the environment's, else OpenAI's
-        api_key:str|None=None, # default: the environment's; local servers need none
-        temperature:NotNegative|None=0, # None: not sent, for models that refuse it
-        concurrency:Count=8, # calls at once
-        timeout:Positive=60, # seconds per call
-        attempts:Count=8, # calls per answer, faults included
-        revisions:Index=2, # further turns after an answer that `check` refuses
-        backoff:NotNegative=1.0, # seconds: see `waiting_time`
-        max_calls:Index|None=None, # requests that this object may send
-        max_tokens:Index|None=None, # tokens that it may use; exceeded by the calls under way at most
-        journal=None, # file of the answers; default: language_model.jsonl in the folder of `Cache`
+    def __init__(
+        self,
+        model: str,  # name of the model, as the server knows it
+        # e.g. "http://localhost:8000/v1"; default: the environment's, else OpenAI's
+        base_url: str | None = None,
+        api_key: str | None = None,  # default: the environment's; local servers need none
+        temperature: NotNegative | None = 0,  # None: not sent, for models that refuse it
+        concurrency: Count = 8,  # calls at once
+        timeout: Positive = 60,  # seconds per call
+        attempts: Count = 8,  # calls per answer, faults included
+        revisions: Index = 2,  # further turns after an answer that `check` refuses
+        backoff: NotNegative = 1.0,  # seconds: see `waiting_time`
+        max_calls: Index | None = None,  # requests that this object may send
+        # tokens that it may use; exceeded by the calls under way at most
+        max_tokens: Index | None = None,
+        journal=None,  # file of the answers; default: language_model.jsonl in the folder of `Cache`
     ):
-        if base_url and not re.match("https?://", base_url): raise LanguageModelError(f"base_url (--base-url) must begin with http:// or https://, got {base_url!r}")
-        self.model, self.base_url, self.api_key, self.temperature = model, base_url, api_key, None if temperature is None else float(temperature)
-        self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = concurrency, timeout, attempts, revisions, backoff
+        if base_url and not re.match("https?://", base_url):
+            raise LanguageModelError(
+                f"base_url (--base-url) must begin with http:// or https://, got {base_url!r}"
+            )
+        self.model, self.base_url, self.api_key, self.temperature = (
+            model,
+            base_url,
+            api_key,
+            None if temperature is None else float(temperature),
+        )
+        self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = (
+            concurrency,
+            timeout,
+            attempts,
+            revisions,
+            backoff,
+        )
         self.max_calls, self.max_tokens = max_calls, max_tokens
-        self.journal = Path(journal or Cache().root/"language_model.jsonl").expanduser()
+        self.journal = Path(journal or Cache().root / "language_model.jsonl").expanduser()
         self.calls = self.tokens = self.answered = 0
         self._client, self._known, self._read_to = None, {}, 0
-        self._writable, self._rescue = False, None   # where answers go when the journal's disk is full
+        self._writable, self._rescue = False, None  # where answers go when the journal's disk is full
         self._way, self._worked = _Way(), set()
-        self._lock, self._first, self._asking, self._stop = threading.RLock(), threading.Lock(), defaultdict(threading.Lock), threading.Event()
+        self._lock, self._first, self._asking, self._stop = (
+            threading.RLock(),
+            threading.Lock(),
+            defaultdict(threading.Lock),
+            threading.Event(),
+        )
 
-    def __repr__(self): return f"LanguageModel({self.model!r}, journal={str(self.journal)!r})"
+    def __repr__(self):
+        return f"LanguageModel({self.model!r}, journal={str(self.journal)!r})"
 
-    def key(self, messages:list, schema:dict|None=None) -> str:
+    def key(self, messages: list, schema: dict | None = None) -> str:
         "Hash under which the journal keeps the answer: model, temperature, turns and schema."
-        return hashlib.sha256(json.dumps([self.model, self.temperature, messages, schema], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.model, self.temperature, messages, schema], sort_keys=True).encode()
+        ).hexdigest()
 
-    def recall(self, question:Question): # dict (with a schema), text, or None
+    def recall(self, question: Question):  # dict (with a schema), text, or None
         "The answer in the journal, or None. No call is made."
         text = self._recalled(self.key(question.messages, question.schema), question.schema)
         return text if text is None or not question.schema else read_json(text, question.schema)
 
-    def estimate(self,
-        questions:dict, # {key: Question}
-        prices:tuple[float, float]|None=None, # per million tokens, in and out
-        answer_tokens:int=150, # foreseen per answer
+    def estimate(
+        self,
+        questions: dict,  # {key: Question}
+        prices: tuple[float, float] | None = None,  # per million tokens, in and out
+        answer_tokens: int = 150,  # foreseen per answer
     ) -> Estimate:
         "What asking would take; makes no call and needs no key."
-        unanswered = [o for o in questions.values() if self._recalled(self.key(o.messages, o.schema), o.schema) is None]
-        tokens = sum(_tokens(o.messages) + (_tokens(o.schema) if o.schema else 0) for o in unanswered), answer_tokens*len(unanswered)
-        return Estimate(len(questions), len(unanswered), *tokens, None if prices is None else sum(n*price for n, price in zip(tokens, prices))/1e6)
+        unanswered = [
+            o for o in questions.values() if self._recalled(self.key(o.messages, o.schema), o.schema) is None
+        ]
+        tokens = (
+            sum(_tokens(o.messages) + (_tokens(o.schema) if o.schema else 0) for o in unanswered),
+            answer_tokens * len(unanswered),
+        )
+        return Estimate(
+            len(questions),
+            len(unanswered),
+            *tokens,
+            None if prices is None else sum(n * price for n, price in zip(tokens, prices)) / 1e6,
+        )
 
-    def ask_all(self,
-        questions:dict, # {key: Question}
-        check=None, # (key, answer) -> what is wrong with it, or None
-        progress:bool=True, # show a bar
-    ) -> Answers: # dicts where there is a schema, else text; in the order of the questions
+    def ask_all(
+        self,
+        questions: dict,  # {key: Question}
+        check=None,  # (key, answer) -> what is wrong with it, or None
+        progress: bool = True,  # show a bar
+    ) -> Answers:  # dicts where there is a schema, else text; in the order of the questions
         """Answer all questions, from the journal or by calls.
 
-        Raises `BudgetSpent`, and `LanguageModelError` if the server refuses the key or the model, if the first question gets no answer at all,
+        Raises `BudgetSpent`, and `LanguageModelError` if the server refuses the key or the model, if the
+        first question gets no answer at all,
         or if the journal cannot be written; that is tried before the first call.
+
         """
         self._stop.clear()
         self._writable, self._rescue = False, None
         found, failed, refused = {}, {}, set()
-        with ThreadPoolExecutor(self.concurrency) as pool, tqdm(total=len(questions), desc=self.model, unit="answer", disable=not progress) as bar:
-            futures = {pool.submit(self._ask, question, check and (lambda answer, key=key: check(key, answer))): key for key, question in questions.items()}
+        with (
+            ThreadPoolExecutor(self.concurrency) as pool,
+            tqdm(total=len(questions), desc=self.model, unit="answer", disable=not progress) as bar,
+        ):
+            futures = {
+                pool.submit(self._ask, question, check and (lambda answer, key=key: check(key, answer))): key
+                for key, question in questions.items()
+            }
             try:
                 for future in as_completed(futures):
                     key = futures[future]
-                    try: found[key] = future.result()
-                    except _Stopped: continue   # the error that stopped the run is among the other futures
+                    try:
+                        found[key] = future.result()
+                    # the error that stopped the run is among the other futures
+                    except _Stopped:
+                        continue
                     except _Unanswered as e:
-                        if not (self.answered or isinstance(e, _Refused)): raise LanguageModelError(f"{self.model} has answered nothing yet. {key}: {e}") from None
+                        if not (self.answered or isinstance(e, _Refused)):
+                            raise LanguageModelError(
+                                f"{self.model} has answered nothing yet. {key}: {e}"
+                            ) from None
                         failed[key] = str(e)
-                        if isinstance(e, _Refused): refused.add(key)
-                    bar.set_postfix(calls=self.calls, tokens=self.tokens, failed=len(failed), refresh=False); bar.update()
+                        if isinstance(e, _Refused):
+                            refused.add(key)
+                    bar.set_postfix(calls=self.calls, tokens=self.tokens, failed=len(failed), refresh=False)
+                    bar.update()
             except BaseException as e:
-                # Calls under way are paid for: `with` waits for them, and they reach the journal. No new one starts.
-                self._stop.set(); pool.shutdown(wait=True, cancel_futures=True)
+                # Calls under way are paid for: `with` waits for them, and they reach the journal. No new one
+                # starts.
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
                 if isinstance(e, BudgetSpent):
                     done = sum(o.done() and not o.cancelled() and o.exception() is None for o in futures)
-                    raise BudgetSpent(f"{e}: {done} of {len(questions)} questions are answered, and their answers are kept in {self.journal}. "
-                                      "Ask the same again with a larger limit to go on; no answer is paid for twice") from None
+                    raise BudgetSpent(
+                        f"{e}: {done} of {len(questions)} questions are answered, and their answers are kept"
+                        f" in {self.journal}. Ask the same again with a larger limit to go on; no answer is"
+                        " paid for twice"
+                    ) from None
                 raise
         answers = Answers()
         answers.update((key, found[key]) for key in questions if key in found)
@@ -327,201 +486,346 @@ class LanguageModel:
         answers.refused |= refused
         return answers
 
-    def _ask(self, question:Question, check):
+    def _ask(self, question: Question, check):
         "One question with its revisions."
         messages = list(question.messages)
         for turn in range(self.revisions + 1):
             text = self._text(messages, question.schema)
             answer = read_json(text, question.schema) if question.schema else text
             reason = check and check(answer)
-            if not reason: return answer
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"That answer cannot be used: {reason}. Answer again, in the same form."}]
+            if not reason:
+                return answer
+            messages += [
+                {"role": "assistant", "content": text},
+                {
+                    "role": "user",
+                    "content": f"That answer cannot be used: {reason}. Answer again, in the same form.",
+                },
+            ]
         raise _Refused(f"{self.revisions + 1} answers were refused, the last because: {reason}")
 
-    def _text(self, messages:list, schema:dict|None) -> str:
-        "The usable answer to these turns, from the journal or by a call; the same turns are never asked twice at once."
+    def _text(self, messages: list, schema: dict | None) -> str:
+        """The usable answer to these turns, from the journal or by a call;
+        the same turns are never asked twice at once.
+        """
         key = self.key(messages, schema)
-        with self._lock: asking = self._asking[key]
+        with self._lock:
+            asking = self._asking[key]
         with asking:
             text = self._recalled(key, schema)
             return self._call(key, messages, schema) if text is None else text
 
-    def _call(self, key:str, messages:list, schema:dict|None) -> str:
-        "One paid answer. Until there is one, questions go one at a time: the first finds out how this server wants to be asked."
+    def _call(self, key: str, messages: list, schema: dict | None) -> str:
+        """One paid answer.
+
+        Until there is one, questions go one at a time: the first finds out how this server wants to be asked.
+        """
         self._connect()
-        if bool(schema) in self._worked: return self._attempts(key, messages, schema)
+        if bool(schema) in self._worked:
+            return self._attempts(key, messages, schema)
         with self._first:
-            if bool(schema) not in self._worked: return self._attempts(key, messages, schema)
+            if bool(schema) not in self._worked:
+                return self._attempts(key, messages, schema)
         return self._attempts(key, messages, schema)
 
-    def _attempts(self, key:str, messages:list, schema:dict|None) -> str:
+    def _attempts(self, key: str, messages: list, schema: dict | None) -> str:
         openai, client = require("openai", "llm"), self._connect()
         way, attempt, strikes = self._way, 0, 0
         while attempt < self.attempts:
             self._spend()
-            headers, fault, broken = {}, None, True   # broken: perhaps by the way of asking
-            try: reply = client.chat.completions.create(model=self.model, **self._request(messages, schema, way))
+            headers, fault, broken = {}, None, True  # broken: perhaps by the way of asking
+            try:
+                reply = client.chat.completions.create(
+                    model=self.model, **self._request(messages, schema, way)
+                )
             except openai.APIStatusError as e:
                 fault, headers = f"status {e.status_code} ({e.message})", e.response.headers
-                if e.code in _REFUSED: raise _Refused(f"the server refuses the question: {e.message}") from None
-                if e.code == "insufficient_quota" or e.status_code not in _UNFIT and not (e.status_code in _PASSING or e.status_code >= 500): raise self._fatal(e.message) from None
+                if e.code in _REFUSED:
+                    raise _Refused(f"the server refuses the question: {e.message}") from None
+                if (
+                    e.code == "insufficient_quota"
+                    or e.status_code not in _UNFIT
+                    and not (e.status_code in _PASSING or e.status_code >= 500)
+                ):
+                    raise self._fatal(e.message) from None
                 if e.status_code in _UNFIT:
                     another = self._another(way, messages, schema, e.message)
-                    # Mostly it is the model or the address that is not there; some servers say so of the format.
-                    if e.status_code in (404, 405) and (bool(schema) in self._worked or another and another.format == way.format): another = None
-                    if another is None and e.status_code in (400, 422): raise _Unanswered(f"the server refuses the question: {e.message}") from None
-                    if another is None: raise self._fatal(e.message) from None
+                    # Mostly it is the model or the address that is not there; some servers say so of the
+                    # format.
+                    if e.status_code in (404, 405) and (
+                        bool(schema) in self._worked or another and another.format == way.format
+                    ):
+                        another = None
+                    if another is None and e.status_code in (400, 422):
+                        raise _Unanswered(f"the server refuses the question: {e.message}") from None
+                    if another is None:
+                        raise self._fatal(e.message) from None
                     way, strikes = another, 0
                     continue
                 broken = e.status_code in (500, 502)
-            except openai.APITimeoutError: fault, broken = f"no answer within {self.timeout} s", False
+            except openai.APITimeoutError:
+                fault, broken = f"no answer within {self.timeout} s", False
             except openai.APIConnectionError as e:
                 fault, broken = f"no connection to {client.base_url} ({e.__cause__ or e})", False
-                # Nobody listens, and nobody ever did: an address mistyped or a server not started, so minutes of patience are wasted.
-                if not self.answered and attempt >= 2 and type(e.__cause__).__name__ == "ConnectError": raise _Unanswered(fault) from None
-            except (openai.APIResponseValidationError, json.JSONDecodeError): fault = "the reply is not JSON"
+                # Nobody listens, and nobody ever did: an address mistyped or a server not started, so minutes
+                # of patience are wasted.
+                if not self.answered and attempt >= 2 and type(e.__cause__).__name__ == "ConnectError":
+                    raise _Unanswered(fault) from None
+            except (openai.APIResponseValidationError, json.JSONDecodeError):
+                fault = "the reply is not JSON"
             else:
-                try: text = self._read(reply, messages, schema)
-                except ValueError as e: fault = str(e)
+                try:
+                    text = self._read(reply, messages, schema)
+                except ValueError as e:
+                    fault = str(e)
                 else:
                     self._way |= way
                     self._keep(key, text, reply)
                     self._worked.add(bool(schema))
                     return text
             wait = waiting_time(headers, attempt, self.backoff)
-            if wait > _LONGEST_WAIT: raise self._fatal(f"the server wants {wait:.0f} s of patience ({fault})")
-            # Some servers break where others refuse. What failed twice, and never worked, is asked for in another way.
-            another = self._another(way, messages, schema, fault) if broken and bool(schema) not in self._worked else None
-            if another is None: attempt += 1
-            elif strikes: way, strikes = another, 0
-            else: strikes += 1
-            if attempt < self.attempts: self._stop.wait(wait)
+            if wait > _LONGEST_WAIT:
+                raise self._fatal(f"the server wants {wait:.0f} s of patience ({fault})")
+            # Some servers break where others refuse. What failed twice, and never worked, is asked for in
+            # another way.
+            another = (
+                self._another(way, messages, schema, fault)
+                if broken and bool(schema) not in self._worked
+                else None
+            )
+            if another is None:
+                attempt += 1
+            elif strikes:
+                way, strikes = another, 0
+            else:
+                strikes += 1
+            if attempt < self.attempts:
+                self._stop.wait(wait)
         raise _Unanswered(f"{self.attempts} attempts failed, the last with: {fault}")
 
-    def _another(self, way:_Way, messages:list, schema:dict|None, said:str) -> _Way|None:
+    def _another(self, way: _Way, messages: list, schema: dict | None, said: str) -> _Way | None:
         "The next way to ask a server that refused this one with some words; None if none is left."
-        mergeable = not way.merged and any(o["role"] in _SYSTEM for o in _with_schema(messages, schema, _FORMATS[way.format]))
+        mergeable = not way.merged and any(
+            o["role"] in _SYSTEM for o in _with_schema(messages, schema, _FORMATS[way.format])
+        )
         if self.temperature is not None and way.temperature and "temperature" in said.lower():
-            warnings.warn(f"{self.model} takes no temperature={self.temperature:g}: it is asked without", stacklevel=2)
+            warnings.warn(
+                f"{self.model} takes no temperature={self.temperature:g}: it is asked without", stacklevel=2
+            )
             return replace(way, temperature=False)
-        if mergeable and _ROLES.search(said): return replace(way, merged=True)
-        if schema and way.format < len(_FORMATS) - 1: return replace(way, format=way.format + 1)
+        if mergeable and _ROLES.search(said):
+            return replace(way, merged=True)
+        if schema and way.format < len(_FORMATS) - 1:
+            return replace(way, format=way.format + 1)
         return replace(way, merged=True) if mergeable else None
 
-    def _request(self, messages:list, schema:dict|None, way:_Way) -> dict:
+    def _request(self, messages: list, schema: dict | None, way: _Way) -> dict:
         "What is sent beside the model's name."
         kind = _FORMATS[way.format] if schema else "plain"
         turns = _with_schema(messages, schema, kind)
         request = {"messages": _merged(turns) if way.merged else turns}
-        if self.temperature is not None and way.temperature: request["temperature"] = self.temperature
-        if kind == "json_object": request["response_format"] = {"type": "json_object"}
+        if self.temperature is not None and way.temperature:
+            request["temperature"] = self.temperature
+        if kind == "json_object":
+            request["response_format"] = {"type": "json_object"}
         if kind == "json_schema":
-            request["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+            request["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": schema, "strict": True},
+            }
         return request
 
     def _read(self, reply, messages, schema) -> str:
-        "The answer in a reply, counted, without the thinking. Raises `ValueError` if it cannot be used, `_Refused` if the model will not answer."
-        choices, usage = getattr(reply, "choices", None), getattr(getattr(reply, "usage", None), "total_tokens", None)
+        """The answer in a reply, counted, without the thinking.
+
+        Raises `ValueError` if it cannot be used, `_Refused` if the model will not answer.
+        """
+        choices, usage = (
+            getattr(reply, "choices", None),
+            getattr(getattr(reply, "usage", None), "total_tokens", None),
+        )
         choice = choices[0] if isinstance(choices, list) and choices else None
         message = getattr(choice, "message", None)
         text = _said(getattr(message, "content", None))
-        with self._lock: self.tokens += usage if isinstance(usage, int) else _tokens(messages) + len(text)//4
+        with self._lock:
+            self.tokens += usage if isinstance(usage, int) else _tokens(messages) + len(text) // 4
         finish, declined = getattr(choice, "finish_reason", None), getattr(message, "refusal", None)
-        if finish == "content_filter" or declined: raise _Refused(f"the model declines to answer: {declined or 'content filter'}")
-        if finish == "length": raise ValueError("the answer is cut off at the server's limit of tokens")
-        if choice is None: raise ValueError(f"the reply holds no answer: {getattr(reply, 'error', None) or 'it has no choices'}")
+        if finish == "content_filter" or declined:
+            raise _Refused(f"the model declines to answer: {declined or 'content filter'}")
+        if finish == "length":
+            raise ValueError("the answer is cut off at the server's limit of tokens")
+        if choice is None:
+            raise ValueError(
+                f"the reply holds no answer: {getattr(reply, 'error', None) or 'it has no choices'}"
+            )
         if not text.strip():
             thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-            raise ValueError("the answer is empty: the model only thought" if thought else "the answer is empty")
+            raise ValueError(
+                "the answer is empty: the model only thought" if thought else "the answer is empty"
+            )
         return _usable(text, schema)
 
     def _connect(self):
-        "The client, made by the first question that needs a call, after the journal was found to be writable."
+        """The client, made by the first question that needs a call, after the journal was found to be
+        writable.
+        """
         openai = require("openai", "llm")
         with self._lock:
             if not self._writable:
-                try: check_writable(self.journal)
+                try:
+                    check_writable(self.journal)
                 except OSError as e:
-                    raise LanguageModelError(f"The journal {self.journal} cannot be written ({e.strerror}), so nothing was asked: answers that are paid for "
-                                             "would be lost. Name a file that can, with journal=") from None
+                    raise LanguageModelError(
+                        f"The journal {self.journal} cannot be written ({e.strerror}), so nothing was asked:"
+                        " answers that are paid for would be lost. Name a file that can, with journal="
+                    ) from None
                 self._writable = True
             if self._client is None:
                 # The client insists on a key; a server given by address may need none.
-                key = self.api_key or (None if os.environ.get("OPENAI_API_KEY") or not self.base_url else "none")
-                try: self._client = openai.OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=0)
-                except openai.OpenAIError: raise LanguageModelError("There is no key: set OPENAI_API_KEY, or name a local server with base_url (--base-url)") from None
+                key = self.api_key or (
+                    None if os.environ.get("OPENAI_API_KEY") or not self.base_url else "none"
+                )
+                try:
+                    self._client = openai.OpenAI(
+                        base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=0
+                    )
+                except openai.OpenAIError:
+                    raise LanguageModelError(
+                        "There is no key: set OPENAI_API_KEY, or name a local server with base_url"
+                        " (--base-url)"
+                    ) from None
             return self._client
 
-    def _fatal(self, why:str) -> LanguageModelError:
+    def _fatal(self, why: str) -> LanguageModelError:
         self._stop.set()
-        return LanguageModelError(f"{self.model} cannot be asked: {why}. Check the key, the model's name and base_url, then ask the same again: "
-                                  f"what was answered is kept in {self.journal}")
+        return LanguageModelError(
+            f"{self.model} cannot be asked: {why}. Check the key, the model's name and base_url, then ask the"
+            f" same again: what was answered is kept in {self.journal}"
+        )
 
     def _spend(self):
         "Count one call. Raises `BudgetSpent` where there is none left."
         with self._lock:
-            if self._stop.is_set(): raise _Stopped
-            if self.max_calls is not None and self.calls >= self.max_calls: raise BudgetSpent(f"The budget of {self.max_calls} calls is spent")
-            if self.max_tokens is not None and self.tokens >= self.max_tokens: raise BudgetSpent(f"The budget of {self.max_tokens} tokens is spent ({self.tokens} used)")
+            if self._stop.is_set():
+                raise _Stopped
+            if self.max_calls is not None and self.calls >= self.max_calls:
+                raise BudgetSpent(f"The budget of {self.max_calls} calls is spent")
+            if self.max_tokens is not None and self.tokens >= self.max_tokens:
+                raise BudgetSpent(f"The budget of {self.max_tokens} tokens is spent ({self.tokens} used)")
             self.calls += 1
 
     def _answers(self) -> dict:
         "The journal: {hash: text}. What another process has added since is read too."
         with self._lock:
-            try: size = self.journal.stat().st_size
-            except FileNotFoundError: return self._known
-            except OSError as e: raise LanguageModelError(f"The journal {self.journal} cannot be read ({e.strerror}). Name another with journal=") from None
-            if size < self._read_to: self._read_to = 0   # another file by now
+            try:
+                size = self.journal.stat().st_size
+            except FileNotFoundError:
+                return self._known
+            except OSError as e:
+                raise LanguageModelError(
+                    f"The journal {self.journal} cannot be read ({e.strerror}). Name another with journal="
+                ) from None
+            if size < self._read_to:
+                self._read_to = 0  # another file by now
             if size > self._read_to:
                 try:
                     with open(self.journal, "rb") as file:
                         file.seek(self._read_to)
                         data = file.read()
-                except OSError as e: raise LanguageModelError(f"The journal {self.journal} cannot be read ({e.strerror}). Name another with journal=") from None
-                for line in data.split(b"\n"): self._known.update(self._entry(line))
-                self._read_to += data.rfind(b"\n") + 1   # half a line may be finished later
+                except OSError as e:
+                    raise LanguageModelError(
+                        f"The journal {self.journal} cannot be read ({e.strerror}). Name another with"
+                        " journal="
+                    ) from None
+                for line in data.split(b"\n"):
+                    self._known.update(self._entry(line))
+                self._read_to += data.rfind(b"\n") + 1  # half a line may be finished later
             return self._known
 
-    def _entry(self, line:bytes) -> dict:
-        "One line of the journal as {hash: text}; empty for one that a crash cut. Raises `LanguageModelError` if the file is no journal."
+    def _entry(self, line: bytes) -> dict:
+        """One line of the journal as {hash:
+        text}; empty for one that a crash cut. Raises `LanguageModelError` if the file is no journal.
+        """
         line = line.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r")
         try:
             entry = json.loads(line)
-            if isinstance(entry["key"], str) and isinstance(entry["text"], str): return {entry["key"]: entry["text"]}
-        except (ValueError, KeyError, TypeError, RecursionError): pass
-        if line[:len(_ENTRY)] == _ENTRY[:len(line)]: return {}
-        raise LanguageModelError(f"{self.journal} is no journal of answers: a line of it begins {line[:30].decode(errors='replace')!r}. "
-                                 "Name another file with journal=, or mend this one (one JSON object a line, in UTF-8)")
+            if isinstance(entry["key"], str) and isinstance(entry["text"], str):
+                return {entry["key"]: entry["text"]}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        if line[: len(_ENTRY)] == _ENTRY[: len(line)]:
+            return {}
+        raise LanguageModelError(
+            f"{self.journal} is no journal of answers: a line of it begins"
+            f" {line[:30].decode(errors='replace')!r}. Name another file with journal=, or mend this one (one"
+            " JSON object a line, in UTF-8)"
+        )
 
-    def _recalled(self, key:str, schema:dict|None) -> str|None:
+    def _recalled(self, key: str, schema: dict | None) -> str | None:
         "The usable answer in the journal, or None."
         text = self._answers().get(key)
-        try: return None if text is None else _usable(text, schema)
-        except ValueError: return None
+        try:
+            return None if text is None else _usable(text, schema)
+        except ValueError:
+            return None
 
-    def _keep(self, key:str, text:str, reply):
-        "Append an answer to the journal and force it to disk before anyone sees it; where that fails, keep it elsewhere and ask no more."
+    def _keep(self, key: str, text: str, reply):
+        """Append an answer to the journal and force it to disk before anyone sees it;
+        where that fails, keep it elsewhere and ask no more.
+        """
         usage = getattr(getattr(reply, "usage", None), "total_tokens", None)
-        line = json.dumps(dict(key=key, model=self.model, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                               tokens=usage if isinstance(usage, int) else None, text=text), ensure_ascii=False).encode(errors="replace")
+        line = json.dumps(
+            dict(
+                key=key,
+                model=self.model,
+                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                tokens=usage if isinstance(usage, int) else None,
+                text=text,
+            ),
+            ensure_ascii=False,
+        ).encode(errors="replace")
         with self._lock:
             self.answered += 1
             self._known[key] = text
-            try: return _append(self._rescue or self.journal, line)
-            except OSError as e: why = e.strerror
+            try:
+                return _append(self._rescue or self.journal, line)
+            except OSError as e:
+                why = e.strerror
             self._stop.set()
-            self._rescue = Path(tempfile.gettempdir())/f"{self.journal.stem}-{os.getpid()}.jsonl"
-            try: _append(self._rescue, b"\n" + line)   # the journal may end with half a line, to which these lines will be added
+            self._rescue = Path(tempfile.gettempdir()) / f"{self.journal.stem}-{os.getpid()}.jsonl"
+            # the journal may end with half a line, to which these lines will be added
+            try:
+                _append(self._rescue, b"\n" + line)
             except OSError:
-                print(line.decode(), file=sys.stderr)   # the last place there is
+                print(line.decode(), file=sys.stderr)  # the last place there is
                 where = "was printed to stderr: add that line to the journal"
-            else: where = f"is in {self._rescue}: add its lines to the journal (cat {self._rescue} >> {self.journal})"
-            raise LanguageModelError(f"The journal {self.journal} cannot be written any more ({why}), so no more was asked. What was answered since "
-                                     f"{where}, when there is room again, and ask the same again: no answer is paid for twice")
+            else:
+                where = (
+                    f"is in {self._rescue}: add its lines to the journal (cat {self._rescue} >>"
+                    f" {self.journal})"
+                )
+            raise LanguageModelError(
+                f"The journal {self.journal} cannot be written any more ({why}), so no more was asked. What"
+                f" was answered since {where}, when there is room again, and ask the same again: no answer is"
+                " paid for twice"
+            )
 
-def _tokens(content) -> int: return len(content if isinstance(content, str) else json.dumps(content))//4
 
-def _with_schema(messages:list, schema:dict|None, kind:str) -> list:
+def _tokens(content) -> int:
+    return len(content if isinstance(content, str) else json.dumps(content)) // 4
+
+
+def _with_schema(messages: list, schema: dict | None, kind: str) -> list:
     "The turns, with the schema in words for servers that do not take it as a setting."
-    if not schema or kind == "json_schema": return messages
-    return [{"role": "system", "content": f"Answer with one JSON object and nothing else. It must fit this JSON schema: {json.dumps(schema)}"}, *messages]
+    if not schema or kind == "json_schema":
+        return messages
+    return [
+        {
+            "role": "system",
+            "content": (
+                "Answer with one JSON object and nothing else. It must fit this JSON schema:"
+                f" {json.dumps(schema)}"
+            ),
+        },
+        *messages,
+    ]

@@ -20,157 +20,283 @@ from .prompt_checks import ATTRIBUTES, PromptError
 
 # %% ../../nbs/text/04_prompt_bank.ipynb #10253a3c
 KINDS = ("descriptions", "subclasses")
-_FIELDS = dict(kind=str, vocabulary=str, vocabulary_hash=str, prompts=dict, model=str, date=str, settings=dict, classes=dict)
+_FIELDS = dict(
+    kind=str,
+    vocabulary=str,
+    vocabulary_hash=str,
+    prompts=dict,
+    model=str,
+    date=str,
+    settings=dict,
+    classes=dict,
+)
 
-def vocabulary_hash(vocabulary:Vocabulary) -> str:
+
+def vocabulary_hash(vocabulary: Vocabulary) -> str:
     "16 hexadecimal digits that change with any name, any word and their order."
     return hashlib.sha256(json.dumps([vocabulary.names, vocabulary.words]).encode()).hexdigest()[:16]
 
-def _shipped(): return files("ovss_nb.data").joinpath("prompts")
+
+def _shipped():
+    return files("ovss_nb.data").joinpath("prompts")
+
 
 def _read(file) -> tuple[dict, str]:
     "A JSON object and the SHA-256 of its bytes."
-    try: data = file.read_bytes()
-    except OSError as e: raise PromptError(f"cannot read the bank {file}: {e.strerror}") from None
-    try: value = json.loads(data)
-    except ValueError as e: raise PromptError(f"{file} is not JSON: {e}") from None
-    if not isinstance(value, dict): raise PromptError(f"{file} must hold a JSON object")
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise PromptError(f"cannot read the bank {file}: {e.strerror}") from None
+    try:
+        value = json.loads(data)
+    except ValueError as e:
+        raise PromptError(f"{file} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise PromptError(f"{file} must hold a JSON object")
     return value, hashlib.sha256(data).hexdigest()
 
-def _check_texts(texts, kind:str, where:str):
+
+def _check_texts(texts, kind: str, where: str):
     "Raise `PromptError` unless `texts` have the form of their kind."
     if kind == "descriptions":
-        if not isinstance(texts, dict) or set(texts) != set(ATTRIBUTES) or not all(isinstance(o, str) and o.strip() for o in texts.values()):
-            raise PromptError(f"{where}: a description has a text for each of {', '.join(ATTRIBUTES)} and nothing else")
+        if (
+            not isinstance(texts, dict)
+            or set(texts) != set(ATTRIBUTES)
+            or not all(isinstance(o, str) and o.strip() for o in texts.values())
+        ):
+            raise PromptError(
+                f"{where}: a description has a text for each of {', '.join(ATTRIBUTES)} and nothing else"
+            )
     elif not isinstance(texts, list) or not texts or not all(isinstance(o, str) and o.strip() for o in texts):
         raise PromptError(f"{where}: subclasses are a list of at least one text")
 
+
 @lru_cache(maxsize=8)
-def _shipped_classes(kind:str) -> dict:
+def _shipped_classes(kind: str) -> dict:
     "The classes that shipped vocabularies share."
     return _read_shared(_shipped().joinpath(f"{kind}.json"), kind)
 
-def _read_shared(file, kind:str) -> dict:
+
+def _read_shared(file, kind: str) -> dict:
     classes = _read(file)[0].get("classes")
-    if not isinstance(classes, dict): raise PromptError(f"{file} lacks 'classes'")
-    for key, texts in classes.items(): _check_texts(texts, kind, f"{file}, {key!r}")
+    if not isinstance(classes, dict):
+        raise PromptError(f"{file} lacks 'classes'")
+    for key, texts in classes.items():
+        _check_texts(texts, kind, f"{file}, {key!r}")
     return classes
+
 
 @dataclass
 class PromptBank:
     "What a language model wrote about the classes of a vocabulary, and how it came about."
-    kind:str # "descriptions" or "subclasses"
-    vocabulary:str # its title, e.g. "VOC-21"
-    vocabulary_hash:str # see `vocabulary_hash`
-    prompts:dict # {what: the text that was sent}
-    model:str
-    date:str # of the last change, e.g. "2026-11-21"
-    settings:dict # temperature, n, ...
-    classes:dict # {name: texts}, or {name: key into the shared file}
-    shared:str|None=None # name of the shared file beside the bank
-    failed:dict=field(default_factory=dict, compare=False, repr=False) # {name: why it was not filled}; not saved
-    pool:dict=field(default_factory=dict, compare=False, repr=False) # classes of the shared file
-    path:object=field(default=None, compare=False, repr=False) # where it came from
+
+    kind: str  # "descriptions" or "subclasses"
+    vocabulary: str  # its title, e.g. "VOC-21"
+    vocabulary_hash: str  # see `vocabulary_hash`
+    prompts: dict  # {what: the text that was sent}
+    model: str
+    date: str  # of the last change, e.g. "2026-11-21"
+    settings: dict  # temperature, n, ...
+    classes: dict  # {name: texts}, or {name: key into the shared file}
+    shared: str | None = None  # name of the shared file beside the bank
+    # {name: why it was not filled}; not saved
+    failed: dict = field(default_factory=dict, compare=False, repr=False)
+    pool: dict = field(default_factory=dict, compare=False, repr=False)  # classes of the shared file
+    path: object = field(default=None, compare=False, repr=False)  # where it came from
 
     @classmethod
-    def new(cls, vocabulary, kind:str, model:str="") -> "PromptBank":
+    def new(cls, vocabulary, kind: str, model: str = "") -> "PromptBank":
         "An empty bank. Raises `PromptError` for an unknown kind."
-        if kind not in KINDS: raise PromptError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
+        if kind not in KINDS:
+            raise PromptError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
         vocabulary = Vocabulary.of(vocabulary)
-        return cls(kind, vocabulary.title, vocabulary_hash(vocabulary), {}, model, date.today().isoformat(), {}, {})
+        return cls(
+            kind, vocabulary.title, vocabulary_hash(vocabulary), {}, model, date.today().isoformat(), {}, {}
+        )
 
     @classmethod
-    def open(cls,
-        source, # a vocabulary with a shipped bank, e.g. "VOC-21", or the path of a bank
-        kind:str|None=None, # needed for a name
+    def open(
+        cls,
+        source,  # a vocabulary with a shipped bank, e.g. "VOC-21", or the path of a bank
+        kind: str | None = None,  # needed for a name
     ) -> "PromptBank":
-        "Read a bank and check its form. Raises `PromptError` for an unknown name, a missing file, or a fault, with its place."
+        """Read a bank and check its form.
+
+        Raises `PromptError` for an unknown name, a missing file, or a fault, with its place.
+        """
         if named := str(source) in list_vocabularies():
-            if kind not in KINDS: raise PromptError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
-            if source not in list_banks(kind): raise PromptError(f"no {kind} ship for {source!r}; make them with `ovss-nb prompts make --vocabulary {source} --kind {kind}`")
+            if kind not in KINDS:
+                raise PromptError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
+            if source not in list_banks(kind):
+                raise PromptError(
+                    f"no {kind} ship for {source!r}; make them with `ovss-nb prompts make --vocabulary"
+                    f" {source} --kind {kind}`"
+                )
             path = _shipped().joinpath(f"{source}.{kind}.json")
-        else: path = Path(source)
+        else:
+            path = Path(source)
         data, _ = _read(path)
         for name, form in _FIELDS.items():
-            if not isinstance(data.get(name), form): raise PromptError(f"{path}: {name!r} must be of type {form.__name__}")
-        if strange := set(data) - set(_FIELDS) - {"shared"}: raise PromptError(f"{path}: unknown entry {min(strange)!r}")
-        if data["kind"] not in KINDS or kind not in (None, data["kind"]): raise PromptError(f"{path} holds {data['kind']!r}, not {kind or ' or '.join(KINDS)}")
-        bank = cls(**data | {"classes": {tidy_name(name): texts for name, texts in data["classes"].items()}}, path=path)
-        if bank.shared: bank.pool = _shipped_classes(bank.kind) if named else _read_shared(path.parent/bank.shared, bank.kind)
+            if not isinstance(data.get(name), form):
+                raise PromptError(f"{path}: {name!r} must be of type {form.__name__}")
+        if strange := set(data) - set(_FIELDS) - {"shared"}:
+            raise PromptError(f"{path}: unknown entry {min(strange)!r}")
+        if data["kind"] not in KINDS or kind not in (None, data["kind"]):
+            raise PromptError(f"{path} holds {data['kind']!r}, not {kind or ' or '.join(KINDS)}")
+        bank = cls(
+            **data | {"classes": {tidy_name(name): texts for name, texts in data["classes"].items()}},
+            path=path,
+        )
+        if bank.shared:
+            bank.pool = (
+                _shipped_classes(bank.kind) if named else _read_shared(path.parent / bank.shared, bank.kind)
+            )
         for name, texts in bank.classes.items():
             if isinstance(texts, str):
-                if texts not in bank.pool: raise PromptError(f"{path}, {name!r}: {bank.shared} has no entry {texts!r}")
-            else: _check_texts(texts, bank.kind, f"{path}, {name!r}")
+                if texts not in bank.pool:
+                    raise PromptError(f"{path}, {name!r}: {bank.shared} has no entry {texts!r}")
+            else:
+                _check_texts(texts, bank.kind, f"{path}, {name!r}")
         return bank
 
     @property
     def words(self) -> Vocabulary:
-        "The classes it was made for: the shipped vocabulary that it names, or its own names. Raises `PromptError` if there were other words, or more classes."
-        if self.vocabulary in list_vocabularies(): return Vocabulary.of(self.vocabulary)
-        try: own = Vocabulary.of(list(self.classes))
-        except ValueError: own = None
+        """The classes it was made for:
+        the shipped vocabulary that it names, or its own names. Raises `PromptError` if there were other
+        words, or more classes.
+        """
+        if self.vocabulary in list_vocabularies():
+            return Vocabulary.of(self.vocabulary)
+        try:
+            own = Vocabulary.of(list(self.classes))
+        except ValueError:
+            own = None
         if own is None or vocabulary_hash(own) != self.vocabulary_hash:
-            raise PromptError(f"{self.path or 'the bank'} was made for words of your own, which it does not hold: name them (--vocabulary)")
+            raise PromptError(
+                f"{self.path or 'the bank'} was made for words of your own, which it does not hold: name them"
+                " (--vocabulary)"
+            )
         return own
 
-    def __len__(self): return len(self.classes)
+    def __len__(self):
+        return len(self.classes)
 
-    def __getitem__(self, name:str):
+    def __getitem__(self, name: str):
         "The texts of a class as they were written: a dict (descriptions) or a list (subclasses)."
         texts = self.classes[tidy_name(name)]
         return self.pool[texts] if isinstance(texts, str) else texts
 
-    def missing(self, vocabulary, names=None) -> list[str]: # in the vocabulary's order
-        "Names of the vocabulary (or those among `names`) that have no texts yet. The background, which looks like nothing, needs no description."
+    def missing(self, vocabulary, names=None) -> list[str]:  # in the vocabulary's order
+        """Names of the vocabulary (or those among `names`) that have no texts yet.
+
+        The background, which looks like nothing, needs no description.
+        """
         vocabulary = Vocabulary.of(vocabulary)
         spared = vocabulary.background if self.kind == "descriptions" else ()
-        return [o for o in vocabulary.names if o not in self.classes and o not in spared and (names is None or o in names)]
+        return [
+            o
+            for o in vocabulary.names
+            if o not in self.classes and o not in spared and (names is None or o in names)
+        ]
 
-    def fill(self, vocabulary, classes:dict, **provenance):
-        "Take in the texts of some classes in the vocabulary's order; classes that it does not have go. `provenance`: model, prompts, settings."
+    def fill(self, vocabulary, classes: dict, **provenance):
+        """Take in the texts of some classes in the vocabulary's order;
+        classes that it does not have go. `provenance`: model, prompts, settings.
+        """
         vocabulary = Vocabulary.of(vocabulary)
-        for name, texts in classes.items(): _check_texts(texts, self.kind, repr(name))
+        for name, texts in classes.items():
+            _check_texts(texts, self.kind, repr(name))
         both = self.classes | {tidy_name(name): texts for name, texts in classes.items()}
         self.classes = {name: both[name] for name in vocabulary.names if name in both}
-        self.vocabulary, self.vocabulary_hash, self.date = vocabulary.title or self.vocabulary, vocabulary_hash(vocabulary), date.today().isoformat()
+        self.vocabulary, self.vocabulary_hash, self.date = (
+            vocabulary.title or self.vocabulary,
+            vocabulary_hash(vocabulary),
+            date.today().isoformat(),
+        )
         for name, value in provenance.items():
             old = getattr(self, name)
-            setattr(self, name, old | value if isinstance(value, dict) else " and ".join(dict.fromkeys(o for o in (old, value) if o)))
+            setattr(
+                self,
+                name,
+                (
+                    old | value
+                    if isinstance(value, dict)
+                    else " and ".join(dict.fromkeys(o for o in (old, value) if o))
+                ),
+            )
 
-    def borrow(self, vocabulary) -> list[str]: # the names that were filled
-        "Fill what is missing from the texts that ship with the package, found by any word of the class; costs nothing."
+    def borrow(self, vocabulary) -> list[str]:  # the names that were filled
+        """Fill what is missing from the texts that ship with the package, found by any word of the class;
+        costs nothing.
+        """
         vocabulary, pool = Vocabulary.of(vocabulary), _shipped_classes(self.kind)
         found = {}
         for name in self.missing(vocabulary):
-            key = next((o.lower() for o in (name, *vocabulary.words[vocabulary.names.index(name)]) if o.lower() in pool), None)
-            if key: found[name] = pool[key]
-        if found: self.fill(vocabulary, found, model=_read(_shipped().joinpath(f"{self.kind}.json"))[0]["model"], settings={"shipped": [*self.settings.get("shipped", []), *found]})
+            key = next(
+                (
+                    o.lower()
+                    for o in (name, *vocabulary.words[vocabulary.names.index(name)])
+                    if o.lower() in pool
+                ),
+                None,
+            )
+            if key:
+                found[name] = pool[key]
+        if found:
+            self.fill(
+                vocabulary,
+                found,
+                model=_read(_shipped().joinpath(f"{self.kind}.json"))[0]["model"],
+                settings={"shipped": [*self.settings.get("shipped", []), *found]},
+            )
         return list(found)
 
-    def texts(self,
-        vocabulary=None, # default: see `words`
-    ) -> dict[str, list[str]]: # {name: prompts}, in the vocabulary's order; names without any are left out
-        "The prompts per class. Raises `PromptError` if the bank was made for other classes or words than these."
+    def texts(
+        self,
+        vocabulary=None,  # default: see `words`
+        # {name: prompts}, in the vocabulary's order; names without any are left out
+    ) -> dict[str, list[str]]:
+        """The prompts per class.
+
+        Raises `PromptError` if the bank was made for other classes or words than these.
+        """
         vocabulary = self.words if vocabulary is None else Vocabulary.of(vocabulary)
         if vocabulary_hash(vocabulary) != self.vocabulary_hash:
             title = vocabulary.title or "FILE"
-            raise PromptError(f"the {self.kind} of {self.path or self.vocabulary} were made for other classes or words than those of {title}; "
-                              f"bring them up to date with `ovss-nb prompts fill --vocabulary {title} --kind {self.kind}`")
+            raise PromptError(
+                f"the {self.kind} of {self.path or self.vocabulary} were made for other classes or words than"
+                f" those of {title}; bring them up to date with `ovss-nb prompts fill --vocabulary {title}"
+                f" --kind {self.kind}`"
+            )
         names = [o for o in vocabulary.names if o in self.classes]
-        if self.kind == "descriptions": return {name: [self[name][o] for o in ATTRIBUTES] for name in names}
-        taken = Counter(o for name, words in zip(vocabulary.names, vocabulary.words) for o in {p.lower() for p in (name, *words)})
+        if self.kind == "descriptions":
+            return {name: [self[name][o] for o in ATTRIBUTES] for name in names}
+        taken = Counter(
+            o
+            for name, words in zip(vocabulary.names, vocabulary.words)
+            for o in {p.lower() for p in (name, *words)}
+        )
         return {name: [o for o in self[name] if o.lower() not in taken] for name in names}
 
-    def problems(self, vocabulary=None, count=None) -> dict[str, list[str]]: # {class: what is wrong}
-        "Check all classes: see `check_description` and `check_subclasses`; also what is missing, and sentences that two classes share. Raises as `texts` does."
+    def problems(self, vocabulary=None, count=None) -> dict[str, list[str]]:  # {class: what is wrong}
+        """Check all classes:
+        see `check_description` and `check_subclasses`; also what is missing, and sentences that two classes
+        share. Raises as `texts` does.
+        """
         vocabulary = self.words if vocabulary is None else Vocabulary.of(vocabulary)
         found, owner = {name: ["missing"] for name in self.missing(vocabulary)}, {}
         for name, texts in self.texts(vocabulary).items():
             if self.kind == "descriptions":
                 wrong = check_description(self[name], name, vocabulary, count)
-                wrong += [f"also the sentence of {owner[o]}: {o!r}" for o in texts if owner.setdefault(o, name) != name]
-            else: wrong = check_subclasses(texts, name, vocabulary, self.settings.get("n", 1), count)
-            if wrong: found[name] = wrong
+                wrong += [
+                    f"also the sentence of {owner[o]}: {o!r}"
+                    for o in texts
+                    if owner.setdefault(o, name) != name
+                ]
+            else:
+                wrong = check_subclasses(texts, name, vocabulary, self.settings.get("n", 1), count)
+            if wrong:
+                found[name] = wrong
         return found
 
     @property
@@ -179,34 +305,57 @@ class PromptBank:
         return hashlib.sha256(json.dumps({name: self[name] for name in self.classes}).encode()).hexdigest()
 
     def save(self, path=None):
-        "Write the bank, one line per class. References to a shared file are kept where it lies beside `path`, else written out."
+        """Write the bank, one line per class.
+
+        References to a shared file are kept where it lies beside `path`, else written out.
+        """
         path = Path(path or self.path)
-        shared = self.shared if self.shared and (path.parent/self.shared).is_file() else None
+        shared = self.shared if self.shared and (path.parent / self.shared).is_file() else None
         entries = {o.name: getattr(self, o.name) for o in fields(self)[:7]} | {"shared": shared}
         classes = {name: self.classes[name] if shared else self[name] for name in self.classes}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary: temporary.write_text(bank_text(entries, classes), encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text(bank_text(entries, classes), encoding="utf-8")
         self.path = path
 
-def bank_text(entries:dict, classes:dict) -> str:
-    "The text of a bank's file: JSON, one line per entry and per class, so that a change is a change of one line."
-    line = lambda key, value: f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
-    return ("{\n" + "".join(f" {line(*o)},\n" for o in entries.items()) + ' "classes": {\n' + ",\n".join(f"  {line(*o)}" for o in classes.items()) + "\n }\n}\n")
 
-def list_banks(kind:str) -> list[str]:
+def bank_text(entries: dict, classes: dict) -> str:
+    """The text of a bank's file:
+    JSON, one line per entry and per class, so that a change is a change of one line.
+    """
+    line = lambda key, value: (
+        f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
+    )
+    return (
+        "{\n"
+        + "".join(f" {line(*o)},\n" for o in entries.items())
+        + ' "classes": {\n'
+        + ",\n".join(f"  {line(*o)}" for o in classes.items())
+        + "\n }\n}\n"
+    )
+
+
+def list_banks(kind: str) -> list[str]:
     "Names of the vocabularies that have a shipped bank of this kind, sorted."
-    return sorted(o.name.removesuffix(f".{kind}.json") for o in _shipped().iterdir() if o.name.endswith(f".{kind}.json"))
+    return sorted(
+        o.name.removesuffix(f".{kind}.json") for o in _shipped().iterdir() if o.name.endswith(f".{kind}.json")
+    )
 
 # %% ../../nbs/text/04_prompt_bank.ipynb #aaeee0e7
 def list_subclasses() -> list[str]:
     "Names of the vocabularies that have shipped subclasses, sorted."
     return list_banks("subclasses")
 
+
 @lru_cache
-def _subclasses(vocabulary:str) -> dict[str, list[str]]: return PromptBank.open(vocabulary, "subclasses").texts()
+def _subclasses(vocabulary: str) -> dict[str, list[str]]:
+    return PromptBank.open(vocabulary, "subclasses").texts()
+
 
 def load_subclasses(
-    vocabulary:str, # name of a shipped vocabulary, e.g. "VOC-21"
-) -> dict[str, list[str]]: # {class name: its subclasses}, every name of the vocabulary in its order
-    "The shipped subclasses of a vocabulary; neither the class itself nor other classes among them. Raises `PromptError` if there are none for it."
+    vocabulary: str,  # name of a shipped vocabulary, e.g. "VOC-21"
+) -> dict[str, list[str]]:  # {class name: its subclasses}, every name of the vocabulary in its order
+    """The shipped subclasses of a vocabulary;
+    neither the class itself nor other classes among them. Raises `PromptError` if there are none for it.
+    """
     return {name: list(kinds) for name, kinds in _subclasses(vocabulary).items()}

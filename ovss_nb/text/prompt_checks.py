@@ -11,87 +11,142 @@ import re
 from collections import Counter
 from ..core.vocabulary import Vocabulary
 
-
 # %% ../../nbs/text/03_prompt_checks.ipynb #20c4468e
-_SYMBOL = "[\u2190-\u2bff\U0001f000-\U0001faff]"   # arrows, check marks, emoji
+_SYMBOL = "[\u2190-\u2bff\U0001f000-\U0001faff]"  # arrows, check marks, emoji
 
-ATTRIBUTES = {"color": "its colours, at least one named", "shape_size": "its outline and its size", "texture_material": "its surface and what it is made of",
-              "summary": "what it looks like, with the most telling of these, and where it is found"}
+ATTRIBUTES = {
+    "color": "its colours, at least one named",
+    "shape_size": "its outline and its size",
+    "texture_material": "its surface and what it is made of",
+    "summary": "what it looks like, with the most telling of these, and where it is found",
+}
+
 
 class PromptError(ValueError):
     "Prompts cannot be used or made; the message says which, why, and what to do."
 
 # %% ../../nbs/text/03_prompt_checks.ipynb #7b565ff3
-WORD_LIMIT = 6   # of a subclass; the shipped ones have 4 at most
+WORD_LIMIT = 6  # of a subclass; the shipped ones have 4 at most
 
-_SENTENCE = re.compile(r"(?i)^(?:an? |the |here (?:are|is)|sure|certainly|of course|okay|i (?:am|can|have|hope)|i'm|as an|let me|the following|these|note that|sorry|feel free)\b|"
-                       r"\b(?:is|are|was|were|which|that|who|includes?|including|typically|usually|often|known for|used for|such as)\b|\w{4,}\. ")
+_SENTENCE = re.compile(
+    r"(?i)^(?:an? |the |here (?:are|is)|sure|certainly|of course|okay|i (?:am|can|have|hope)|i'm|as an|let"
+    r" me|the following|these|note that|sorry|feel free)\b|"
+    r"\b(?:is|are|was|were|which|that|who|includes?|including|typically|usually|often|known for|used for|such"
+    r" as)\b|\w{4,}\. "
+)
+
 
 def why_not_plain(
-    text:str, # what should be a name of a few words
-) -> str|None:
+    text: str,  # what should be a name of a few words
+) -> str | None:
     "Why a text is no plain name, in words for the model that wrote it; None if it is one."
-    if not re.search(r"[^\W\d_]", text): return f"{text!r} has no letters"
-    if "|" in text or re.search(r"<[^>]*>", text): return f"{text!r} is a piece of a table or of markup; plain words are wanted"
-    if re.search(r":|\s[-–—]+\s|[–—]|->|→", text): return f"{text!r} is a name with a description; only the name is wanted"
-    if re.search(r"[*`#=~{}\[\]<>\\]|__|\n|^_|_$", text) or re.search(rf"^\d+[.)]\s|{_SYMBOL}", text): return f"{text!r} holds marks of formatting; plain words are wanted"
-    if re.search(r"[()]", text): return f"{text!r} has brackets; only the name is wanted"
+    if not re.search(r"[^\W\d_]", text):
+        return f"{text!r} has no letters"
+    if "|" in text or re.search(r"<[^>]*>", text):
+        return f"{text!r} is a piece of a table or of markup; plain words are wanted"
+    if re.search(r":|\s[-–—]+\s|[–—]|->|→", text):
+        return f"{text!r} is a name with a description; only the name is wanted"
+    if re.search(r"[*`#=~{}\[\]<>\\]|__|\n|^_|_$", text) or re.search(rf"^\d+[.)]\s|{_SYMBOL}", text):
+        return f"{text!r} holds marks of formatting; plain words are wanted"
+    if re.search(r"[()]", text):
+        return f"{text!r} has brackets; only the name is wanted"
     if re.search(r"[!?…]|\.\.", text) or _SENTENCE.search(text) or len(text.split()) > WORD_LIMIT:
         return f"{text!r} is a sentence; a name of at most {WORD_LIMIT} words is wanted"
 
-
 # %% ../../nbs/text/03_prompt_checks.ipynb #99c60d86
-TOKEN_LIMIT = 60   # per text; CLIP's hard limit is 77, start and end included
+TOKEN_LIMIT = 60  # per text; CLIP's hard limit is 77, start and end included
 
-COLOURS = frozenset("""amber auburn azure beige black blond blonde blue bronze brown burgundy charcoal chestnut chrome clear colourless colorless colourful colorful copper coral cream
+COLOURS = frozenset(
+    """amber auburn azure beige black blond blonde blue bronze brown burgundy charcoal chestnut chrome clear colourless colorless colourful colorful copper coral cream
     creamy crimson cyan dark ebony emerald fawn gilded gilt ginger gold golden gray green grey indigo iridescent ivory khaki lavender lilac magenta maroon mauve metallic
     monochrome multicoloured multicolored mustard navy ochre olive orange pale pink purple red rose rust rusty salmon sandy scarlet sepia silver silvery tan teal
-    tinted translucent transparent turquoise violet white whitish yellow yellowish greenish brownish reddish bluish greyish grayish blackish""".split())
+    tinted translucent transparent turquoise violet white whitish yellow yellowish greenish brownish reddish bluish greyish grayish blackish""".split()
+)
 
-def _named_at(text:str, words) -> int|None:
+
+def _named_at(text: str, words) -> int | None:
     "Where `text` first names one of the words, singular or plural; None if nowhere."
-    found = [m.start() for o in words if (m := re.search(rf"(?<!\w){re.escape(o.lower())}(?:s|es)?(?!\w)", text.lower()))]
+    found = [
+        m.start()
+        for o in words
+        if (m := re.search(rf"(?<!\w){re.escape(o.lower())}(?:s|es)?(?!\w)", text.lower()))
+    ]
     return min(found, default=None)
 
-def _too_long(text:str, count) -> str|None:
-    if count and (n := count(text)) > TOKEN_LIMIT: return f"{n} tokens, the limit is {TOKEN_LIMIT}: {text!r}"
+
+def _too_long(text: str, count) -> str | None:
+    if count and (n := count(text)) > TOKEN_LIMIT:
+        return f"{n} tokens, the limit is {TOKEN_LIMIT}: {text!r}"
+
 
 def check_description(
-    texts:dict, # `color`, `shape_size`, `texture_material`, `summary`: a sentence each
-    name:str, # the class
-    vocabulary:Vocabulary, # that it belongs to
-    count=None, # text -> number of tokens; None: length is not checked
-) -> list[str]: # what is wrong, empty if nothing
-    "Check a class description: all attributes, class named first, a colour in `color`, no sentence twice, at most 60 tokens (SYSTEMS 2.3)."
+    texts: dict,  # `color`, `shape_size`, `texture_material`, `summary`: a sentence each
+    name: str,  # the class
+    vocabulary: Vocabulary,  # that it belongs to
+    count=None,  # text -> number of tokens; None: length is not checked
+) -> list[str]:  # what is wrong, empty if nothing
+    """Check a class description:
+    all attributes, class named first, a colour in `color`, no sentence twice, at most 60 tokens (SYSTEMS
+    2.3).
+    """
     words = (name, *vocabulary.words[vocabulary.names.index(name)])
-    others = {o.lower() for other, all_words in zip(vocabulary.names, vocabulary.words) if other != name for o in (other, *all_words)} - {o.lower() for o in words}
+    others = {
+        o.lower()
+        for other, all_words in zip(vocabulary.names, vocabulary.words)
+        if other != name
+        for o in (other, *all_words)
+    } - {o.lower() for o in words}
     problems = []
     for attribute in ATTRIBUTES:
         text = texts.get(attribute, "").strip()
-        if not text: problems.append(f"{attribute} is missing"); continue
-        if marks := re.search(r"[*`#{}<>|\n]|__|\]\(", text): problems.append(f"{attribute} holds {marks[0]!r}; plain sentences are wanted"); continue
+        if not text:
+            problems.append(f"{attribute} is missing")
+            continue
+        if marks := re.search(r"[*`#{}<>|\n]|__|\]\(", text):
+            problems.append(f"{attribute} holds {marks[0]!r}; plain sentences are wanted")
+            continue
         place = _named_at(text, words)
-        if place is None: problems.append(f"{attribute} does not name {' or '.join(dict.fromkeys(words))}"); continue
+        if place is None:
+            problems.append(f"{attribute} does not name {' or '.join(dict.fromkeys(words))}")
+            continue
         parts = text.lower().split()
         first = len(text[:place].split())
-        spans = {" ".join(parts[i:j]).strip(".,;") for i in range(first) for j in range(i + 1, min(i + 4, len(parts)) + 1)}
-        if wrong := spans & others: problems.append(f"{attribute} names another class first: {min(wrong)}")
-        if long := _too_long(text, count): problems.append(long)
-    if texts.get("color") and not COLOURS & set(re.findall(r"\w+", texts["color"].lower())): problems.append("color names no colour")
-    if len(set(texts.values())) < len(texts): problems.append("a sentence occurs twice")
+        spans = {
+            " ".join(parts[i:j]).strip(".,;")
+            for i in range(first)
+            for j in range(i + 1, min(i + 4, len(parts)) + 1)
+        }
+        if wrong := spans & others:
+            problems.append(f"{attribute} names another class first: {min(wrong)}")
+        if long := _too_long(text, count):
+            problems.append(long)
+    if texts.get("color") and not COLOURS & set(re.findall(r"\w+", texts["color"].lower())):
+        problems.append("color names no colour")
+    if len(set(texts.values())) < len(texts):
+        problems.append("a sentence occurs twice")
     return problems
 
+
 def check_subclasses(
-    kinds:list[str], # the subclasses
-    name:str, # their class
-    vocabulary:Vocabulary, # that it belongs to
-    n:int=10, # how many there must be
-    count=None, # text -> number of tokens; None: length is not checked
-) -> list[str]: # what is wrong, empty if nothing
-    "Check the subclasses of a class: `n` of them, none twice, none a word of a class of the vocabulary, plain words, at most 60 tokens."
+    kinds: list[str],  # the subclasses
+    name: str,  # their class
+    vocabulary: Vocabulary,  # that it belongs to
+    n: int = 10,  # how many there must be
+    count=None,  # text -> number of tokens; None: length is not checked
+) -> list[str]:  # what is wrong, empty if nothing
+    """Check the subclasses of a class:
+    `n` of them, none twice, none a word of a class of the vocabulary, plain words, at most 60 tokens.
+    """
     problems = [] if len(kinds) >= n else [f"{len(kinds)} subclasses, {n} are wanted"]
     low = [o.lower() for o in kinds]
-    if twice := [o for o, times in Counter(low).items() if times > 1]: problems.append(f"twice: {', '.join(twice)}")
-    owner = {o.lower(): other for other, words in zip(vocabulary.names, vocabulary.words) for o in (other, *words)}
-    problems += [f"{o!r} is {'the class itself' if owner[o] == name else 'another class, ' + owner[o]}" for o in low if o in owner]
+    if twice := [o for o, times in Counter(low).items() if times > 1]:
+        problems.append(f"twice: {', '.join(twice)}")
+    owner = {
+        o.lower(): other for other, words in zip(vocabulary.names, vocabulary.words) for o in (other, *words)
+    }
+    problems += [
+        f"{o!r} is {'the class itself' if owner[o] == name else 'another class, ' + owner[o]}"
+        for o in low
+        if o in owner
+    ]
     return problems + [fault for o in kinds if (fault := _too_long(o, count) or why_not_plain(o))][:3]

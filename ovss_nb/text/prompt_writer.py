@@ -18,191 +18,325 @@ from .prompt_checks import ATTRIBUTES, PromptError, _SYMBOL, check_description, 
 # %% ../../nbs/text/05_prompt_writer.ipynb #8f34bcbd
 _P1 = "Q: List {n} subclasses of the following: {name}\nA: Here are {n} commonly seen subclasses of {name}:"
 
-PROMPTS = { # the paper's two prompts, with places for the number `n` and the class `name`
+PROMPTS = {  # the paper's two prompts, with places for the number `n` and the class `name`
     "P1": _P1,
-    "P2": "Q1: List 3 subclasses of the person:\nA1: female, male, child\n" + _P1}
+    "P2": "Q1: List 3 subclasses of the person:\nA1: female, male, child\n" + _P1,
+}
+
 
 def subclass_prompt(
-    name:str, # the class to be split, e.g. "dog"
-    n:int=10, # how many subclasses to ask for (paper: 10)
-    prompt:str="P2", # "P1", or "P2" with the worked example before it
+    name: str,  # the class to be split, e.g. "dog"
+    n: int = 10,  # how many subclasses to ask for (paper: 10)
+    prompt: str = "P2",  # "P1", or "P2" with the worked example before it
 ) -> str:
-    "The text to send to a language model. Raises `ValueError` for an empty class, n < 1 or an unknown prompt. LLM-supervision, prompts P1 and P2."
-    if prompt not in PROMPTS: raise ValueError(f"unknown prompt {prompt!r}; use one of {', '.join(PROMPTS)}")
-    if not name.strip(): raise ValueError("the class name is empty")
-    if n < 1: raise ValueError(f"n must be at least 1, got {n}")
+    """The text to send to a language model.
+
+    Raises `ValueError` for an empty class, n < 1 or an unknown prompt. LLM-supervision, prompts P1 and P2.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"unknown prompt {prompt!r}; use one of {', '.join(PROMPTS)}")
+    if not name.strip():
+        raise ValueError("the class name is empty")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
     return PROMPTS[prompt].format(n=n, name=name.strip())
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #19192d40
-_MARK = rf"(?:\d+[.):](?!\d)|\(\w{{1,2}}\)(?=\s)|[a-zA-Z]\)(?=\s)|\d?\ufe0f?\u20e3|{_SYMBOL}[\ufe0f\u200d]*|[-*•‣◦▪●○·–—+>](?=[\s*_]|[^\W\d])|\[[ xX]?\](?=\s))"   # what stands before an item of a list
-_INTRODUCTION = re.compile(r"(?i)^[^:\n]*\b(?:subclass(?:es)?|subtypes?|subcategories|types?|kinds?|examples?|varieties|categories|breeds?|"
-                           r"list|answers?|here)\b[^:\n]*:(?:[*_]+)?[ \t]*")
+# what stands before an item of a list
+_MARK = (
+    rf"(?:\d+[.):](?!\d)|\(\w{{1,2}}\)(?=\s)|[a-zA-Z]\)(?=\s)|\d?\ufe0f?\u20e3|{_SYMBOL}[\ufe0f\u200d]*|[-*•‣◦▪●○·–—+>](?=[\s*_]|[^\W\d])|\[["
+    r" xX]?\](?=\s))"
+)
+_INTRODUCTION = re.compile(
+    r"(?i)^[^:\n]*\b(?:subclass(?:es)?|subtypes?|subcategories|types?|kinds?|examples?|varieties|categories|breeds?|"
+    r"list|answers?|here)\b[^:\n]*:(?:[*_]+)?[ \t]*"
+)
 _MORE = {"etc", "and more", "and so on", "and others", "among others", "others", "more"}
 
-def _listed(text:str) -> list[str]:
-    "The items of a text: of a list in JSON or Python, of the lines with bullets or numbers if there are any, else of all, cut at commas and semicolons."
-    try: value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
-    if isinstance(value, dict) and len(value) == 1: value, = value.values()
-    if isinstance(value, list) and all(isinstance(o, str) for o in value): return value
+
+def _listed(text: str) -> list[str]:
+    """The items of a text:
+    of a list in JSON or Python, of the lines with bullets or numbers if there are any, else of all, cut at
+    commas and semicolons.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    if isinstance(value, list) and all(isinstance(o, str) for o in value):
+        return value
     text = _INTRODUCTION.sub("", text, 1)
-    lines = [o for o in text.splitlines() if not re.match(r"\s*(?:```|~~~|[-*_=]{3,}\s*$)", o)]   # without fences and rules
-    if len(headings := [o for o in lines if re.match(r"\s*#{1,6}\s", o)]) == 1: lines.remove(*headings)
+    # without fences and rules
+    lines = [o for o in text.splitlines() if not re.match(r"\s*(?:```|~~~|[-*_=]{3,}\s*$)", o)]
+    if len(headings := [o for o in lines if re.match(r"\s*#{1,6}\s", o)]) == 1:
+        lines.remove(*headings)
     marked = [o for o in lines if re.match(rf"\s*{_MARK}", o)]
-    if len(numbered := [o for o in marked if re.match(r"[\s*_]*\d+[.)]", o)]) > 1: marked = numbered
-    indent = min((len(o) - len(o.lstrip()) for o in marked), default=0)   # what is further in is about the line above
+    if len(numbered := [o for o in marked if re.match(r"[\s*_]*\d+[.)]", o)]) > 1:
+        marked = numbered
+    # what is further in is about the line above
+    indent = min((len(o) - len(o.lstrip()) for o in marked), default=0)
     marked = [o for o in marked if len(o) - len(o.lstrip()) == indent]
-    return [o for line in (marked if len(marked) > 1 else lines) for o in re.split(r"[,;，、；]|\s(?=\d+[.)]\s)", line)]
+    return [
+        o
+        for line in (marked if len(marked) > 1 else lines)
+        for o in re.split(r"[,;，、；]|\s(?=\d+[.)]\s)", line)
+    ]
+
 
 def parse_answer(
-    text:str, # what the language model wrote
-    name:str, # the class it was asked about
-    n:int=10, # keep at most this many
-) -> list[str]: # lower-case phrases in the order of the answer, without doubles; fewer than `n` if the model gave fewer
-    "Read the subclasses out of a language model's answer. Only ornament is mended: see `why_not_plain`. LLM-supervision, with P1 or P2."
+    text: str,  # what the language model wrote
+    name: str,  # the class it was asked about
+    n: int = 10,  # keep at most this many
+    # lower-case phrases in the order of the answer, without doubles; fewer than `n` if the model gave fewer
+) -> list[str]:
+    """Read the subclasses out of a language model's answer.
+
+    Only ornament is mended: see `why_not_plain`. LLM-supervision, with P1 or P2.
+    """
     text = final_answer(text)
-    if fenced := re.findall(r"(?s)```[\w-]*\n(.*?)```", text): text = fenced[-1]
-    # A chat model says the question again or opens with a line of its own; a completion model runs on to a new question.
+    if fenced := re.findall(r"(?s)```[\w-]*\n(.*?)```", text):
+        text = fenced[-1]
+    # A chat model says the question again or opens with a line of its own; a completion model runs on to a
+    # new question.
     text = re.sub(rf"(?is)^.*subclasses of {re.escape(name.strip())}:", "", text).strip()
     text = re.split(r"(?m)^Q\d*:", re.sub(r"^[^\n]*:[ \t*_]*\n", "", text))[0].strip()
     name, found = name.strip().lower(), []
     for item in _listed(text):
-        item = re.sub(rf"^(?:\s*(?:A\d*:|{_MARK}|[*_]+))*\s*", "", item).strip().replace("\t", " | ").strip(" \t\r.\"'`*_“”„«»‘’").lower()
+        item = (
+            re.sub(rf"^(?:\s*(?:A\d*:|{_MARK}|[*_]+))*\s*", "", item)
+            .strip()
+            .replace("\t", " | ")
+            .strip(" \t\r.\"'`*_“”„«»‘’")
+            .lower()
+        )
         item = " ".join(item.removeprefix("and ").removeprefix("or ").split())
-        if item and item not in _MORE and item not in (name, f"{name}s") and item not in found: found.append(item)
+        if item and item not in _MORE and item not in (name, f"{name}s") and item not in found:
+            found.append(item)
     return found[:n]
 
-
 # %% ../../nbs/text/05_prompt_writer.ipynb #3114fc8f
-DESCRIPTION_SCHEMA = {"type": "object", "properties": {name: {"type": "string"} for name in ATTRIBUTES}, "required": list(ATTRIBUTES), "additionalProperties": False}
+DESCRIPTION_SCHEMA = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ATTRIBUTES},
+    "required": list(ATTRIBUTES),
+    "additionalProperties": False,
+}
 
-GUIDANCE_QUESTION = ("A vision-language model compares a short text about a category with every pixel of a photograph and marks the pixels that fit. "
-    "How should such a text be written, and which information does it need, so that the model finds the pixels of the category and leaves its neighbours alone? "
-    "Answer in general terms, in a few sentences, without naming categories.")
+GUIDANCE_QUESTION = (
+    "A vision-language model compares a short text about a category with every pixel of a photograph and"
+    " marks the pixels that fit. How should such a text be written, and which information does it need, so"
+    " that the model finds the pixels of the category and leaves its neighbours alone? Answer in general"
+    " terms, in a few sentences, without naming categories."
+)
 
-DESCRIPTION_QUESTION = ("How to describe a category for segmentation:\n{guidance}\n\nWith this in mind describe the category \"{name}\"{words}{context}. Write one English sentence each for\n"
+DESCRIPTION_QUESTION = (
+    "How to describe a category for segmentation:\n{guidance}\n\nWith this in mind describe the category"
+    ' "{name}"{words}{context}. Write one English sentence each for\n'
     + "".join(f"- {name}: {what}\n" for name, what in ATTRIBUTES.items())
-    + "Begin each sentence with the name of the category. Say only what can be seen, in 8 to 25 words, and do not compare with other categories.")
+    + "Begin each sentence with the name of the category. Say only what can be seen, in 8 to 25 words, and do"
+    " not compare with other categories."
+)
+
 
 def description_question(
-    name:str, # the class
-    guidance:str, # the model's answer to GUIDANCE_QUESTION
-    words:tuple[str, ...]=(), # other words for the class
-    context:str="", # what the photographs are, e.g. "photographs of German streets"
+    name: str,  # the class
+    guidance: str,  # the model's answer to GUIDANCE_QUESTION
+    words: tuple[str, ...] = (),  # other words for the class
+    context: str = "",  # what the photographs are, e.g. "photographs of German streets"
 ) -> Question:
-    "The second step of LMSeg for one class; the answer has the members of DESCRIPTION_SCHEMA. LMSeg, figure 3 (our wording)."
+    """The second step of LMSeg for one class;
+    the answer has the members of DESCRIPTION_SCHEMA. LMSeg, figure 3 (our wording).
+    """
     others = ", ".join(o for o in words if o != name)
-    text = DESCRIPTION_QUESTION.format(guidance=guidance.strip(), name=name, words=others and f" (also called {others})", context=context and f" as it is seen in {context}")
+    text = DESCRIPTION_QUESTION.format(
+        guidance=guidance.strip(),
+        name=name,
+        words=others and f" (also called {others})",
+        context=context and f" as it is seen in {context}",
+    )
     return Question([{"role": "user", "content": text}], DESCRIPTION_SCHEMA)
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #c33cc74b
-FILTER_QUESTION = ("These are categories, one per line:\n{names}\n\nWhich of them can be seen as a region of pixels in {context}? "
-    "Leave out only what cannot occur there. Answer with the names as they are written.")
+FILTER_QUESTION = (
+    "These are categories, one per line:\n{names}\n\nWhich of them can be seen as a region of pixels in"
+    " {context}? Leave out only what cannot occur there. Answer with the names as they are written."
+)
+
 
 def keep_categories(
-    model, # `LanguageModel`
-    vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
-    context:str, # what the photographs are
-) -> list[str]: # names, in the vocabulary's order
-    "Names that can occur in photographs of one kind, background included. Raises `PromptError` without a usable answer. LMSeg, second version (our reading)."
+    model,  # `LanguageModel`
+    vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
+    context: str,  # what the photographs are
+) -> list[str]:  # names, in the vocabulary's order
+    """Names that can occur in photographs of one kind, background included.
+
+    Raises `PromptError` without a usable answer. LMSeg, second version (our reading).
+    """
     vocabulary = Vocabulary.of(vocabulary)
-    schema = {"type": "object", "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1}}, "required": ["names"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1}},
+        "required": ["names"],
+        "additionalProperties": False,
+    }
     text = FILTER_QUESTION.format(names="\n".join(vocabulary.names), context=context)
+
     def check(_, answer):
         strange = [o for o in answer["names"] if tidy_name(o) not in vocabulary.names]
         return f"{', '.join(strange[:5])}: not in the list" if strange else None
-    answers = model.ask_all({"filter": Question([{"role": "user", "content": text}], schema)}, check, progress=False)
-    if "filter" not in answers: raise PromptError(f"The categories could not be filtered: {answers.failed['filter']}")
+
+    answers = model.ask_all(
+        {"filter": Question([{"role": "user", "content": text}], schema)}, check, progress=False
+    )
+    if "filter" not in answers:
+        raise PromptError(f"The categories could not be filtered: {answers.failed['filter']}")
     kept = set(map(tidy_name, answers["filter"]["names"]))
     return [o for o in vocabulary.names if o in kept or o in vocabulary.background]
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #80969dea
-def _turn(text:str, context:str="") -> list: return [*([{"role": "system", "content": context}] if context else []), {"role": "user", "content": text}]
+def _turn(text: str, context: str = "") -> list:
+    return [*([{"role": "system", "content": context}] if context else []), {"role": "user", "content": text}]
+
 
 def write_descriptions(
-    model:LanguageModel,
-    vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
-    bank:PromptBank|None=None, # filled in place; default: a new one
-    count=None, # text -> number of tokens of the encoder that will read it; None: length is not checked
-    context:str="", # what the photographs are, e.g. "photographs of German streets"
-    guidance:str|None=None, # the answer to GUIDANCE_QUESTION; default: the bank's, else the model is asked
-    names=None, # only these, e.g. from `keep_categories`
-    dry_run:bool=False, # only print what it would take
-    prices:tuple[float, float]|None=None, # per million tokens, in and out, for the dry run
-    progress:bool=True, # show a bar
+    model: LanguageModel,
+    vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
+    bank: PromptBank | None = None,  # filled in place; default: a new one
+    count=None,  # text -> number of tokens of the encoder that will read it; None: length is not checked
+    context: str = "",  # what the photographs are, e.g. "photographs of German streets"
+    # the answer to GUIDANCE_QUESTION; default: the bank's, else the model is asked
+    guidance: str | None = None,
+    names=None,  # only these, e.g. from `keep_categories`
+    dry_run: bool = False,  # only print what it would take
+    prices: tuple[float, float] | None = None,  # per million tokens, in and out, for the dry run
+    progress: bool = True,  # show a bar
 ) -> PromptBank:
-    "Describe the classes that the bank lacks (LMSeg, two steps). Raises `PromptError` without guidance, and as `LanguageModel.ask_all` does."
+    """Describe the classes that the bank lacks (LMSeg, two steps).
+
+    Raises `PromptError` without guidance, and as `LanguageModel.ask_all` does.
+    """
     vocabulary = Vocabulary.of(vocabulary)
     bank = PromptBank.new(vocabulary, "descriptions") if bank is None else bank
     lacking, first = bank.missing(vocabulary, names), {"guidance": Question(_turn(GUIDANCE_QUESTION))}
     known = guidance or bank.prompts.get("guidance") or model.recall(first["guidance"])
     if lacking and not known and not dry_run:
         answers = model.ask_all(first, progress=False)
-        if not answers: raise PromptError(f"No guidance: {answers.failed['guidance']}. Pass guidance=, or ask another model")
+        if not answers:
+            raise PromptError(
+                f"No guidance: {answers.failed['guidance']}. Pass guidance=, or ask another model"
+            )
         known = answers["guidance"]
     # A dry run does not know the guidance yet; it will be a paragraph.
-    questions = {name: description_question(name, known or "."*800, vocabulary.words[vocabulary.names.index(name)], context) for name in lacking}
+    questions = {
+        name: description_question(
+            name, known or "." * 800, vocabulary.words[vocabulary.names.index(name)], context
+        )
+        for name in lacking
+    }
     if dry_run:
         print(model.estimate(questions if known or not lacking else first | questions, prices))
         return bank
     owner = {text: name for name in bank.classes for text in bank[name].values()}
+
     def check(name, answer):
-        # The reason is part of the next question: it must not depend on which answer came in first more than it has to.
-        wrong = check_description(answer, name, vocabulary, count) or [f"another category has this sentence already: {o!r}" for o in answer.values() if owner.setdefault(o, name) != name]
+        # The reason is part of the next question: it must not depend on which answer came in first more than
+        # it has to.
+        wrong = check_description(answer, name, vocabulary, count) or [
+            f"another category has this sentence already: {o!r}"
+            for o in answer.values()
+            if owner.setdefault(o, name) != name
+        ]
         return "; ".join(wrong)
+
     answers = model.ask_all(questions, check, progress)
-    if answers: bank.fill(vocabulary, {name: {o: answer[o] for o in ATTRIBUTES} for name, answer in answers.items()}, model=model.model,
-        prompts={"guidance_question": GUIDANCE_QUESTION, "guidance": known, "description_question": DESCRIPTION_QUESTION},
-        settings={"temperature": model.temperature, "context": context})
+    if answers:
+        bank.fill(
+            vocabulary,
+            {name: {o: answer[o] for o in ATTRIBUTES} for name, answer in answers.items()},
+            model=model.model,
+            prompts={
+                "guidance_question": GUIDANCE_QUESTION,
+                "guidance": known,
+                "description_question": DESCRIPTION_QUESTION,
+            },
+            settings={"temperature": model.temperature, "context": context},
+        )
     bank.failed = dict(answers.failed)
     return bank
 
+
 def write_subclasses(
-    model:LanguageModel,
-    vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
-    bank:PromptBank|None=None, # filled in place; default: a new one
-    n:int=10, # subclasses per class
-    prompt:str="P2", # or "P1"
-    count=None, # text -> number of tokens of the encoder that will read it; None: length is not checked
-    context:str="", # a first turn that says what the photographs are; the paper has none
-    names=None, # only these
-    dry_run:bool=False, # only print what it would take
-    prices:tuple[float, float]|None=None, # per million tokens, in and out, for the dry run
-    progress:bool=True, # show a bar
+    model: LanguageModel,
+    vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
+    bank: PromptBank | None = None,  # filled in place; default: a new one
+    n: int = 10,  # subclasses per class
+    prompt: str = "P2",  # or "P1"
+    count=None,  # text -> number of tokens of the encoder that will read it; None: length is not checked
+    context: str = "",  # a first turn that says what the photographs are; the paper has none
+    names=None,  # only these
+    dry_run: bool = False,  # only print what it would take
+    prices: tuple[float, float] | None = None,  # per million tokens, in and out, for the dry run
+    progress: bool = True,  # show a bar
 ) -> PromptBank:
-    "List subclasses of the classes that the bank lacks (LLM-supervision, P1 or P2). Raises as `LanguageModel.ask_all` does."
+    """List subclasses of the classes that the bank lacks (LLM-supervision, P1 or P2).
+
+    Raises as `LanguageModel.ask_all` does.
+    """
     vocabulary = Vocabulary.of(vocabulary)
     bank = PromptBank.new(vocabulary, "subclasses") if bank is None else bank
-    questions = {name: Question(_turn(subclass_prompt(name, n, prompt), context and f"The classes are those of {context}.")) for name in bank.missing(vocabulary, names)}
+    questions = {
+        name: Question(
+            _turn(subclass_prompt(name, n, prompt), context and f"The classes are those of {context}.")
+        )
+        for name in bank.missing(vocabulary, names)
+    }
     if dry_run:
-        print(model.estimate(questions, prices, answer_tokens=6*n))
+        print(model.estimate(questions, prices, answer_tokens=6 * n))
         return bank
     # The answer is text, as the paper's was: P1 and P2 begin it, and `parse_answer` reads any form of list.
-    answers = model.ask_all(questions, lambda name, text: "; ".join(check_subclasses(parse_answer(text, name, n), name, vocabulary, n, count)), progress)
-    if answers: bank.fill(vocabulary, {name: parse_answer(text, name, n) for name, text in answers.items()}, model=model.model,
-        prompts={prompt: PROMPTS[prompt]}, settings={"temperature": model.temperature, "n": n, "prompt": prompt, "context": context})
+    answers = model.ask_all(
+        questions,
+        lambda name, text: "; ".join(
+            check_subclasses(parse_answer(text, name, n), name, vocabulary, n, count)
+        ),
+        progress,
+    )
+    if answers:
+        bank.fill(
+            vocabulary,
+            {name: parse_answer(text, name, n) for name, text in answers.items()},
+            model=model.model,
+            prompts={prompt: PROMPTS[prompt]},
+            settings={"temperature": model.temperature, "n": n, "prompt": prompt, "context": context},
+        )
     bank.failed = dict(answers.failed)
     return bank
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #b3a088d9
 def filter_subclasses(
-    subclasses:dict[str, list[str]], # {class: subclasses}
-    embed, # list of N texts -> N x d array of unit vectors
-    outlier:float|None=None, # drop the odd one of a pair at most this similar (repository: 0.46)
-    rival:float|None=None, # drop what is at least this similar to another class (repository: 0.95)
-) -> dict[str, list[str]]: # in the same order; a class may end up with none
+    subclasses: dict[str, list[str]],  # {class: subclasses}
+    embed,  # list of N texts -> N x d array of unit vectors
+    outlier: float | None = None,  # drop the odd one of a pair at most this similar (repository: 0.46)
+    rival: float | None = None,  # drop what is at least this similar to another class (repository: 0.95)
+) -> dict[str, list[str]]:  # in the same order; a class may end up with none
     "Drop subclasses by similarity. Repository of LLM-supervision (SYSTEMS 5.1); None switches a filter off."
     names, kept = list(subclasses), {}
     vectors = np.asarray(embed(names)) if rival is not None else None
     for k, (name, kinds) in enumerate(subclasses.items()):
-        if not kinds: kept[name] = []; continue
+        if not kinds:
+            kept[name] = []
+            continue
         own, out = np.asarray(embed(list(kinds))), set()
         if outlier is not None:
             similar = own @ own.T
             total = similar.sum(1)
             for i in range(len(kinds)):
                 for j in range(i + 1, len(kinds)):
-                    if similar[i, j] <= outlier and not {i, j} & out: out.add(i if total[i] < total[j] else j)
-        if rival is not None: out |= {i for i, row in enumerate(own @ np.delete(vectors, k, 0).T) if (row >= rival).any()}
+                    if similar[i, j] <= outlier and not {i, j} & out:
+                        out.add(i if total[i] < total[j] else j)
+        if rival is not None:
+            out |= {i for i, row in enumerate(own @ np.delete(vectors, k, 0).T) if (row >= rival).any()}
         kept[name] = [o for i, o in enumerate(kinds) if i not in out]
     return kept

@@ -8,25 +8,42 @@ __all__ = ['TEMPLATES', 'load_templates']
 # %% ../../nbs/text/02_templates.ipynb #b3e91f35
 _SIZED = ("a photo of a %s {}.", "This is a photo of a %s {}.", "There is a %s {} in the scene.")
 
-TEMPLATES:dict[str, tuple[str, ...]] = {
+TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("{}",),
     "single": ("A photo of a {} in the scene",),
-    "vild14": ("a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene", "a photo of a {} in the scene",
-        *(form % size for form in _SIZED for size in ("small", "medium", "large"))),
+    "vild14": (
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+        "There is the {} in the scene",
+        "a photo of a {} in the scene",
+        *(form % size for form in _SIZED for size in ("small", "medium", "large")),
+    ),
 }
 
+
 def load_templates(
-    templates:str|tuple[str, ...]|list[str], # `plain`, `single`, `vild14`, `imagenet80`, one sentence with `{}`, or several
-) -> tuple[str, ...]: # sentences, each with `{}` where the word goes
-    "The sentences of a template set. Raises `ValueError` for an unknown name or a sentence without exactly one `{}`."
+    # `plain`, `single`, `vild14`, `imagenet80`, one sentence with `{}`, or several
+    templates: str | tuple[str, ...] | list[str],
+) -> tuple[str, ...]:  # sentences, each with `{}` where the word goes
+    """The sentences of a template set.
+
+    Raises `ValueError` for an unknown name or a sentence without exactly one `{}`.
+    """
     if templates == "imagenet80":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
+
         return tuple(o("{}") for o in OPENAI_IMAGENET_TEMPLATES)
     if isinstance(templates, str):
         if "{}" not in templates and templates not in TEMPLATES:
-            raise ValueError(f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet80, or give a sentence with {{}} in it.")
+            raise ValueError(
+                f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet80, or give a"
+                " sentence with {} in it."
+            )
         templates = TEMPLATES.get(templates, (templates,))
     for o in templates:
-        if o.count("{}") != 1: raise ValueError(f"A template needs exactly one {{}} for the word: {o!r}")
-    if not templates: raise ValueError("There is no template. Use 'plain' for the bare word.")
+        if o.count("{}") != 1:
+            raise ValueError(f"A template needs exactly one {{}} for the word: {o!r}")
+    if not templates:
+        raise ValueError("There is no template. Use 'plain' for the bare word.")
     return tuple(templates)

@@ -18,22 +18,32 @@ from ..core.vocabulary import Vocabulary, VocabularyError, VocabularyWarning
 from .templates import load_templates
 
 # %% ../../nbs/text/06_text_bank.ipynb #c897b487
-SOURCES = ("names", "descriptions", "subclasses", "both") # what texts a class is spoken of by
+SOURCES = ("names", "descriptions", "subclasses", "both")  # what texts a class is spoken of by
+
 
 def prompt_sources(
-    prompts, # one of `SOURCES`, the file of a bank (*.json), a `PromptBank`, or a list of such
-) -> tuple: # of "names", "descriptions", "subclasses", files and banks, each once
-    "The single sources that a choice of prompts means. Raises `ValueError` for what is none, or for no source at all."
+    prompts,  # one of `SOURCES`, the file of a bank (*.json), a `PromptBank`, or a list of such
+) -> tuple:  # of "names", "descriptions", "subclasses", files and banks, each once
+    """The single sources that a choice of prompts means.
+
+    Raises `ValueError` for what is none, or for no source at all.
+    """
     found = []
     for o in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
         if not (o in SOURCES or isinstance(o, PromptBank) or str(o).endswith(".json")):
-            raise ValueError(f"No prompts {o!r}. Choose from {', '.join(SOURCES)}, or give the file of a bank, e.g. 'my_bank.json'")
+            raise ValueError(
+                f"No prompts {o!r}. Choose from {', '.join(SOURCES)}, or give the file of a bank, e.g."
+                " 'my_bank.json'"
+            )
         found += [p for p in (KINDS if o == "both" else [o]) if p not in found]
-    if not found: raise ValueError(f"There are no prompts. Choose from {', '.join(SOURCES)}, or give the file of a bank")
+    if not found:
+        raise ValueError(
+            f"There are no prompts. Choose from {', '.join(SOURCES)}, or give the file of a bank"
+        )
     return tuple(found)
 
 # %% ../../nbs/text/06_text_bank.ipynb #d42e9296
-def _borrowed(words:list[str], kind:str) -> dict[str, list[str]]:
+def _borrowed(words: list[str], kind: str) -> dict[str, list[str]]:
     "The shipped texts of single words, {word: texts}; words without any are left out."
     # A number as name lets a word be anything, and `borrow` looks at the words too.
     numbered = Vocabulary([f"#{i}" for i in range(len(words))], words)
@@ -41,33 +51,53 @@ def _borrowed(words:list[str], kind:str) -> dict[str, list[str]]:
     bank.borrow(numbered)
     return {words[int(name[1:])]: texts for name, texts in bank.texts(numbered).items() if texts}
 
-def _written(vocabulary:Vocabulary, source) -> tuple[str, dict[str, dict[str, list[str]]]]:
+
+def _written(vocabulary: Vocabulary, source) -> tuple[str, dict[str, dict[str, list[str]]]]:
     "What a bank has: its kind, and {name: {word: texts}}, where a word without texts stands for itself."
-    if source in KINDS and vocabulary.title in list_banks(source): bank = PromptBank.open(vocabulary.title, source)
-    elif source not in KINDS: bank = source if isinstance(source, PromptBank) else PromptBank.open(source)
+    if source in KINDS and vocabulary.title in list_banks(source):
+        bank = PromptBank.open(vocabulary.title, source)
+    elif source not in KINDS:
+        bank = source if isinstance(source, PromptBank) else PromptBank.open(source)
     else:
-        known = _borrowed(list(dict.fromkeys(o for row in zip(vocabulary.names, vocabulary.words) for o in (row[0], *row[1]))), source)
+        known = _borrowed(
+            list(
+                dict.fromkeys(o for row in zip(vocabulary.names, vocabulary.words) for o in (row[0], *row[1]))
+            ),
+            source,
+        )
         found, missing = {}, []
         for name, words in zip(vocabulary.names, vocabulary.words):
-            if not any(o in known for o in words) and name in known: words = (name, *words)
-            if any(o in known for o in words): found[name] = {o: known.get(o, []) for o in words}
-            elif name not in vocabulary.background: missing.append(name)
+            if not any(o in known for o in words) and name in known:
+                words = (name, *words)
+            if any(o in known for o in words):
+                found[name] = {o: known.get(o, []) for o in words}
+            elif name not in vocabulary.background:
+                missing.append(name)
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise PromptError(f"No {source} ship for {shown}. Have them written by a language model, `ovss-nb prompts make --kind {source} --vocabulary FILE --bank my_bank.json "
-                              "--model MODEL`, and say prompts='my_bank.json'; or use other words, or prompts='names'")
+            raise PromptError(
+                f"No {source} ship for {shown}. Have them written by a language model, `ovss-nb prompts make"
+                f" --kind {source} --vocabulary FILE --bank my_bank.json --model MODEL`, and say"
+                " prompts='my_bank.json'; or use other words, or prompts='names'"
+            )
         return source, found
     return bank.kind, {name: {name: texts} for name, texts in bank.texts(vocabulary).items() if texts}
 
+
 def class_prompts(
-    vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes
-    prompts="names", # what is said about a class: see `prompt_sources`
-    templates:str|tuple[str, ...]|list[str]="single", # set or sentences around words and subclasses: see `load_templates`
-    instead:dict|None=None, # {name: words} that stand for some names in place of their own, where they are named
-) -> dict[str, dict[tuple[str, ...], str]]: # {name: {the prompts that are averaged into one vector: the word or text that they are made of}}
+    vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
+    prompts="names",  # what is said about a class: see `prompt_sources`
+    # set or sentences around words and subclasses: see `load_templates`
+    templates: str | tuple[str, ...] | list[str] = "single",
+    # {name: words} that stand for some names in place of their own, where they are named
+    instead: dict | None = None,
+    # {name: {the prompts that are averaged into one vector: the word or text that they are made of}}
+) -> dict[str, dict[tuple[str, ...], str]]:
     """Everything that the text tower will read, per class in the vocabulary's order.
 
-    Raises `PromptError` for a class without texts, a bank for other words or a faulty file; `ValueError` for unknown prompts or templates."""
+    Raises `PromptError` for a class without texts, a bank for other words or a faulty file; `ValueError`
+    for unknown prompts or templates.
+    """
     vocabulary, sentences = Vocabulary.of(vocabulary), load_templates(templates)
     own = dict(zip(vocabulary.names, vocabulary.words)) | (instead or {})
     found = {name: {} for name in vocabulary.names}
@@ -76,57 +106,84 @@ def class_prompts(
         forms = load_templates("plain") if kind == "descriptions" else sentences
         for name in vocabulary.names:
             for word, texts in (written.get(name) or dict.fromkeys(own[name])).items():
-                for text in texts or [word]: found[name][tuple(o.replace("{}", text) for o in forms)] = text
+                for text in texts or [word]:
+                    found[name][tuple(o.replace("{}", text) for o in forms)] = text
     return found
 
 # %% ../../nbs/text/06_text_bank.ipynb #7acb6d31
 def prompts_digest(
-    prompts, # see `prompt_sources`
-) -> dict[str, str]: # {source: 64 hexadecimal digits}; empty for names, which the words say themselves
-    "What the texts behind a choice of prompts are: of all shipped banks of a kind, or of one bank. Raises `PromptError` for a faulty file."
+    prompts,  # see `prompt_sources`
+) -> dict[str, str]:  # {source: 64 hexadecimal digits}; empty for names, which the words say themselves
+    """What the texts behind a choice of prompts are:
+    of all shipped banks of a kind, or of one bank. Raises `PromptError` for a faulty file.
+    """
     found = {}
     for source in prompt_sources(prompts):
-        if source == "names": continue
-        banks = [PromptBank.open(title, source) for title in list_banks(source)] if source in KINDS else [source if isinstance(source, PromptBank) else PromptBank.open(source)]
-        found[source if isinstance(source, str) else str(banks[0].path)] = Cache.key(*(o.fingerprint for o in banks))
+        if source == "names":
+            continue
+        banks = (
+            [PromptBank.open(title, source) for title in list_banks(source)]
+            if source in KINDS
+            else [source if isinstance(source, PromptBank) else PromptBank.open(source)]
+        )
+        found[source if isinstance(source, str) else str(banks[0].path)] = Cache.key(
+            *(o.fingerprint for o in banks)
+        )
     return found
 
 # %% ../../nbs/text/06_text_bank.ipynb #0964d0d6
-POOLINGS = ("mean", "max") # how the texts of a class become one score
+POOLINGS = ("mean", "max")  # how the texts of a class become one score
+
 
 @dataclass
 class TextBank:
     "Text embeddings of a vocabulary with K classes, at most P texts per class and dimension d."
-    embeddings:torch.Tensor # K x P x d, unit norm; zero where a class has no more texts
-    mask:torch.Tensor # K x P bool, true where there is a text
-    names:tuple[str, ...] # K class names, in the vocabulary's order
-    words:tuple[tuple[str, ...], ...] # per class its words, or what else is said about it, in order
-    templates:tuple[str, ...] # sentences that each word was put into
-    background:tuple[str, ...] = () # which names are background
 
-    def __len__(self) -> int: return len(self.names)
+    embeddings: torch.Tensor  # K x P x d, unit norm; zero where a class has no more texts
+    mask: torch.Tensor  # K x P bool, true where there is a text
+    names: tuple[str, ...]  # K class names, in the vocabulary's order
+    words: tuple[tuple[str, ...], ...]  # per class its words, or what else is said about it, in order
+    templates: tuple[str, ...]  # sentences that each word was put into
+    background: tuple[str, ...] = ()  # which names are background
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     def mean(self) -> torch.Tensor:
         "One unit vector per class, K x d: the mean over its texts, re-normalised (LM-4)."
-        return F.normalize(self.embeddings.sum(1), dim=-1)   # unused places are zero, and length does not matter
+        # unused places are zero, and length does not matter
+        return F.normalize(self.embeddings.sum(1), dim=-1)
 
-    def select(self,
-        rows, # numbers of classes, in the order wanted
+    def select(
+        self,
+        rows,  # numbers of classes, in the order wanted
     ) -> "TextBank":
         "Some of the classes. Raises `ValueError` for a number that no class has, or none at all."
         rows = [int(o) for o in rows]
-        if not rows or min(rows) < 0 or max(rows) >= len(self): raise ValueError(f"rows must be numbers from 0 to {len(self) - 1}, at least one, not {rows[:8]}")
+        if not rows or min(rows) < 0 or max(rows) >= len(self):
+            raise ValueError(f"rows must be numbers from 0 to {len(self) - 1}, at least one, not {rows[:8]}")
         names = tuple(self.names[o] for o in rows)
-        return replace(self, embeddings=self.embeddings[rows], mask=self.mask[rows], names=names, words=tuple(self.words[o] for o in rows),
-                       background=tuple(o for o in self.background if o in names))
+        return replace(
+            self,
+            embeddings=self.embeddings[rows],
+            mask=self.mask[rows],
+            names=names,
+            words=tuple(self.words[o] for o in rows),
+            background=tuple(o for o in self.background if o in names),
+        )
 
-    def compare(self,
-        vectors:torch.Tensor, # m x d unit-norm
-        pooling:str="mean", # "mean" or "max"
-    ) -> torch.Tensor: # K x m float32
-        "Cosine of every class with every vector: by the class's mean vector, or by the best of its texts. Raises `ValueError` for another pooling."
-        if pooling not in POOLINGS: raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
-        if pooling == "mean": return self.mean().float() @ vectors.float().T
+    def compare(
+        self,
+        vectors: torch.Tensor,  # m x d unit-norm
+        pooling: str = "mean",  # "mean" or "max"
+    ) -> torch.Tensor:  # K x m float32
+        """Cosine of every class with every vector:
+        by the class's mean vector, or by the best of its texts. Raises `ValueError` for another pooling.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
+        if pooling == "mean":
+            return self.mean().float() @ vectors.float().T
         # Text by text, so that memory does not grow with their number.
         best = vectors.new_full((len(self), len(vectors)), -torch.inf, dtype=torch.float32)
         for column, real in zip(self.embeddings.float().unbind(1), self.mask.unbind(1)):
@@ -134,94 +191,161 @@ class TextBank:
         return best
 
 # %% ../../nbs/text/06_text_bank.ipynb #0ae198a9
-def _named(encoder) -> str: return f"the encoder {getattr(encoder, 'name', type(encoder).__name__)}"
+def _named(encoder) -> str:
+    return f"the encoder {getattr(encoder, 'name', type(encoder).__name__)}"
 
-def _alike(encoder, groups:list[list[str]]) -> VocabularyError:
-    shown = "; ".join(", ".join(map(repr, o[:5])) + (f" and {len(o) - 5} more" if len(o) > 5 else "") for o in groups[:5])
-    return VocabularyError(f"{_named(encoder)} reads the same in names of this vocabulary, so it cannot tell them apart: {shown}. "
-                           "Give them words that differ and that it knows, as a dict {name: [words]} or behind a colon, name: word; or leave all but one out")
+
+def _alike(encoder, groups: list[list[str]]) -> VocabularyError:
+    shown = "; ".join(
+        ", ".join(map(repr, o[:5])) + (f" and {len(o) - 5} more" if len(o) > 5 else "") for o in groups[:5]
+    )
+    return VocabularyError(
+        f"{_named(encoder)} reads the same in names of this vocabulary, so it cannot tell them apart:"
+        f" {shown}. Give them words that differ and that it knows, as a dict {{name: [words]}} or behind a"
+        " colon, name: word; or leave all but one out"
+    )
+
 
 def check_texts(
-    encoder, # anything with `pieces`, see `Encoder`
-    said:dict[str, tuple[str, ...]], # {name: the words or texts that are encoded for it}
+    encoder,  # anything with `pieces`, see `Encoder`
+    said: dict[str, tuple[str, ...]],  # {name: the words or texts that are encoded for it}
 ):
-    "Raise `VocabularyError` for names that are read alike; warn of texts that the encoder does not know, wholly or in part."
+    """Raise `VocabularyError` for names that are read alike;
+    warn of texts that the encoder does not know, wholly or in part.
+    """
     texts = list(dict.fromkeys(o for own in said.values() for o in own))
     pieces = encoder.pieces(texts) if texts and hasattr(encoder, "pieces") else None
-    if pieces is None: return
+    if pieces is None:
+        return
     # Without a single known piece all texts are alike, however many pieces they have.
-    read, heard = {text: own if any(o is not None for o in own) else () for text, own in zip(texts, pieces)}, {}
-    for name, own in said.items(): heard.setdefault(frozenset(read[o] for o in own), []).append(name)
+    read, heard = (
+        {text: own if any(o is not None for o in own) else () for text, own in zip(texts, pieces)},
+        {},
+    )
+    for name, own in said.items():
+        heard.setdefault(frozenset(read[o] for o in own), []).append(name)
     alike = [names for names in heard.values() if len(names) > 1]
-    if alike: raise _alike(encoder, alike)
+    if alike:
+        raise _alike(encoder, alike)
     unknown = [text for text, own in zip(texts, pieces) if None in own or not own]
     if unknown:
-        shown = ", ".join(repr(o[:60]) for o in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        warnings.warn(f"{_named(encoder)} does not know all of {shown}: what it makes of this means little. Give words that it knows, as a dict {{name: [words]}} or behind a colon, name: word",
-                      VocabularyWarning, stacklevel=3)
+        shown = ", ".join(repr(o[:60]) for o in unknown[:5]) + (
+            f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        )
+        warnings.warn(
+            f"{_named(encoder)} does not know all of {shown}: what it makes of this means little. Give words"
+            " that it knows, as a dict {name: [words]} or behind a colon, name: word",
+            VocabularyWarning,
+            stacklevel=3,
+        )
 
-def _check_apart(encoder, bank:TextBank):
-    "Raise `VocabularyError` for classes of one vector, cosine above 1 - 1e-6; only warn if the encoder has no tokenizer whose fault it could be."
+
+def _check_apart(encoder, bank: TextBank):
+    """Raise `VocabularyError` for classes of one vector, cosine above 1 - 1e-6;
+    only warn if the encoder has no tokenizer whose fault it could be.
+    """
     means, partner = bank.mean().float(), {}
     for start in range(0, len(bank), 1024):
-        rows, columns = (means[start:start + 1024] @ means.T > 1 - 1e-6).nonzero().T.tolist()
+        rows, columns = (means[start : start + 1024] @ means.T > 1 - 1e-6).nonzero().T.tolist()
         for i, j in zip(rows, columns):
-            if start + i < j: partner.setdefault(start + i, []).append(j)
+            if start + i < j:
+                partner.setdefault(start + i, []).append(j)
     if partner:
         first, others = next(iter(partner.items()))
         error = _alike(encoder, [[bank.names[o] for o in (first, *others)]])
-        if hasattr(encoder, "pieces") and encoder.pieces([bank.names[first]]) is not None: raise error
+        if hasattr(encoder, "pieces") and encoder.pieces([bank.names[first]]) is not None:
+            raise error
         warnings.warn(str(error), VocabularyWarning, stacklevel=3)
 
 # %% ../../nbs/text/06_text_bank.ipynb #ebb3abd4
-def _steps(rows:list[tuple[str, ...]], size:int):
-    "Lists of rows with at most `size` prompts in all, or one longer row: whole texts, so that each can be stored as soon as it is there."
+def _steps(rows: list[tuple[str, ...]], size: int):
+    """Lists of rows with at most `size` prompts in all, or one longer row:
+    whole texts, so that each can be stored as soon as it is there.
+    """
     step = []
     for row in rows:
         if step and sum(map(len, step)) + len(row) > size:
             yield step
             step = []
         step.append(row)
-    if step: yield step
+    if step:
+        yield step
 
-def _encoded(encoder, texts:dict[tuple[str, ...], str], cache:Cache|None, batch_size:int, progress:bool) -> dict[tuple[str, ...], torch.Tensor]:
+
+def _encoded(
+    encoder, texts: dict[tuple[str, ...], str], cache: Cache | None, batch_size: int, progress: bool
+) -> dict[tuple[str, ...], torch.Tensor]:
     "A unit vector for each row of prompts, from the cache or the text tower."
     known = getattr(encoder, "text_fingerprint", encoder.fingerprint)
     keys = {row: cache.key("text", known, *row) for row in texts} if cache else {}
     stored = {row: cache.get(key) for row, key in keys.items()}
-    vectors = {row: torch.from_numpy(o["embedding"]).to(encoder.device) for row, o in stored.items() if o is not None}
+    vectors = {
+        row: torch.from_numpy(o["embedding"]).to(encoder.device) for row, o in stored.items() if o is not None
+    }
     missing = [o for o in texts if o not in vectors]
-    with tqdm(total=len(missing), desc="text", unit="text", disable=not progress or sum(map(len, missing)) <= batch_size) as bar:
+    with tqdm(
+        total=len(missing),
+        desc="text",
+        unit="text",
+        disable=not progress or sum(map(len, missing)) <= batch_size,
+    ) as bar:
         for rows in _steps(missing, batch_size):
             flat = [o for row in rows for o in row]
-            units = torch.cat([F.normalize(encoder.text(flat[i:i + batch_size]).float(), dim=-1) for i in range(0, len(flat), batch_size)])
+            units = torch.cat(
+                [
+                    F.normalize(encoder.text(flat[i : i + batch_size]).float(), dim=-1)
+                    for i in range(0, len(flat), batch_size)
+                ]
+            )
             for row, unit in zip(rows, units.split(list(map(len, rows)))):
                 vectors[row] = F.normalize(unit.mean(0), dim=-1)
-                if cache: cache.try_put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
+                if cache:
+                    cache.try_put(keys[row], {"embedding": vectors[row].cpu().numpy()}, {"word": texts[row]})
             bar.update(len(rows))
     return vectors
 
+
 @torch.no_grad()
 def encode_text(
-    encoder, # anything with `text(prompts) -> N x d`, `fingerprint` and `device`: see `Encoder`
-    vocabulary, # a `Vocabulary`, or whatever `Vocabulary.of` accepts: a list of names, a dict name -> words, a shipped name, a file
-    templates:str|tuple[str, ...]|list[str]="single", # template set or sentences: see `load_templates`
-    cache:Cache|bool|None=None, # where embeddings are kept on disk; True for the default place, None for nowhere
-    batch_size:int=64, # prompts per call of the text tower
-    progress:bool=True, # show a bar when there is more than one batch
-    prompts="names", # what is said about a class: names, descriptions, subclasses, both, a bank or its file, or a list: see `prompt_sources`
-    instead:dict|None=None, # {name: words} in place of some names' own: see `class_prompts`
-) -> TextBank: # on the encoder's device, in the vocabulary's order
-    """Embed all words or texts of a vocabulary: per word the mean over templates of unit vectors, re-normalised; each is encoded once.
+    encoder,  # anything with `text(prompts) -> N x d`, `fingerprint` and `device`: see `Encoder`
+    # a `Vocabulary`, or whatever `Vocabulary.of` accepts: a list of names, a dict name -> words, a shipped
+    # name, a file
+    vocabulary,
+    templates: (
+        str | tuple[str, ...] | list[str]
+    ) = "single",  # template set or sentences: see `load_templates`
+    # where embeddings are kept on disk; True for the default place, None for nowhere
+    cache: Cache | bool | None = None,
+    batch_size: int = 64,  # prompts per call of the text tower
+    progress: bool = True,  # show a bar when there is more than one batch
+    # what is said about a class: names, descriptions, subclasses, both, a bank or its file, or a list: see
+    # `prompt_sources`
+    prompts="names",
+    instead: dict | None = None,  # {name: words} in place of some names' own: see `class_prompts`
+) -> TextBank:  # on the encoder's device, in the vocabulary's order
+    """Embed all words or texts of a vocabulary: per word the mean over templates of unit vectors,
+    re-normalised; each is encoded once.
 
-    Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a prompt the encoder cannot read, as `class_prompts` does, and
-    `VocabularyError` for names that become one vector. Warns of words that the encoder does not know."""
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    vocabulary, cache, sentences = Vocabulary.of(vocabulary), Cache() if cache is True else cache or None, load_templates(templates)
-    # Names need no bank of prompts: words and templates say all, and the whole result is found without spelling out every sentence.
+    Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a
+    prompt the encoder cannot read, as `class_prompts` does, and
+    `VocabularyError` for names that become one vector. Warns of words that the encoder does not know.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    vocabulary, cache, sentences = (
+        Vocabulary.of(vocabulary),
+        Cache() if cache is True else cache or None,
+        load_templates(templates),
+    )
+    # Names need no bank of prompts: words and templates say all, and the whole result is found without
+    # spelling out every sentence.
     own = dict(zip(vocabulary.names, vocabulary.words)) | (instead or {})
     said = [tuple(dict.fromkeys(own[o])) for o in vocabulary.names]
-    whole = cache.key("bank", getattr(encoder, "text_fingerprint", encoder.fingerprint), sentences, said) if cache and prompt_sources(prompts) == ("names",) else None
+    whole = (
+        cache.key("bank", getattr(encoder, "text_fingerprint", encoder.fingerprint), sentences, said)
+        if cache and prompt_sources(prompts) == ("names",)
+        else None
+    )
     stored = cache.get(whole) if whole else None
     if stored is not None:
         vectors = torch.from_numpy(stored["embeddings"]).to(encoder.device)
@@ -229,10 +353,19 @@ def encode_text(
     else:
         classes = class_prompts(vocabulary, prompts, sentences, instead)
         said = [tuple(o.values()) for o in classes.values()]
-        check_texts(encoder, dict(zip(vocabulary.names, said)))   # before anything is encoded
-        found = _encoded(encoder, {row: text for o in classes.values() for row, text in o.items()}, cache, batch_size, progress)
+        check_texts(encoder, dict(zip(vocabulary.names, said)))  # before anything is encoded
+        found = _encoded(
+            encoder,
+            {row: text for o in classes.values() for row, text in o.items()},
+            cache,
+            batch_size,
+            progress,
+        )
         vectors = torch.stack([found[row] for o in classes.values() for row in o])
-        if whole: cache.try_put(whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]})
+        if whole:
+            cache.try_put(
+                whole, {"embeddings": vectors.cpu().numpy()}, {"names": ", ".join(vocabulary.names)[:200]}
+            )
     counts = torch.tensor([len(o) for o in said], device=vectors.device)
     mask = torch.arange(int(counts.max()), device=vectors.device) < counts[:, None]
     embeddings = vectors.new_zeros(*mask.shape, vectors.shape[1])

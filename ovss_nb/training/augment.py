@@ -19,70 +19,99 @@ from .fit import Batches
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/training/05_augment.ipynb #10b440f5
-def _rounded(x:torch.Tensor) -> torch.Tensor: return x.round().clamp(0, 255).to(torch.uint8)
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.round().clamp(0, 255).to(torch.uint8)
 
-def _saturated(x:torch.Tensor, amount:float) -> torch.Tensor:
+
+def _saturated(x: torch.Tensor, amount: float) -> torch.Tensor:
     "Scale S of HSV, which is at most 1: at every place the distance of the channels from the greatest one."
     top, low = x.amax(0).float(), x.amin(0).float()
-    factor = (top/(top - low).clamp(min=1)).clamp(max=1 + amount)
-    return _rounded(top - (top - x.float())*factor)
+    factor = (top / (top - low).clamp(min=1)).clamp(max=1 + amount)
+    return _rounded(top - (top - x.float()) * factor)
 
-_RECOLOURS = { # (3 x H x W uint8, amount) -> the same
-    "brightness": lambda x, amount: _rounded(x.float() + 255*amount),
-    "contrast": lambda x, amount: _rounded(x.float()*(1 + amount)),
+
+_RECOLOURS = {  # (3 x H x W uint8, amount) -> the same
+    "brightness": lambda x, amount: _rounded(x.float() + 255 * amount),
+    "contrast": lambda x, amount: _rounded(x.float() * (1 + amount)),
     "saturation": _saturated,
     "hue": V.adjust_hue,
 }
 
+
 @dataclass(frozen=True)
 class Augmentation:
-    "How pictures are changed by chance; the defaults are CAT-Seg's. Raises `ValueError` for values that make no sense."
-    shortest:tuple[Count, Count] = (384, 384) # pixels of the shorter side, drawn from this range
-    step:Count = 1 # sizes in the range are so many pixels apart
-    scale:tuple[Positive, Positive]|None = None # in place of `shortest`: factors of the picture's own size, drawn from this range
-    longest:Count|None = None # pixels of the longer side at most; default: four times the shorter, with `scale` no limit
-    crop:Count = 384 # side of the square that is cut out
-    jitter:Share = 0.5 # probability of each of the next four changes
-    brightness:Share = 32/255 # share of white that is added or taken away at most
-    contrast:Share = 0.5 # factors of all pixels are drawn from 1 - this to 1 + this
-    saturation:Share = 0.5 # likewise, of the distance from grey (in HSV)
-    hue:Annotated[float, Range(0, 0.5)] = 0.1 # turn of the colour circle at most, as a share of it
-    flip:Share = 0.5 # probability
-    fill:Annotated[int, Range(0, 255)] = 128 # grey beside a picture that is smaller than the square
-    ignore:Index = 255 # label there
+    """How pictures are changed by chance;
+    the defaults are CAT-Seg's. Raises `ValueError` for values that make no sense.
+    """
+
+    shortest: tuple[Count, Count] = (384, 384)  # pixels of the shorter side, drawn from this range
+    step: Count = 1  # sizes in the range are so many pixels apart
+    # in place of `shortest`: factors of the picture's own size, drawn from this range
+    scale: tuple[Positive, Positive] | None = None
+    # pixels of the longer side at most; default: four times the shorter, with `scale` no limit
+    longest: Count | None = None
+    crop: Count = 384  # side of the square that is cut out
+    jitter: Share = 0.5  # probability of each of the next four changes
+    brightness: Share = 32 / 255  # share of white that is added or taken away at most
+    contrast: Share = 0.5  # factors of all pixels are drawn from 1 - this to 1 + this
+    saturation: Share = 0.5  # likewise, of the distance from grey (in HSV)
+    hue: Annotated[float, Range(0, 0.5)] = 0.1  # turn of the colour circle at most, as a share of it
+    flip: Share = 0.5  # probability
+    fill: Annotated[int, Range(0, 255)] = 128  # grey beside a picture that is smaller than the square
+    ignore: Index = 255  # label there
 
     def __post_init__(self):
         check_options(self)
-        if self.shortest[0] > self.shortest[1]: raise ValueError(f"shortest={self.shortest} must be the least and the most pixels of the shorter side")
-        if self.scale is not None and self.scale[0] > self.scale[1]: raise ValueError(f"scale={self.scale} must be the least and the greatest factor of a picture's size")
+        if self.shortest[0] > self.shortest[1]:
+            raise ValueError(
+                f"shortest={self.shortest} must be the least and the most pixels of the shorter side"
+            )
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError(
+                f"scale={self.scale} must be the least and the greatest factor of a picture's size"
+            )
 
-    def recolour(self,
-        picture:torch.Tensor, # 3 x H x W uint8
-        draw, # (low, high) -> a number between
-    ) -> torch.Tensor: # the same shape and type
+    def recolour(
+        self,
+        picture: torch.Tensor,  # 3 x H x W uint8
+        draw,  # (low, high) -> a number between
+    ) -> torch.Tensor:  # the same shape and type
         "SSD's photometric distortion: brightness, then contrast before saturation and hue, or after them."
         # All is drawn even if nothing changes: what follows stays the same.
-        amounts = {name: (draw(0, 1) < self.jitter)*draw(-1, 1)*getattr(self, name) for name in _RECOLOURS}
+        amounts = {
+            name: (draw(0, 1) < self.jitter) * draw(-1, 1) * getattr(self, name) for name in _RECOLOURS
+        }
         first = ("contrast",) if draw(0, 1) < 0.5 else ()
         for name in ("brightness", *first, "saturation", "hue", *(() if first else ("contrast",))):
-            if amounts[name]: picture = _RECOLOURS[name](picture, amounts[name])
+            if amounts[name]:
+                picture = _RECOLOURS[name](picture, amounts[name])
         return picture
 
-    def __call__(self,
-        image:np.ndarray, # H x W x 3 uint8 RGB
-        labels:np.ndarray, # H x W integers
-        generator:torch.Generator|None=None, # where all chance comes from
-    ) -> tuple[torch.Tensor, torch.Tensor]: # 3 x crop x crop uint8, crop x crop int64
+    def __call__(
+        self,
+        image: np.ndarray,  # H x W x 3 uint8 RGB
+        labels: np.ndarray,  # H x W integers
+        generator: torch.Generator | None = None,  # where all chance comes from
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # 3 x crop x crop uint8, crop x crop int64
         "One picture and its labels, changed alike. Raises `ValueError` if their sizes differ."
-        if image.shape[:2] != labels.shape: raise ValueError(f"the image is {image.shape[:2]}, its labels are {labels.shape}: they must have one size")
-        def draw(low, high): return low + (high - low)*torch.rand((), generator=generator).item()
+        if image.shape[:2] != labels.shape:
+            raise ValueError(
+                f"the image is {image.shape[:2]}, its labels are {labels.shape}: they must have one size"
+            )
+
+        def draw(low, high):
+            return low + (high - low) * torch.rand((), generator=generator).item()
+
         picture = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None])   # indexed later, it would be a mask no more
-        shortest = self.shortest[0] + self.step*int(draw(0, (self.shortest[1] - self.shortest[0])//self.step + 1))
-        wanted = draw(*self.scale) if self.scale else shortest/min(labels.shape)
-        longest = self.longest or (torch.inf if self.scale else 4*shortest)
-        scale = min(wanted, longest/max(labels.shape))
-        size = [max(1, round(o*scale)) for o in labels.shape]
+        # indexed later, it would be a mask no more
+        mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None])
+        shortest = self.shortest[0] + self.step * int(
+            draw(0, (self.shortest[1] - self.shortest[0]) // self.step + 1)
+        )
+        wanted = draw(*self.scale) if self.scale else shortest / min(labels.shape)
+        longest = self.longest or (torch.inf if self.scale else 4 * shortest)
+        scale = min(wanted, longest / max(labels.shape))
+        size = [max(1, round(o * scale)) for o in labels.shape]
         picture, mask = V.resize(picture, size, antialias=True), V.resize(mask, size)
         picture = self.recolour(picture.as_subclass(torch.Tensor), draw)
         top, left = (int(draw(0, max(0, o - self.crop) + 0.999)) for o in size)
@@ -90,105 +119,163 @@ class Augmentation:
         right, below = (max(0, self.crop - o) for o in size[::-1])
         found = []
         for o, fill in ((picture, self.fill), (mask, self.ignore)):
-            o = V.pad(V.crop(o, top, left, min(self.crop, size[0]), min(self.crop, size[1])), [0, 0, right, below], fill=fill)
+            o = V.pad(
+                V.crop(o, top, left, min(self.crop, size[0]), min(self.crop, size[1])),
+                [0, 0, right, below],
+                fill=fill,
+            )
             found.append((V.horizontal_flip(o) if mirrored else o).as_subclass(torch.Tensor))
         return found[0], found[1][0]
 
 # %% ../../nbs/training/05_augment.ipynb #62d6f192
-def _plain(word:str) -> str: return re.sub(r"[\s_-]+", "", word.casefold())
+def _plain(word: str) -> str:
+    return re.sub(r"[\s_-]+", "", word.casefold())
+
 
 def merge_vocabularies(
-    vocabularies:list[Vocabulary],
-) -> tuple[Vocabulary, list[np.ndarray]]: # the union; per vocabulary the place of each of its names in it, -1 for a background
+    vocabularies: list[Vocabulary],
+    # the union; per vocabulary the place of each of its names in it, -1 for a background
+) -> tuple[Vocabulary, list[np.ndarray]]:
     "The union of vocabularies, without backgrounds: names that share a word are one class."
     names, words, places = [], [], []
     for vocabulary in map(Vocabulary.of, vocabularies):
-        # As it was before this vocabulary: two names of one set stay two. A name counts for more than a synonym.
+        # As it was before this vocabulary: two names of one set stay two. A name counts for more than a
+        # synonym.
         known = {}
-        for k, word in [*enumerate(names), *((k, o) for k, own in enumerate(words) for o in own)]: known.setdefault(_plain(word), []).append(k)
+        for k, word in [*enumerate(names), *((k, o) for k, own in enumerate(words) for o in own)]:
+            known.setdefault(_plain(word), []).append(k)
         place = {o: -1 for o in vocabulary.background}
-        for own in (lambda name, _: (name,)), (lambda _, words: words):   # all names find theirs before a synonym takes it
+        # all names find theirs before a synonym takes it
+        for own in (lambda name, _: (name,)), (lambda _, words: words):
             for name, others in zip(vocabulary.names, vocabulary.words):
-                if name in place: continue
-                k = next((k for o in own(name, others) for k in known.get(_plain(o), ()) if k not in place.values()), None)
-                if k is not None: place[name] = k
+                if name in place:
+                    continue
+                k = next(
+                    (
+                        k
+                        for o in own(name, others)
+                        for k in known.get(_plain(o), ())
+                        if k not in place.values()
+                    ),
+                    None,
+                )
+                if k is not None:
+                    place[name] = k
         for name, own in zip(vocabulary.names, vocabulary.words):
             if name not in place:
                 place[name] = len(names)
                 taken = {o.casefold() for o in names}
-                names.append(next(o for o in (name, *own, *(f"{name} {n}" for n in range(2, len(names) + 3))) if o.casefold() not in taken)); words.append([])
-            if place[name] >= 0: words[place[name]] += [o for o in own if o not in words[place[name]]]
+                names.append(
+                    next(
+                        o
+                        for o in (name, *own, *(f"{name} {n}" for n in range(2, len(names) + 3)))
+                        if o.casefold() not in taken
+                    )
+                )
+                words.append([])
+            if place[name] >= 0:
+                words[place[name]] += [o for o in own if o not in words[place[name]]]
         places.append(np.array([place[o] for o in vocabulary.names]))
     return Vocabulary(tuple(names), tuple(map(tuple, words))), places
 
 # %% ../../nbs/training/05_augment.ipynb #b5cb0cc4
 class TrainingSets:
-    """Several labelled sets as one: item n is (image, labels), labels as places in the common vocabulary. Raises `ValueError` for an unseen class that no set has.
+    """Several labelled sets as one: item n is (image, labels), labels as places in the common vocabulary.
+    Raises `ValueError` for an unseen class that no set has.
 
-    A set has `vocabulary`, `image(i)`, `labels(i)`, `ignore` and a length: see the chapter Datasets."""
-    def __init__(self,
-        sets:list, # labelled sets
-        unseen:list[str]|tuple[str, ...]=(), # classes without labels, by any of their words
-        rows:list|None=None, # per set the numbers of the items to take; default: all
-        ignore:int=255, # the label that is no class
+    A set has `vocabulary`, `image(i)`, `labels(i)`, `ignore` and a length: see the chapter Datasets.
+    """
+
+    def __init__(
+        self,
+        sets: list,  # labelled sets
+        unseen: list[str] | tuple[str, ...] = (),  # classes without labels, by any of their words
+        rows: list | None = None,  # per set the numbers of the items to take; default: all
+        ignore: int = 255,  # the label that is no class
     ):
         self.sets, self.ignore = list(sets), ignore
         self.vocabulary, self.places = merge_vocabularies([o.vocabulary for o in self.sets])
-        if len(self.vocabulary) > ignore: raise ValueError(f"{len(self.vocabulary)} classes need another label to ignore than {ignore}: say ignore=65535")
+        if len(self.vocabulary) > ignore:
+            raise ValueError(
+                f"{len(self.vocabulary)} classes need another label to ignore than {ignore}: say ignore=65535"
+            )
         known = {_plain(word): k for k, own in enumerate(self.vocabulary.words) for word in own}
         if wrong := [o for o in unseen if _plain(o) not in known]:
             near = get_close_matches(_plain(wrong[0]), known, 1)
-            raise ValueError(f"no set has the class {wrong[0]!r}" + (f"; did you mean {near[0]!r}?" if near else "") + " Held-back classes are named by a word of a set")
+            raise ValueError(
+                f"no set has the class {wrong[0]!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + " Held-back classes are named by a word of a set"
+            )
         self.unseen = sorted({known[_plain(o)] for o in unseen})
-        self.tables = [np.array([ignore if o < 0 or o in self.unseen else o for o in place]) for place in self.places]
-        self.classes = [np.unique(o[o != ignore]) for o in self.tables] # per set the classes that it teaches
-        if empty := [o for o, own in zip(self.sets, self.classes) if not len(own)]: raise ValueError(f"{empty[0]} has no class left: hold fewer back, or leave the set out")
+        self.tables = [
+            np.array([ignore if o < 0 or o in self.unseen else o for o in place]) for place in self.places
+        ]
+        # per set the classes that it teaches
+        self.classes = [np.unique(o[o != ignore]) for o in self.tables]
+        if empty := [o for o, own in zip(self.sets, self.classes) if not len(own)]:
+            raise ValueError(f"{empty[0]} has no class left: hold fewer back, or leave the set out")
         rows = rows or [range(len(o)) for o in self.sets]
         self.items = [(s, int(i)) for s, own in enumerate(rows) for i in own]
-        self.groups = [np.array([n for n, (s, _) in enumerate(self.items) if s == k]) for k in range(len(self.sets))] # per set its items
+        # per set its items
+        self.groups = [
+            np.array([n for n, (s, _) in enumerate(self.items) if s == k]) for k in range(len(self.sets))
+        ]
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
-    def image(self, n:int) -> np.ndarray: # H x W x 3 uint8
+    def image(self, n: int) -> np.ndarray:  # H x W x 3 uint8
         s, i = self.items[n]
         return self.sets[s].image(i)
 
-    def labels(self, n:int) -> np.ndarray: # H x W int64
+    def labels(self, n: int) -> np.ndarray:  # H x W int64
         s, i = self.items[n]
         stored = self.sets[s].labels(i)
         ignored = stored == self.sets[s].ignore
         return np.where(ignored, self.ignore, self.tables[s][np.where(ignored, 0, stored)])
 
-    def __getitem__(self, n:int) -> tuple[np.ndarray, np.ndarray]: return self.image(n), self.labels(n)
+    def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.image(n), self.labels(n)
 
 # %% ../../nbs/training/05_augment.ipynb #865b2ef1
 class SetBatches:
-    "Item numbers of each batch, all of one set: `batches[index]` is (set, array of `size` numbers). Raises `TrainingError` for a set smaller than a batch."
-    def __init__(self, groups:list[np.ndarray], size:int, seed:int=0):
-        self.parts, self.seed = [Batches(o, size, seed + 7919*k) for k, o in enumerate(groups)], seed
+    """Item numbers of each batch, all of one set:
+    `batches[index]` is (set, array of `size` numbers). Raises `TrainingError` for a set smaller than a batch.
+    """
+
+    def __init__(self, groups: list[np.ndarray], size: int, seed: int = 0):
+        self.parts, self.seed = [Batches(o, size, seed + 7919 * k) for k, o in enumerate(groups)], seed
         self.order = np.repeat(np.arange(len(groups)), [len(o) for o in self.parts])
 
-    def __len__(self): return len(self.order)
+    def __len__(self):
+        return len(self.order)
 
-    def __getitem__(self, index:int) -> tuple[int, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
         epoch, place = divmod(index, len(self))
         order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.order)
         s = int(order[place])
-        return s, self.parts[s][epoch*len(self.parts[s]) + int((order[:place] == s).sum())]
+        return s, self.parts[s][epoch * len(self.parts[s]) + int((order[:place] == s).sum())]
 
 # %% ../../nbs/training/05_augment.ipynb #8a06ac9b
 def choose_classes(
-    labels:torch.Tensor, # integers of any shape
-    classes:np.ndarray, # the labels that are taught
-    most:int=0, # so many of them; 0 for all
-    generator:torch.Generator|None=None,
-    ignore:int=255,
-) -> tuple[np.ndarray, torch.Tensor]: # the chosen, ascending, and the labels as places among them
-    "Choose the classes that occur and others by chance, never more than `most`; a class that occurs and is not chosen is ignored. Raises `ValueError` for a label that is not taught."
+    labels: torch.Tensor,  # integers of any shape
+    classes: np.ndarray,  # the labels that are taught
+    most: int = 0,  # so many of them; 0 for all
+    generator: torch.Generator | None = None,
+    ignore: int = 255,
+) -> tuple[np.ndarray, torch.Tensor]:  # the chosen, ascending, and the labels as places among them
+    """Choose the classes that occur and others by chance, never more than `most`;
+    a class that occurs and is not chosen is ignored. Raises `ValueError` for a label that is not taught.
+    """
     present = np.setdiff1d(labels.unique().numpy(), [ignore])
-    if wrong := set(present) - set(classes): raise ValueError(f"the label {min(wrong)} is not among the {len(classes)} classes that are taught")
-    shuffled = [o[torch.randperm(len(o), generator=generator).numpy()] for o in (present, np.setdiff1d(classes, present))]
-    chosen = np.sort(np.concatenate(shuffled)[:most or None]).astype(int)
+    if wrong := set(present) - set(classes):
+        raise ValueError(f"the label {min(wrong)} is not among the {len(classes)} classes that are taught")
+    shuffled = [
+        o[torch.randperm(len(o), generator=generator).numpy()]
+        for o in (present, np.setdiff1d(classes, present))
+    ]
+    chosen = np.sort(np.concatenate(shuffled)[: most or None]).astype(int)
     table = torch.full((max(ignore, *classes) + 1,), ignore)
     table[torch.from_numpy(chosen)] = torch.arange(len(chosen))
     return chosen, table[labels.long()]

@@ -18,34 +18,63 @@ from ..benchmarks.datasets import DatasetError
 from ..core.images import is_image_name, load_image
 
 # %% ../../nbs/training/06_captions.ipynb #174302fd
-def _tar_members(path:Path) -> dict[str, tuple[Path, int, int]]: # name -> (shard, offset, bytes)
+def _tar_members(path: Path) -> dict[str, tuple[Path, int, int]]:  # name -> (shard, offset, bytes)
     "Where the pictures lie in a shard. Raises `DatasetError` for a damaged one."
     try:
-        with tarfile.open(path, "r:") as tar: members = [o for o in tar if o.isfile()]
-        if (size := path.stat().st_size) < max((o.offset_data + o.size for o in members), default=0): raise EOFError(f"it ends after {size:,} bytes")
+        with tarfile.open(path, "r:") as tar:
+            members = [o for o in tar if o.isfile()]
+        if (size := path.stat().st_size) < max((o.offset_data + o.size for o in members), default=0):
+            raise EOFError(f"it ends after {size:,} bytes")
     except (tarfile.TarError, OSError, EOFError, ValueError) as e:
-        raise DatasetError(f"{path} is damaged, or no uncompressed tar file ({e}). Copy or download it again") from e
-    return {PurePosixPath(o.name).as_posix(): (path, o.offset_data, o.size) for o in members if _is_picture(o.name)}
+        raise DatasetError(
+            f"{path} is damaged, or no uncompressed tar file ({e}). Copy or download it again"
+        ) from e
+    return {
+        PurePosixPath(o.name).as_posix(): (path, o.offset_data, o.size)
+        for o in members
+        if _is_picture(o.name)
+    }
 
-def _is_picture(name:str) -> bool: return is_image_name(PurePosixPath(name).name)
+
+def _is_picture(name: str) -> bool:
+    return is_image_name(PurePosixPath(name).name)
 
 # %% ../../nbs/training/06_captions.ipynb #787a7681
-def _read_captions(path:Path) -> dict[str, list[str]]:
+def _read_captions(path: Path) -> dict[str, list[str]]:
     "The captions by file name. Raises `DatasetError` if the file is not there or holds anything else."
-    if not path.is_file(): raise DatasetError(f"{path.parent} has no {path.name}: it maps each picture's file name to a list of sentences")
-    try: captions = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e: raise DatasetError(f"{path} is not readable JSON ({e}). Copy or download it again") from e
-    if not isinstance(captions, dict) or not captions: raise DatasetError(f"{path} must hold an object, picture's file name -> list of sentences")
+    if not path.is_file():
+        raise DatasetError(
+            f"{path.parent} has no {path.name}: it maps each picture's file name to a list of sentences"
+        )
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise DatasetError(f"{path} is not readable JSON ({e}). Copy or download it again") from e
+    if not isinstance(captions, dict) or not captions:
+        raise DatasetError(f"{path} must hold an object, picture's file name -> list of sentences")
     for name, sentences in captions.items():
-        if not (isinstance(sentences, list) and sentences and all(isinstance(o, str) and o.strip() for o in sentences)):
-            raise DatasetError(f"{path}: the captions of {name!r} must be a list of sentences, not {str(sentences)[:60]!r}")
+        if not (
+            isinstance(sentences, list)
+            and sentences
+            and all(isinstance(o, str) and o.strip() for o in sentences)
+        ):
+            raise DatasetError(
+                f"{path}: the captions of {name!r} must be a list of sentences, not {str(sentences)[:60]!r}"
+            )
     return captions
 
+
 class CaptionSet:
-    "Photographs with captions, in the order of their names. Make one with `CaptionSet.open`; it can be pickled and read from many processes."
-    def __init__(self,
-        places:dict[str, tuple[Path, int, int|None]], # name -> file, offset and number of bytes (None: all)
-        sentences:dict[str, list[str]], # name -> captions
+    """Photographs with captions, in the order of their names.
+
+    Make one with `CaptionSet.open`; it can be pickled and read from many processes.
+    """
+
+    def __init__(
+        self,
+        # name -> file, offset and number of bytes (None: all)
+        places: dict[str, tuple[Path, int, int | None]],
+        sentences: dict[str, list[str]],  # name -> captions
     ):
         self.names = sorted(sentences)
         self._places, self._sentences = [places[o] for o in self.names], [sentences[o] for o in self.names]
@@ -54,64 +83,93 @@ class CaptionSet:
     def open(cls, root) -> "CaptionSet":
         """A folder with captions.json and either `*.tar` shards or `images/`.
 
-        Raises `DatasetError` for a damaged file, a picture without captions, and captions without a picture."""
+        Raises `DatasetError` for a damaged file, a picture without captions, and captions without a picture.
+        """
         root = Path(root)
-        sentences, places = _read_captions(root/"captions.json"), {}
+        sentences, places = _read_captions(root / "captions.json"), {}
         for shard in sorted(root.glob("*.tar")):
             members = _tar_members(shard)
             if twice := min(places.keys() & members, default=None):
-                raise DatasetError(f"{twice} is in {places[twice][0].name} and again in {shard}. Remove one of the two files")
+                raise DatasetError(
+                    f"{twice} is in {places[twice][0].name} and again in {shard}. Remove one of the two files"
+                )
             places.update(members)
         if not places:
             found = [o for o in root.glob("images/**/*") if o.is_file() and _is_picture(o.name)]
-            places = {o.relative_to(root/"images").as_posix(): (o, 0, None) for o in found}
+            places = {o.relative_to(root / "images").as_posix(): (o, 0, None) for o in found}
         for name in sorted(sentences.keys() ^ places):
             if name in sentences:
-                raise DatasetError(f"{root/'captions.json'} describes {name}, but no shard or images/ has it. Copy the pictures again, or remove its entry")
-            raise DatasetError(f"{name} in {root} has no captions. Add them to captions.json, or remove the picture")
+                raise DatasetError(
+                    f"{root / 'captions.json'} describes {name}, but no shard or images/ has it. Copy the"
+                    " pictures again, or remove its entry"
+                )
+            raise DatasetError(
+                f"{name} in {root} has no captions. Add them to captions.json, or remove the picture"
+            )
         return cls(places, sentences)
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
-    def __repr__(self): return f"CaptionSet({len(self)} pictures, {sum(map(len, self._sentences))} captions)"
+    def __repr__(self):
+        return f"CaptionSet({len(self)} pictures, {sum(map(len, self._sentences))} captions)"
 
-    def captions(self, i:int) -> list[str]:
+    def captions(self, i: int) -> list[str]:
         "The sentences about picture i."
         return list(self._sentences[i])
 
-    def image_digest(self, i:int) -> str:
+    def image_digest(self, i: int) -> str:
         "SHA-256 of the bytes of picture i, wherever it lies. Raises `OSError`."
         path, offset, size = self._places[i]
-        if size is None: return file_digest(path)
-        with open(path, "rb") as file: file.seek(offset); return hashlib.sha256(file.read(size)).hexdigest()
+        if size is None:
+            return file_digest(path)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return hashlib.sha256(file.read(size)).hexdigest()
 
-    def image(self, i:int) -> np.ndarray: # H x W x 3, uint8, RGB
-        "Picture i, read from its place. Raises `ImageError` if it is damaged, `DatasetError` if its file is gone."
+    def image(self, i: int) -> np.ndarray:  # H x W x 3, uint8, RGB
+        """Picture i, read from its place.
+
+        Raises `ImageError` if it is damaged, `DatasetError` if its file is gone.
+        """
         path, offset, size = self._places[i]
-        if size is None: return load_image(path)
+        if size is None:
+            return load_image(path)
         try:
-            with open(path, "rb") as file: file.seek(offset); content = BytesIO(file.read(size))
-        except OSError as e: raise DatasetError(f"{path} cannot be read any more ({e}). Put it back, and open the set again") from e
-        content.name = f"{path}: {self.names[i]}"   # the name that `load_image` puts into its errors
+            with open(path, "rb") as file:
+                file.seek(offset)
+                content = BytesIO(file.read(size))
+        except OSError as e:
+            raise DatasetError(
+                f"{path} cannot be read any more ({e}). Put it back, and open the set again"
+            ) from e
+        content.name = f"{path}: {self.names[i]}"  # the name that `load_image` puts into its errors
         return load_image(content)
 
 # %% ../../nbs/training/06_captions.ipynb #df46887b
 def held_back(
-    count:int, # how many to keep back
-    of:int, # how many there are, in the order of their names
-    start:float=0.45, # where the run begins, as a share of `of`
-) -> np.ndarray: # `of` booleans, true for those kept back
-    "A run of neighbours to test on, since neighbouring names are near duplicates. Raises `DatasetError` if it does not fit."
-    first = int(of*start)
+    count: int,  # how many to keep back
+    of: int,  # how many there are, in the order of their names
+    start: float = 0.45,  # where the run begins, as a share of `of`
+) -> np.ndarray:  # `of` booleans, true for those kept back
+    """A run of neighbours to test on, since neighbouring names are near duplicates.
+
+    Raises `DatasetError` if it does not fit.
+    """
+    first = int(of * start)
     if not (0 <= first and 0 <= count and first + count <= of):
-        raise DatasetError(f"{count} of {of} pictures cannot be kept back from number {first} on. Take fewer, or an earlier start")
+        raise DatasetError(
+            f"{count} of {of} pictures cannot be kept back from number {first} on. Take fewer, or an earlier"
+            " start"
+        )
     mask = np.zeros(of, bool)
-    mask[first:first + count] = True
+    mask[first : first + count] = True
     return mask
 
 # %% ../../nbs/training/06_captions.ipynb #dc5e18c3
 @cache
-def caption_nouns() -> dict: # nouns: list; same: word -> noun; up: noun -> list of nouns that imply it; stuff: list
+# nouns: list; same: word -> noun; up: noun -> list of nouns that imply it; stuff: list
+def caption_nouns() -> dict:
     "The nouns that captions are searched for, with other words for them and with what follows from what."
     return json.loads(files("ovss_nb.data").joinpath("caption_nouns.json").read_text(encoding="utf-8"))
 
@@ -122,32 +180,45 @@ def _several_words() -> re.Pattern:
     several = sorted((o for o in caption_nouns()["nouns"] if " " in o), key=len, reverse=True)
     return re.compile(f"(?<!\\S)(?:{'|'.join(several)})(?!\\S)")
 
+
 @cache
-def _singular(word:str) -> str:
+def _singular(word: str) -> str:
     "The word without its plural ending, if that is a noun of the list and the word itself is none."
     nouns = caption_nouns()["nouns"]
     return next((o for o in (word, word.removesuffix("es"), word.removesuffix("s")) if o in nouns), word)
 
+
 def noun_counts(
-    captions:list[str], # of one picture
-) -> Counter: # noun -> how many of the captions name it
-    "Nouns named by captions; plurals and other words for a noun count, and so does what follows from it (a boy is a person)."
+    captions: list[str],  # of one picture
+) -> Counter:  # noun -> how many of the captions name it
+    """Nouns named by captions;
+    plurals and other words for a noun count, and so does what follows from it (a boy is a person).
+    """
     nouns, same, implied = (caption_nouns()[o] for o in ("nouns", "same", "up"))
     counts = Counter()
     for caption in captions:
         text = " ".join(map(_singular, re.findall(r"[a-z-]+", caption.lower())))
-        named = set(_several_words().findall(text)) | {same.get(o, o) for o in _several_words().sub("_", text).split()}
+        named = set(_several_words().findall(text)) | {
+            same.get(o, o) for o in _several_words().sub("_", text).split()
+        }
         named &= set(nouns)
         counts.update(named | {up for up, down in implied.items() if named.intersection(down)})
     return counts
 
 # %% ../../nbs/training/06_captions.ipynb #ce2a6647
 def noun_targets(
-    counts:list[Counter], # of N pictures: `noun_counts` of each
-    min_images:int=5, # nouns of fewer pictures are left out
-) -> tuple[list[str], np.ndarray, np.ndarray]: # K nouns in the list's order; N x K float32 in 0..1; K, the number of pictures that name each
+    counts: list[Counter],  # of N pictures: `noun_counts` of each
+    min_images: int = 5,  # nouns of fewer pictures are left out
+    # K nouns in the list's order; N x K float32 in 0..1; K, the number of pictures that name each
+) -> tuple[list[str], np.ndarray, np.ndarray]:
     "Captions' nouns as targets for `losses.noun_loss`: min(1, 0.5 + 0.25 n) for a noun of n captions."
     frequency = Counter(noun for o in counts for noun in o)
     nouns = [o for o in caption_nouns()["nouns"] if frequency[o] >= max(1, min_images)]
-    named = np.array([[o[noun] for noun in nouns] for o in counts], np.float32).reshape(len(counts), len(nouns))
-    return nouns, np.where(named > 0, np.minimum(1, 0.5 + 0.25*named), 0).astype(np.float32), (named > 0).sum(0)
+    named = np.array([[o[noun] for noun in nouns] for o in counts], np.float32).reshape(
+        len(counts), len(nouns)
+    )
+    return (
+        nouns,
+        np.where(named > 0, np.minimum(1, 0.5 + 0.25 * named), 0).astype(np.float32),
+        (named > 0).sum(0),
+    )

@@ -15,67 +15,103 @@ from torch import nn
 from .feature_cache import TrainingError
 
 # %% ../../nbs/training/02_checkpoint.ipynb #abf78b4e
-def _saved(model:nn.Module) -> dict[str, torch.Tensor]:
+def _saved(model: nn.Module) -> dict[str, torch.Tensor]:
     "What of the model belongs into a checkpoint: trainable parameters, each once, and buffers."
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: o for name, o in model.state_dict().items() if name in trained or name not in parameters}
 
-def _sync(path:Path):
-    "Wait until a file or a folder is on the disk."
-    if path.is_dir() and os.name != "posix": return   # elsewhere folders cannot be opened
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
-def checkpoints(run_dir) -> list[Path]: # oldest first
+def _sync(path: Path):
+    "Wait until a file or a folder is on the disk."
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere folders cannot be opened
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(run_dir) -> list[Path]:  # oldest first
     "The checkpoints of a run, folders named by the number of steps done; each is whole."
     return sorted(Path(run_dir).glob("checkpoints/step-*"))
 
-def _tidy(run_dir, keep:int):
+
+def _tidy(run_dir, keep: int):
     "Delete all checkpoints but the last `keep`, and what a killed process has left of others."
-    folder = Path(run_dir)/"checkpoints"
-    for old in checkpoints(run_dir)[:-keep]: old.rename(folder/f".{uuid.uuid4().hex}")
-    for rest in folder.glob(".*"): shutil.rmtree(rest)
+    folder = Path(run_dir) / "checkpoints"
+    for old in checkpoints(run_dir)[:-keep]:
+        old.rename(folder / f".{uuid.uuid4().hex}")
+    for rest in folder.glob(".*"):
+        shutil.rmtree(rest)
+
 
 def save_checkpoint(
-    model:nn.Module,
+    model: nn.Module,
     run_dir,
-    step:int, # how many are done
-    state:dict, # tensors, numbers, strings, lists and dicts
-    keep:int=2, # the last so many stay
-    average:dict[str, torch.Tensor]|None=None, # averages of trained parameters, by their names
+    step: int,  # how many are done
+    state: dict,  # tensors, numbers, strings, lists and dicts
+    keep: int = 2,  # the last so many stay
+    average: dict[str, torch.Tensor] | None = None,  # averages of trained parameters, by their names
 ) -> Path:
-    "Write `checkpoints/step-.../` with model.safetensors (without frozen parameters), state.pt and perhaps average.safetensors, all or none, then delete old ones."
-    folder = Path(run_dir)/"checkpoints"
-    path, temporary = folder/f"step-{step:08}", folder/f".{uuid.uuid4().hex}"
-    if not path.exists():   # the same step of the same run: the same content
+    """Write `checkpoints/step-.../` with model.safetensors (without frozen parameters), state.pt and perhaps
+    average.safetensors, all or none, then delete old ones.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    path, temporary = folder / f"step-{step:08}", folder / f".{uuid.uuid4().hex}"
+    if not path.exists():  # the same step of the same run: the same content
         temporary.mkdir(parents=True)
-        save_file({name: o.detach().contiguous() for name, o in _saved(model).items()}, temporary/"model.safetensors")
-        torch.save(state, temporary/"state.pt")
-        if average: save_file({name: o.detach().contiguous() for name, o in average.items()}, temporary/"average.safetensors")
-        for file in (*temporary.iterdir(), temporary): _sync(file)
+        save_file(
+            {name: o.detach().contiguous() for name, o in _saved(model).items()},
+            temporary / "model.safetensors",
+        )
+        torch.save(state, temporary / "state.pt")
+        if average:
+            save_file(
+                {name: o.detach().contiguous() for name, o in average.items()},
+                temporary / "average.safetensors",
+            )
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
         temporary.rename(path)
         _sync(folder)
     _tidy(run_dir, keep)
     return path
 
+
 def load_weights(
-    model:nn.Module, # its trainable parameters and buffers are filled
-    path, # a checkpoint, or a run's folder: its newest
-    average:bool=True, # the average of the weights over the steps, if the run kept one
-) -> Path: # the checkpoint
-    "Fill a model with the weights of a checkpoint; raises `TrainingError` if there is none, it is damaged, or belongs to another model."
+    model: nn.Module,  # its trainable parameters and buffers are filled
+    path,  # a checkpoint, or a run's folder: its newest
+    average: bool = True,  # the average of the weights over the steps, if the run kept one
+) -> Path:  # the checkpoint
+    """Fill a model with the weights of a checkpoint;
+    raises `TrainingError` if there is none, it is damaged, or belongs to another model.
+    """
     path = Path(path).expanduser()
-    if not (path/"model.safetensors").is_file():
-        if not (found := checkpoints(path)): raise TrainingError(f"{path} has no checkpoint. Pass the folder of a run, or a checkpoint in it")
+    if not (path / "model.safetensors").is_file():
+        if not (found := checkpoints(path)):
+            raise TrainingError(f"{path} has no checkpoint. Pass the folder of a run, or a checkpoint in it")
         path = found[-1]
-    try: weights = load_file(path/"model.safetensors") | (load_file(path/"average.safetensors") if average and (path/"average.safetensors").is_file() else {})
-    except (SafetensorError, OSError) as e: raise TrainingError(f"{path} is damaged ({e}). Delete it to go on from the one before") from e
-    found, expected = ({name: tuple(o.shape) for name, o in tensors.items()} for tensors in (weights, _saved(model)))
-    if wrong := [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
-            for name in sorted(found.keys() | expected) if found.get(name) != expected.get(name)]:
-        raise TrainingError(f"{path} is of another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
-            "Build the model as it was trained, or take another run_dir")
+    try:
+        weights = load_file(path / "model.safetensors") | (
+            load_file(path / "average.safetensors")
+            if average and (path / "average.safetensors").is_file()
+            else {}
+        )
+    except (SafetensorError, OSError) as e:
+        raise TrainingError(f"{path} is damaged ({e}). Delete it to go on from the one before") from e
+    found, expected = (
+        {name: tuple(o.shape) for name, o in tensors.items()} for tensors in (weights, _saved(model))
+    )
+    if wrong := [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+        for name in sorted(found.keys() | expected)
+        if found.get(name) != expected.get(name)
+    ]:
+        raise TrainingError(
+            f"{path} is of another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
+            "Build the model as it was trained, or take another run_dir"
+        )
     model.load_state_dict(weights, strict=False)
     return path

@@ -20,45 +20,86 @@ class TrainingError(ValueError):
 
 # %% ../../nbs/training/01_feature_cache.ipynb #5125c63a
 def cached_features(
-    compute, # range of item numbers -> {name: array, one row per item}
-    items:list[str], # what each item is, in order: a digest of its content, such as `dataset.image_digest(i)` or `Cache.key(text)`. A name alone would give the features of whatever had that name before
-    folder, # a subfolder per fingerprint is made here; delete those no longer needed
-    fingerprint, # what else the features depend on, as `Cache.key` takes it: encoder and preprocessing, e.g. (encoder.fingerprint, 448)
-    batch:int=32, # items per call of `compute`
-    progress:bool=True,
-) -> dict[str, np.ndarray]: # read-only, memory-mapped, N rows each
-    """Compute features once and read them from disk ever after; killed at any moment, it goes on where it was.
+    compute,  # range of item numbers -> {name: array, one row per item}
+    # what each item is, in order: a digest of its content, such as `dataset.image_digest(i)` or
+    # `Cache.key(text)`. A name alone would give the features of whatever had that name before
+    items: list[str],
+    folder,  # a subfolder per fingerprint is made here; delete those no longer needed
+    # what else the features depend on, as `Cache.key` takes it: encoder and preprocessing, e.g.
+    # (encoder.fingerprint, 448)
+    fingerprint,
+    batch: int = 32,  # items per call of `compute`
+    progress: bool = True,
+) -> dict[str, np.ndarray]:  # read-only, memory-mapped, N rows each
+    """Compute features once and read them from disk ever after; killed at any moment, it goes on where it
+    was.
 
-    Raises `TrainingError` for arrays that do not fit each other, a damaged folder, or a full disk."""
-    if not (items := list(items)) or batch < 1: raise TrainingError(f"There is nothing to compute: {len(items)} items in batches of {batch}")
-    folder = Path(folder)/Cache.key(fingerprint, items)[:16]
+    Raises `TrainingError` for arrays that do not fit each other, a damaged folder, or a full disk.
+    """
+    if not (items := list(items)) or batch < 1:
+        raise TrainingError(f"There is nothing to compute: {len(items)} items in batches of {batch}")
+    folder = Path(folder) / Cache.key(fingerprint, items)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    record, done, kinds = folder/"rows.json", 0, None
-    def array(key, mode): return np.load(folder/f"{key}.npy", mmap_mode=mode)
-    with FileLock(folder/".lock"):   # a second process waits, and then finds the work done
+    record, done, kinds = folder / "rows.json", 0, None
+
+    def array(key, mode):
+        return np.load(folder / f"{key}.npy", mmap_mode=mode)
+
+    with FileLock(folder / ".lock"):  # a second process waits, and then finds the work done
         try:
-            if record.is_file(): done, kinds = (json.loads(record.read_text())[o] for o in ("rows", "arrays"))
+            if record.is_file():
+                done, kinds = (json.loads(record.read_text())[o] for o in ("rows", "arrays"))
             arrays = {key: array(key, "r") for key in kinds or {}}
             for key, o in arrays.items():
-                if [o.dtype.str, *o.shape] != [kinds[key][0], len(items), *kinds[key][1:]]: raise ValueError(f"{key}.npy is {o.dtype} {o.shape}")
-            arrays = {key: array(key, "r+") for key in arrays}   # only now: opened for writing, a file that was cut is made longer
-        except (ValueError, KeyError, TypeError, OSError) as e: raise TrainingError(f"The features in {folder} are damaged ({e}). Delete the folder") from e
-        with tqdm(total=len(items), initial=done, desc="features", unit="image", disable=not progress or done == len(items)) as bar:
+                if [o.dtype.str, *o.shape] != [kinds[key][0], len(items), *kinds[key][1:]]:
+                    raise ValueError(f"{key}.npy is {o.dtype} {o.shape}")
+            # only now: opened for writing, a file that was cut is made longer
+            arrays = {key: array(key, "r+") for key in arrays}
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            raise TrainingError(f"The features in {folder} are damaged ({e}). Delete the folder") from e
+        with tqdm(
+            total=len(items),
+            initial=done,
+            desc="features",
+            unit="image",
+            disable=not progress or done == len(items),
+        ) as bar:
             while done < len(items):
                 rows = range(done, min(done + batch, len(items)))
                 values = {key: np.asarray(o) for key, o in compute(rows).items()}
                 found = {key: [o.dtype.str, *o.shape[1:]] for key, o in values.items()}
-                if not found or any(o.shape[:1] != (len(rows),) for o in values.values()) or found != (kinds or found):
+                if (
+                    not found
+                    or any(o.shape[:1] != (len(rows),) for o in values.values())
+                    or found != (kinds or found)
+                ):
                     forms = {key: (o.dtype.name, o.shape) for key, o in values.items()}
-                    raise TrainingError(f"compute must give {kinds or 'arrays'} with {len(rows)} rows for the items from {items[rows[0]]!r} on, number {rows[0]}, "
-                                        f"but gave {forms}")
+                    raise TrainingError(
+                        f"compute must give {kinds or 'arrays'} with {len(rows)} rows for the items from"
+                        f" {items[rows[0]]!r} on, number {rows[0]}, but gave {forms}"
+                    )
                 if kinds is None:
-                    size, free = sum(o.nbytes//len(o)*len(items) for o in values.values()), shutil.disk_usage(folder).free
-                    if size > free: raise TrainingError(f"The features take {size/1e9:.1f} GB, but {folder} has {free/1e9:.1f} GB left. Choose another folder")
+                    size, free = (
+                        sum(o.nbytes // len(o) * len(items) for o in values.values()),
+                        shutil.disk_usage(folder).free,
+                    )
+                    if size > free:
+                        raise TrainingError(
+                            f"The features take {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left."
+                            " Choose another folder"
+                        )
                     kinds = found
-                    arrays = {key: np.lib.format.open_memmap(folder/f"{key}.npy", "w+", o.dtype, (len(items), *o.shape[1:])) for key, o in values.items()}
-                for key, o in values.items(): arrays[key][rows.start:rows.stop] = o; arrays[key].flush()
+                    arrays = {
+                        key: np.lib.format.open_memmap(
+                            folder / f"{key}.npy", "w+", o.dtype, (len(items), *o.shape[1:])
+                        )
+                        for key, o in values.items()
+                    }
+                for key, o in values.items():
+                    arrays[key][rows.start : rows.stop] = o
+                    arrays[key].flush()
                 done = rows.stop
-                with atomic_path(record) as temporary: temporary.write_text(json.dumps(dict(rows=done, of=len(items), arrays=kinds)))
+                with atomic_path(record) as temporary:
+                    temporary.write_text(json.dumps(dict(rows=done, of=len(items), arrays=kinds)))
                 bar.update(len(rows))
     return {key: array(key, "r") for key in kinds}

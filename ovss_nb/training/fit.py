@@ -29,143 +29,229 @@ from .feature_cache import TrainingError
 from .optimizer import parameter_groups, schedule_factor
 
 # %% ../../nbs/training/04_fit.ipynb #63bdc50c
-def step_generator(seed:int, index:int) -> torch.Generator: # on the CPU
+def step_generator(seed: int, index: int) -> torch.Generator:  # on the CPU
     "A generator of random numbers that belongs to one batch of one run."
     # Torch takes 32 bits of a seed; NumPy mixes both numbers into these.
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
-class Batches:
-    """The item numbers of each batch: `batches[index]` is an array of `size` integers, `len(batches)` the number of batches in an epoch.
 
-    Every epoch is a permutation of its own. Raises `TrainingError` if there are fewer items than a batch takes."""
-    def __init__(self,
-        items, # how many there are, or the array of numbers to draw from
-        size:int, # items in a batch
-        seed:int=0,
+class Batches:
+    """The item numbers of each batch: `batches[index]` is an array of `size` integers, `len(batches)` the
+    number of batches in an epoch.
+
+    Every epoch is a permutation of its own. Raises `TrainingError` if there are fewer items than a batch
+    takes.
+    """
+
+    def __init__(
+        self,
+        items,  # how many there are, or the array of numbers to draw from
+        size: int,  # items in a batch
+        seed: int = 0,
     ):
-        self.items, self.size, self.seed = np.arange(items) if isinstance(items, int) else np.asarray(items), size, seed
-        if not 1 <= size <= len(self.items): raise TrainingError(f"A batch of {size} cannot be drawn from {len(self.items)} items")
+        self.items, self.size, self.seed = (
+            np.arange(items) if isinstance(items, int) else np.asarray(items),
+            size,
+            seed,
+        )
+        if not 1 <= size <= len(self.items):
+            raise TrainingError(f"A batch of {size} cannot be drawn from {len(self.items)} items")
         self._epoch = None, None
 
-    def __len__(self): return len(self.items)//self.size
+    def __len__(self):
+        return len(self.items) // self.size
 
-    def __getitem__(self, index:int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, len(self))
-        if self._epoch[0] != epoch: self._epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.items)
-        return self._epoch[1][place*self.size:(place + 1)*self.size]
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.items)
+        return self._epoch[1][place * self.size : (place + 1) * self.size]
 
 # %% ../../nbs/training/04_fit.ipynb #8dfaf648
 @contextmanager
 def _noted_interrupt():
-    "Yields a list that is filled by the first Ctrl-C; the second interrupts as usual. Threads get no signals: there the list stays empty."
+    """Yields a list that is filled by the first Ctrl-C;
+    the second interrupts as usual. Threads get no signals: there the list stays empty.
+    """
     pressed = []
-    if threading.current_thread() is not threading.main_thread(): yield pressed; return
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
     def note(*_):
-        if pressed: raise KeyboardInterrupt
+        if pressed:
+            raise KeyboardInterrupt
         pressed.append(True)
+
     before = signal.signal(signal.SIGINT, note)
-    try: yield pressed
-    finally: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 # %% ../../nbs/training/04_fit.ipynb #9ae99d85
-def processes() -> tuple[int, int]: # the number of this process, and how many there are
-    "Join the processes that `torchrun` started, and take this one's GPU, if there are any; (0, 1) without `torchrun`."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return 0, 1
+def processes() -> tuple[int, int]:  # the number of this process, and how many there are
+    """Join the processes that `torchrun` started, and take this one's GPU, if there are any;
+    (0, 1) without `torchrun`.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
     if not dist.is_initialized():
         gpu = torch.cuda.is_available()
-        if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Patience is for a long evaluation in the first process; numbers and objects always travel by gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
-        atexit.register(dist.destroy_process_group)   # its threads end before Python does, else an exit may abort
+        # its threads end before Python does, else an exit may abort
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
-def _add_up(parameters:list[nn.Parameter], numbers:list[float]) -> list[float]:
-    "Sum gradients over all processes, in place, and some small numbers. A gradient that no process has stays away."
+
+def _add_up(parameters: list[nn.Parameter], numbers: list[float]) -> list[float]:
+    """Sum gradients over all processes, in place, and some small numbers.
+
+    A gradient that no process has stays away.
+    """
     device = parameters[0].device
-    there = torch.tensor([o.grad is not None for o in parameters] + numbers, dtype=torch.float32, device=device)
-    flat = torch.cat([*((torch.zeros_like(o) if o.grad is None else o.grad).flatten().float() for o in parameters), there])
+    there = torch.tensor(
+        [o.grad is not None for o in parameters] + numbers, dtype=torch.float32, device=device
+    )
+    flat = torch.cat(
+        [*((torch.zeros_like(o) if o.grad is None else o.grad).flatten().float() for o in parameters), there]
+    )
     dist.all_reduce(flat)
     *gradients, there = flat.split([*(o.numel() for o in parameters), len(there)])
     there = there.tolist()
-    for parameter, gradient, count in zip(parameters, gradients, there): parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
-    return there[len(parameters):]
+    for parameter, gradient, count in zip(parameters, gradients, there):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
+    return there[len(parameters) :]
+
 
 def _gathered(value) -> list:
     "What every process says, in all of them."
-    found = [None]*dist.get_world_size()
+    found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 # %% ../../nbs/training/04_fit.ipynb #1392e063
 @contextmanager
-def _shown(parameters:list[nn.Parameter], others:list[nn.Parameter]):
+def _shown(parameters: list[nn.Parameter], others: list[nn.Parameter]):
     "For a while, parameters have the values of others."
     kept = [o.detach().clone() for o in parameters]
     with torch.no_grad():
-        for o, p in zip(parameters, others): o.copy_(p)
-    try: yield
+        for o, p in zip(parameters, others):
+            o.copy_(p)
+    try:
+        yield
     finally:
         with torch.no_grad():
-            for o, p in zip(parameters, kept): o.copy_(p)
+            for o, p in zip(parameters, kept):
+                o.copy_(p)
 
-def _writer(folder:Path, done:int):
-    "TensorBoard's, which forgets what an earlier process wrote after step `done`. Raises `MissingExtra` without tensorboard."
+
+def _writer(folder: Path, done: int):
+    """TensorBoard's, which forgets what an earlier process wrote after step `done`.
+
+    Raises `MissingExtra` without tensorboard.
+    """
     require("tensorboard", "train")
     from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=done + 1)
 
 # %% ../../nbs/training/04_fit.ipynb #23bd92b6
-def _write_log(rows:list[dict], path:Path):
+def _write_log(rows: list[dict], path: Path):
     "All rows as one table, whole or not at all."
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
-        writer.writeheader(); writer.writerows(rows)
+        writer.writeheader()
+        writer.writerows(rows)
 
-def _read_state(path:Path, settings:dict) -> dict:
+
+def _read_state(path: Path, settings: dict) -> dict:
     "What a checkpoint holds beside the weights, if it belongs to a run with these settings."
-    try: state = torch.load(path/"state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as e:
-        raise TrainingError(f"{path} is damaged (state.pt: {type(e).__name__}). Delete it to go on from the one before") from e
-    if other := [f"{name}={state['settings'].get(name)!r}, now {value!r}" for name, value in settings.items() if state["settings"].get(name) != value]:
-        raise TrainingError(f"{path.parent.parent} holds a run with {'; '.join(other)}. Take another run_dir, or the same settings")
+        raise TrainingError(
+            f"{path} is damaged (state.pt: {type(e).__name__}). Delete it to go on from the one before"
+        ) from e
+    if other := [
+        f"{name}={state['settings'].get(name)!r}, now {value!r}"
+        for name, value in settings.items()
+        if state["settings"].get(name) != value
+    ]:
+        raise TrainingError(
+            f"{path.parent.parent} holds a run with {'; '.join(other)}. Take another run_dir, or the same"
+            " settings"
+        )
     return state
+
 
 @partial(checked_arguments, error=TrainingError)
 def fit(
-    model:nn.Module, # on its device, in the modes to train in; frozen parts have requires_grad=False
-    step, # (model, batch) -> (loss, {name: number to log})
-    batches, # (number of the batch, torch.Generator) -> batch, always the same for the same number
-    run_dir, # for log.csv and checkpoints/
+    model: nn.Module,  # on its device, in the modes to train in; frozen parts have requires_grad=False
+    step,  # (model, batch) -> (loss, {name: number to log})
+    batches,  # (number of the batch, torch.Generator) -> batch, always the same for the same number
+    run_dir,  # for log.csv and checkpoints/
     *,
-    steps:Count, # updates of the weights
-    lr:Positive=1e-3, # AdamW's, at its height
-    weight_decay:NotNegative=0.05,
-    groups:dict[str, float]|None=None, # factors of the learning rate by name, as for `parameter_groups`
-    schedule:str="cosine", # constant, cosine or poly
-    warmup:Index=0, # steps
-    clip:Positive|None=1.0, # largest norm of the whole gradient
-    accumulate:Count=1, # batches per step, shared by all processes
-    precision:Literal["fp32", "bf16"]="fp32", # fp32, or bf16: automatic mixed precision
-    average:Annotated[float, Range(0, 1, "both")]|None=None, # decay of the weights' average over the steps, e.g. 0.999; the model ends with the average
-    seed:Index=0,
-    log_every:Count=50, # steps per row of the log
-    save_every:Count=500, # steps
-    keep:Count=2, # checkpoints
-    on_interval=None, # (steps done, row) -> true to stop early; may add numbers to the row
-    early:Index=0, # steps after which `on_interval` is called once with an empty row; 0: not
-    tensorboard:bool=False, # the log also for TensorBoard, in run_dir/tensorboard
-    data:str="", # digest of all that `batches` draws from: a run that began with other data is refused
-    progress:bool=True,
-) -> list[dict]: # the rows of log.csv: step, lr, loss, gradient (its norm before clipping), and what `step` gave
-    """Train with AdamW, resuming exactly after whatever ended the last call; in all processes that `torchrun` started, see `processes`.
+    steps: Count,  # updates of the weights
+    lr: Positive = 1e-3,  # AdamW's, at its height
+    weight_decay: NotNegative = 0.05,
+    # factors of the learning rate by name, as for `parameter_groups`
+    groups: dict[str, float] | None = None,
+    schedule: str = "cosine",  # constant, cosine or poly
+    warmup: Index = 0,  # steps
+    clip: Positive | None = 1.0,  # largest norm of the whole gradient
+    accumulate: Count = 1,  # batches per step, shared by all processes
+    precision: Literal["fp32", "bf16"] = "fp32",  # fp32, or bf16: automatic mixed precision
+    # decay of the weights' average over the steps, e.g. 0.999; the model ends with the average
+    average: Annotated[float, Range(0, 1, "both")] | None = None,
+    seed: Index = 0,
+    log_every: Count = 50,  # steps per row of the log
+    save_every: Count = 500,  # steps
+    keep: Count = 2,  # checkpoints
+    on_interval=None,  # (steps done, row) -> true to stop early; may add numbers to the row
+    early: Index = 0,  # steps after which `on_interval` is called once with an empty row; 0: not
+    tensorboard: bool = False,  # the log also for TensorBoard, in run_dir/tensorboard
+    # digest of all that `batches` draws from: a run that began with other data is refused
+    data: str = "",
+    progress: bool = True,
+    # the rows of log.csv: step, lr, loss, gradient (its norm before clipping), and what `step` gave
+) -> list[dict]:
+    """Train with AdamW, resuming exactly after whatever ended the last call; in all processes that `torchrun`
+    started, see `processes`.
 
-    Ctrl-C finishes the step, saves, and raises `KeyboardInterrupt`. Raises `TrainingError` for a loss or gradient that is not finite
-    (naming the step), for settings that differ from those of the run in `run_dir`, and if another process trains there."""
+    Ctrl-C finishes the step, saves, and raises `KeyboardInterrupt`. Raises `TrainingError` for a loss or
+    gradient that is not finite
+    (naming the step), for settings that differ from those of the run in `run_dir`, and if another process
+    trains there.
+    """
     number, count = processes()
-    settings = dict(steps=steps, lr=lr, weight_decay=weight_decay, groups=groups or {}, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
-        precision=precision, seed=seed, log_every=log_every) | (dict(average=average) if average else {}) | (dict(processes=count) if count > 1 else {}) | (dict(data=data) if data else {})
-    if accumulate % count: raise TrainingError(f"accumulate={accumulate} batches per step cannot be shared by {count} processes: make it a multiple, and the batches smaller")
+    settings = (
+        dict(
+            steps=steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            groups=groups or {},
+            schedule=schedule,
+            warmup=warmup,
+            clip=clip,
+            accumulate=accumulate,
+            precision=precision,
+            seed=seed,
+            log_every=log_every,
+        )
+        | (dict(average=average) if average else {})
+        | (dict(processes=count) if count > 1 else {})
+        | (dict(data=data) if data else {})
+    )
+    if accumulate % count:
+        raise TrainingError(
+            f"accumulate={accumulate} batches per step cannot be shared by {count} processes: make it a"
+            " multiple, and the batches smaller"
+        )
     schedule_factor(0, steps, schedule)
     run_dir = Path(run_dir)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, groups), lr=lr)
@@ -174,111 +260,191 @@ def fit(
     device = parameters[0].device
     cuda = [device] if device.type == "cuda" else []
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock, writer = FileLock(run_dir/".lock", timeout=0), None
+    lock, writer = FileLock(run_dir / ".lock", timeout=0), None
     try:
-        if number == 0: lock.acquire()
-    except Timeout: raise TrainingError(f"Another process trains in {run_dir}. Wait for it, or take another run_dir") from None
+        if number == 0:
+            lock.acquire()
+    except Timeout:
+        raise TrainingError(
+            f"Another process trains in {run_dir}. Wait for it, or take another run_dir"
+        ) from None
     try:
-        with torch.random.fork_rng(cuda), _noted_interrupt() as interrupted:   # the caller's own random numbers stay as they are
-            torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed)
+        # the caller's own random numbers stay as they are
+        with torch.random.fork_rng(cuda), _noted_interrupt() as interrupted:
+            torch.manual_seed(
+                int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
+            )
             done, sums, counted, rows, finished = 0, {}, 0, [], False
             averaged = None
-            def averages(): return list(averaged.module) if averaged else parameters
+
+            def averages():
+                return list(averaged.module) if averaged else parameters
+
             def save():
                 random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
                 more = dict(others=list(zip(_gathered(random), _gathered(sums)))) if count > 1 else {}
-                if number: return
-                save_checkpoint(model, run_dir, done, dict(settings=settings, optimizer=optimizer.state_dict(), random=random, step=done,
-                    sums=sums, counted=counted, rows=rows, finished=finished) | more, keep, dict(zip(names, averages())) if averaged else None)
+                if number:
+                    return
+                save_checkpoint(
+                    model,
+                    run_dir,
+                    done,
+                    dict(
+                        settings=settings,
+                        optimizer=optimizer.state_dict(),
+                        random=random,
+                        step=done,
+                        sums=sums,
+                        counted=counted,
+                        rows=rows,
+                        finished=finished,
+                    )
+                    | more,
+                    keep,
+                    dict(zip(names, averages())) if averaged else None,
+                )
+
             def refuse(what, value):
-                raise TrainingError(f"The {what} is {value} at step {done + 1}. The checkpoint of step {int(checkpoints(run_dir)[-1].name[5:])} is whole. "
-                    "Lower lr, lengthen warmup, lower clip, or leave bf16; then take another run_dir")
-            def measure(row) -> bool: # whether to stop
+                raise TrainingError(
+                    f"The {what} is {value} at step {done + 1}. The checkpoint of step"
+                    f" {int(checkpoints(run_dir)[-1].name[5:])} is whole. Lower lr, lengthen warmup, lower"
+                    " clip, or leave bf16; then take another run_dir"
+                )
+
+            def measure(row) -> bool:  # whether to stop
                 "Let `on_interval` look at the weights that count; what it says holds for all processes."
                 stop = False
                 if number == 0:
                     modes = [(o, o.training) for o in model.modules()]
-                    with _shown(parameters, averages()) if averaged else nullcontext(): stop = bool(on_interval(done, row))
-                    for module, mode in modes: module.training = mode   # evaluation switches dropout off
-                if count > 1: stop, said = _gathered((stop, row))[0]; row.update(said)
+                    with _shown(parameters, averages()) if averaged else nullcontext():
+                        stop = bool(on_interval(done, row))
+                    for module, mode in modes:
+                        module.training = mode  # evaluation switches dropout off
+                if count > 1:
+                    stop, said = _gathered((stop, row))[0]
+                    row.update(said)
                 return stop
+
             found = checkpoints(run_dir)
-            if count > 1: found = _gathered(found)[0]   # as the first process sees them
+            if count > 1:
+                found = _gathered(found)[0]  # as the first process sees them
             if found:
-                if number == 0: _tidy(run_dir, keep)
+                if number == 0:
+                    _tidy(run_dir, keep)
                 state = _read_state(found[-1], settings)
                 load_weights(model, found[-1], average=False)
                 optimizer.load_state_dict(state["optimizer"])
-                done, sums, counted, rows, finished = (state[o] for o in ("step", "sums", "counted", "rows", "finished"))
+                done, sums, counted, rows, finished = (
+                    state[o] for o in ("step", "sums", "counted", "rows", "finished")
+                )
                 if finished:
                     load_weights(model, found[-1])
                     return rows
                 random = state["random"]
-                if count > 1: random, sums = state["others"][number]
+                if count > 1:
+                    random, sums = state["others"][number]
                 torch.set_rng_state(random[0])
-                for gpu, o in zip(cuda, random[1:]): torch.cuda.set_rng_state(o, gpu)
-                if rows and number == 0: _write_log(rows, run_dir/"log.csv")   # without rows that came after the checkpoint
-            elif count > 1:   # one start for all
-                for o in _saved(model).values(): dist.broadcast(o.detach(), 0)
+                for gpu, o in zip(cuda, random[1:]):
+                    torch.cuda.set_rng_state(o, gpu)
+                # without rows that came after the checkpoint
+                if rows and number == 0:
+                    _write_log(rows, run_dir / "log.csv")
+            elif count > 1:  # one start for all
+                for o in _saved(model).values():
+                    dist.broadcast(o.detach(), 0)
             if average:
-                averaged = AveragedModel(nn.ParameterList(parameters), multi_avg_fn=get_ema_multi_avg_fn(average))
+                averaged = AveragedModel(
+                    nn.ParameterList(parameters), multi_avg_fn=get_ema_multi_avg_fn(average)
+                )
                 if found:
-                    stored = load_file(found[-1]/"average.safetensors", str(device))
+                    stored = load_file(found[-1] / "average.safetensors", str(device))
                     with torch.no_grad():
-                        for name, o in zip(names, averages()): o.copy_(stored[name])
+                        for name, o in zip(names, averages()):
+                            o.copy_(stored[name])
                     averaged.n_averaged.fill_(done)
-            if not found: save()
-            if tensorboard and number == 0: writer = _writer(run_dir/"tensorboard", done)
-            with tqdm(total=steps, initial=done, desc=run_dir.name, unit="step", disable=not progress or number > 0) as bar:
+            if not found:
+                save()
+            if tensorboard and number == 0:
+                writer = _writer(run_dir / "tensorboard", done)
+            with tqdm(
+                total=steps, initial=done, desc=run_dir.name, unit="step", disable=not progress or number > 0
+            ) as bar:
                 while not finished:
-                    rate = lr*schedule_factor(done, steps, schedule, warmup)
-                    for group in optimizer.param_groups: group["lr"] = rate*group["factor"]
+                    rate = lr * schedule_factor(done, steps, schedule, warmup)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group["factor"]
                     optimizer.zero_grad(set_to_none=True)
                     wrong = None
-                    for n in range(done*accumulate + number, (done + 1)*accumulate, count):
+                    for n in range(done * accumulate + number, (done + 1) * accumulate, count):
                         batch = batches(n, step_generator(seed, n))
-                        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): loss, values = step(model, batch)
+                        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                            loss, values = step(model, batch)
                         if not math.isfinite(value := float(loss.detach())):
                             wrong = value
                             break
-                        (loss/accumulate).backward()
+                        (loss / accumulate).backward()
                         for name, o in dict(loss=value, **values).items():
-                            sums[name] = sums.get(name, 0.0) + (float(o.detach()) if torch.is_tensor(o) else o)/accumulate
+                            sums[name] = (
+                                sums.get(name, 0.0)
+                                + (float(o.detach()) if torch.is_tensor(o) else o) / accumulate
+                            )
                     stopped = bool(interrupted)
                     if count > 1:
                         faults, stops = _add_up(parameters, [float(wrong is not None), float(stopped)])
-                        wrong, stopped = next((o for o in _gathered(wrong) if o is not None), None) if faults else None, stops > 0
-                    if wrong is not None: refuse("loss", wrong)
+                        wrong, stopped = (
+                            (next((o for o in _gathered(wrong) if o is not None), None) if faults else None),
+                            stops > 0,
+                        )
+                    if wrong is not None:
+                        refuse("loss", wrong)
                     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
-                    if not math.isfinite(norm): refuse("gradient's norm", norm)
+                    if not math.isfinite(norm):
+                        refuse("gradient's norm", norm)
                     optimizer.step()
-                    if averaged: averaged.update_parameters(nn.ParameterList(parameters))
-                    if number == 0: sums["gradient"] = sums.get("gradient", 0.0) + norm
+                    if averaged:
+                        averaged.update_parameters(nn.ParameterList(parameters))
+                    if number == 0:
+                        sums["gradient"] = sums.get("gradient", 0.0) + norm
                     done, counted = done + 1, counted + 1
                     finished = done == steps
-                    if on_interval is not None and done == early and measure({}): finished = True
+                    if on_interval is not None and done == early and measure({}):
+                        finished = True
                     if done % log_every == 0 or finished:
                         together = {}
                         for part in _gathered(sums) if count > 1 else [sums]:
-                            for name, o in part.items(): together[name] = together.get(name, 0.0) + o
-                        rows.append(dict(step=done, lr=rate, **{name: o/counted for name, o in together.items()}))
+                            for name, o in part.items():
+                                together[name] = together.get(name, 0.0) + o
+                        rows.append(
+                            dict(step=done, lr=rate, **{name: o / counted for name, o in together.items()})
+                        )
                         sums, counted = {}, 0
                         bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
-                        if on_interval is not None and measure(rows[-1]): finished = True
-                        if number == 0: _write_log(rows, run_dir/"log.csv")
+                        if on_interval is not None and measure(rows[-1]):
+                            finished = True
+                        if number == 0:
+                            _write_log(rows, run_dir / "log.csv")
                         if writer:
-                            for name, o in rows[-1].items(): writer.add_scalar(name, o, done)
+                            for name, o in rows[-1].items():
+                                writer.add_scalar(name, o, done)
                             writer.flush()
                     bar.update()
-                    if count == 1: stopped = bool(interrupted)   # also while the row was written
-                    if finished or stopped or done % save_every == 0: save()
+                    if count == 1:
+                        stopped = bool(interrupted)  # also while the row was written
+                    if finished or stopped or done % save_every == 0:
+                        save()
                     if stopped and not finished:
-                        raise KeyboardInterrupt(f"Stopped after step {done} and saved in {run_dir}. The same call goes on from there")
+                        raise KeyboardInterrupt(
+                            f"Stopped after step {done} and saved in {run_dir}. The same call goes on from"
+                            " there"
+                        )
             if averaged:
                 with torch.no_grad():
-                    for o, p in zip(parameters, averages()): o.copy_(p)
-        if count > 1: dist.barrier()   # when one is back, the last checkpoint is there for all
+                    for o, p in zip(parameters, averages()):
+                        o.copy_(p)
+        if count > 1:
+            dist.barrier()  # when one is back, the last checkpoint is there for all
         return rows
     finally:
-        if writer: writer.close()
+        if writer:
+            writer.close()
         lock.release()

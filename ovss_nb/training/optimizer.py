@@ -13,37 +13,67 @@ from .feature_cache import TrainingError
 
 # %% ../../nbs/training/03_optimizer.ipynb #ab73a746
 def parameter_groups(
-    model:nn.Module,
-    weight_decay:float=0.05,
-    groups:dict[str, float]|None=None, # regular expression found in a parameter's name -> factor of its learning rate; the first that fits counts
-) -> list[dict]: # for an optimiser: params, names, factor, weight_decay
-    """Sort trainable parameters by learning rate and weight decay (none on norms, biases, embeddings, positions and queries: SYSTEMS 1.6).
+    model: nn.Module,
+    weight_decay: float = 0.05,
+    # regular expression found in a parameter's name -> factor of its learning rate; the first that fits
+    # counts
+    groups: dict[str, float] | None = None,
+) -> list[dict]:  # for an optimiser: params, names, factor, weight_decay
+    """Sort trainable parameters by learning rate and weight decay (none on norms, biases, embeddings,
+    positions and queries: SYSTEMS 1.6).
 
-    Raises `TrainingError` if an expression fits nothing, or nothing is trainable."""
-    rules = {**(groups or {}), "": 1.0}   # the empty expression fits every name
+    Raises `TrainingError` if an expression fits nothing, or nothing is trainable.
+    """
+    rules = {**(groups or {}), "": 1.0}  # the empty expression fits every name
     tables = {id(p) for o in model.modules() if isinstance(o, nn.Embedding) for p in o.parameters()}
     found, used = defaultdict(list), {""}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         rule = next(o for o in rules if re.search(o, name))
         used.add(rule)
-        # A bare parameter is judged by its own name: the weight of a layer called `query` is a matrix like any other.
-        decays = p.ndim > 1 and id(p) not in tables and not re.search("pos|cls|class|token|quer", name.rpartition(".")[2])
+        # A bare parameter is judged by its own name: the weight of a layer called `query` is a matrix like
+        # any other.
+        decays = (
+            p.ndim > 1
+            and id(p) not in tables
+            and not re.search("pos|cls|class|token|quer", name.rpartition(".")[2])
+        )
         found[rule, decays].append((name, p))
     if unused := [o for o in rules if o not in used]:
-        raise TrainingError(f"No trainable parameter's name fits {unused}. Correct the expression; see model.named_parameters()")
-    if not found: raise TrainingError("The model has no trainable parameter: all have requires_grad=False")
-    return [dict(params=[p for _, p in group], names=[name for name, _ in group], factor=float(rules[rule]), weight_decay=weight_decay if decays else 0.0)
-        for (rule, decays), group in found.items()]
+        raise TrainingError(
+            f"No trainable parameter's name fits {unused}. Correct the expression; see"
+            " model.named_parameters()"
+        )
+    if not found:
+        raise TrainingError("The model has no trainable parameter: all have requires_grad=False")
+    return [
+        dict(
+            params=[p for _, p in group],
+            names=[name for name, _ in group],
+            factor=float(rules[rule]),
+            weight_decay=weight_decay if decays else 0.0,
+        )
+        for (rule, decays), group in found.items()
+    ]
 
 # %% ../../nbs/training/03_optimizer.ipynb #94b6f30e
-SCHEDULES = {"constant": lambda x: 1.0, "cosine": lambda x: (1 + math.cos(math.pi*x))/2, "poly": lambda x: (1 - x)**0.9}
+SCHEDULES = {
+    "constant": lambda x: 1.0,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "poly": lambda x: (1 - x) ** 0.9,
+}
+
 
 def schedule_factor(
-    step:int, steps:int, # from 0 to steps - 1
-    schedule:str="cosine", # constant, cosine or poly
-    warmup:int=0, # steps of the ramp; the first takes 1/warmup
-) -> float: # 0 to 1
-    "What the learning rate is multiplied with at a step: the schedule times a linear warm-up. Raises `TrainingError` for another schedule."
-    if schedule not in SCHEDULES: raise TrainingError(f"schedule={schedule!r} is unknown. Choose from: {', '.join(SCHEDULES)}")
-    return SCHEDULES[schedule](step/steps)*min(1.0, (step + 1)/max(1, warmup))
+    step: int,
+    steps: int,  # from 0 to steps - 1
+    schedule: str = "cosine",  # constant, cosine or poly
+    warmup: int = 0,  # steps of the ramp; the first takes 1/warmup
+) -> float:  # 0 to 1
+    """What the learning rate is multiplied with at a step:
+    the schedule times a linear warm-up. Raises `TrainingError` for another schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise TrainingError(f"schedule={schedule!r} is unknown. Choose from: {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule](step / steps) * min(1.0, (step + 1) / max(1, warmup))

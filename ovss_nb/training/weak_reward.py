@@ -27,179 +27,341 @@ from ..core.vocabulary import Vocabulary
 class TuningError(ValueError):
     "A search cannot start or go on; the message says why and what to do."
 
+
 class WeakReward:
-    "What a dual encoder thinks of masks: it should recognise a class in its mask, and not in the rest (PnP-OVSS, weakly supervised reward; SYSTEMS 6.6)."
-    def __init__(self,
-        encoder:Encoder, # images and texts in one space
-        vocabulary, # a `Vocabulary`, or what `Vocabulary.of` takes; the softmax runs over its names without the background
-        templates:str="single", # sentences around the names: see `encode_text`
-        temperature:float=0.01, # of the softmax
-        size:int|None=None, # pixels of the encoder's input; default: its own
-        cache=None, # of text embeddings: see `encode_text`
+    """What a dual encoder thinks of masks:
+    it should recognise a class in its mask, and not in the rest (PnP-OVSS, weakly supervised reward; SYSTEMS
+    6.6).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,  # images and texts in one space
+        # a `Vocabulary`, or what `Vocabulary.of` takes; the softmax runs over its names without the
+        # background
+        vocabulary,
+        templates: str = "single",  # sentences around the names: see `encode_text`
+        temperature: float = 0.01,  # of the softmax
+        size: int | None = None,  # pixels of the encoder's input; default: its own
+        cache=None,  # of text embeddings: see `encode_text`
     ):
-        if not temperature > 0: raise TuningError(f"temperature must be above 0, not {temperature}")
-        self.encoder, self.vocabulary, self.templates, self.temperature, self.size = encoder, Vocabulary.of(vocabulary), templates, temperature, size
-        self.names = [k for k, name in enumerate(self.vocabulary.names) if name not in self.vocabulary.background]
-        if len(self.names) < 2: raise TuningError("a softmax needs at least two names that are not background: give a longer vocabulary")
-        with torch.no_grad(): self.bank = encode_text(encoder, self.vocabulary, templates, cache, progress=False).mean().float()[self.names]
+        if not temperature > 0:
+            raise TuningError(f"temperature must be above 0, not {temperature}")
+        self.encoder, self.vocabulary, self.templates, self.temperature, self.size = (
+            encoder,
+            Vocabulary.of(vocabulary),
+            templates,
+            temperature,
+            size,
+        )
+        self.names = [
+            k for k, name in enumerate(self.vocabulary.names) if name not in self.vocabulary.background
+        ]
+        if len(self.names) < 2:
+            raise TuningError(
+                "a softmax needs at least two names that are not background: give a longer vocabulary"
+            )
+        with torch.no_grad():
+            self.bank = (
+                encode_text(encoder, self.vocabulary, templates, cache, progress=False)
+                .mean()
+                .float()[self.names]
+            )
 
     def describe(self) -> dict:
         "What a reward depends on, ready for JSON."
-        return dict(encoder=self.encoder.name, fingerprint=self.encoder.fingerprint, templates=self.templates, temperature=self.temperature, size=self.size)
+        return dict(
+            encoder=self.encoder.name,
+            fingerprint=self.encoder.fingerprint,
+            templates=self.templates,
+            temperature=self.temperature,
+            size=self.size,
+        )
 
     @torch.no_grad()
-    def probabilities(self, images:list[np.ndarray]) -> torch.Tensor: # N x K, zero for the background
+    def probabilities(self, images: list[np.ndarray]) -> torch.Tensor:  # N x K, zero for the background
         "How probable each name is for each picture, H x W x 3 uint8."
-        pooled = torch.cat([self.encoder.encode(self.encoder.preprocess(o, self.size)).pooled for o in images])
+        pooled = torch.cat(
+            [self.encoder.encode(self.encoder.preprocess(o, self.size)).pooled for o in images]
+        )
         found = torch.zeros(len(images), len(self.vocabulary))
-        found[:, self.names] = ((F.normalize(pooled.float(), dim=-1) @ self.bank.mT)/self.temperature).softmax(1).cpu()
+        found[:, self.names] = (
+            ((F.normalize(pooled.float(), dim=-1) @ self.bank.mT) / self.temperature).softmax(1).cpu()
+        )
         return found
 
-    def __call__(self,
-        image:np.ndarray, # H x W x 3 uint8 RGB
-        labels:np.ndarray, # H x W indices into the vocabulary
-        classes:list[int], # indices of the names that should be there
-    ) -> tuple[int, float]: # classes that won, and the token contrast of their masks, 0 to 1
-        "How many of the classes the encoder recognises better inside their mask than outside. Raises `TuningError` for labels of another size."
-        if labels.shape != image.shape[:2]: raise TuningError(f"labels are {labels.shape}, the image {image.shape[:2]}: they must have one size")
+    def __call__(
+        self,
+        image: np.ndarray,  # H x W x 3 uint8 RGB
+        labels: np.ndarray,  # H x W indices into the vocabulary
+        classes: list[int],  # indices of the names that should be there
+    ) -> tuple[int, float]:  # classes that won, and the token contrast of their masks, 0 to 1
+        """How many of the classes the encoder recognises better inside their mask than outside.
+
+        Raises `TuningError` for labels of another size.
+        """
+        if labels.shape != image.shape[:2]:
+            raise TuningError(
+                f"labels are {labels.shape}, the image {image.shape[:2]}: they must have one size"
+            )
         masks = {k: labels == k for k in classes}
         asked = [k for k, mask in masks.items() if mask.any()]
-        contrast = float(sum(mask.mean()**2 for mask in masks.values()))
-        if not asked: return 0, contrast
-        kept, rest = (self.probabilities([image*(masks[k][..., None] == inside) for k in asked]) for inside in (True, False))
+        contrast = float(sum(mask.mean() ** 2 for mask in masks.values()))
+        if not asked:
+            return 0, contrast
+        kept, rest = (
+            self.probabilities([image * (masks[k][..., None] == inside) for k in asked])
+            for inside in (True, False)
+        )
         return sum(bool(kept[i, k] > rest[i, k]) for i, k in enumerate(asked)), contrast
 
 # %% ../../nbs/training/07_weak_reward.ipynb #07fcfb19
-MAP_KNOBS = ("layer", "head", "gradient", "one_prompt", "drop_rule", "drop_iter", "double_first", "compat_glue_names") # what a map depends on
+# what a map depends on
+MAP_KNOBS = (
+    "layer",
+    "head",
+    "gradient",
+    "one_prompt",
+    "drop_rule",
+    "drop_iter",
+    "double_first",
+    "compat_glue_names",
+)
+
 
 class Tuner:
     "Measures settings of PnP-OVSS on images without masks."
-    def __init__(self,
-        system:PnPOVSS, # its configuration says what no search changes; its selection says which classes an image shows
-        images, # paths, arrays, or what else `encode_image` takes
-        reward:WeakReward, # its vocabulary is the system's
-        progress:bool=True,
-    ):
-        if not isinstance(system, PnPOVSS): raise TuningError(f"tuning is made for PnP-OVSS, not for {type(system).__name__}: give a PnPOVSS system")
-        self.system, self.reward, self.vocabulary = system, reward, reward.vocabulary
-        self.images = [system.encode_image(o) for o in tqdm(list(images), desc="images", unit="image", disable=not progress)]
-        if not self.images: raise TuningError("there is no image to tune on: give at least one")
-        self.classes = [system.classes(o, self.vocabulary) for o in self.images]
-        if not any(self.classes): raise TuningError("no class was selected in any image, so nothing can be rewarded: lower selection_threshold, or give other images")
-        if self.vocabulary.background_index is None and all(len(o) < 2 for o in self.classes):
-            raise TuningError("no image has more than one class and there is no background, so every setting gives the same labels: add the name background, or say selection='all'")
-        self._maps, self._measured, self.passes = {}, {}, 0 # `passes`: images whose maps were computed
 
-    def config(self, knobs:dict):
-        "The system's configuration with `knobs` in it. Raises `TuningError` for a knob that cannot be tuned, `ValueError` for a value that means nothing."
+    def __init__(
+        self,
+        # its configuration says what no search changes; its selection says which classes an image shows
+        system: PnPOVSS,
+        images,  # paths, arrays, or what else `encode_image` takes
+        reward: WeakReward,  # its vocabulary is the system's
+        progress: bool = True,
+    ):
+        if not isinstance(system, PnPOVSS):
+            raise TuningError(
+                f"tuning is made for PnP-OVSS, not for {type(system).__name__}: give a PnPOVSS system"
+            )
+        self.system, self.reward, self.vocabulary = system, reward, reward.vocabulary
+        self.images = [
+            system.encode_image(o)
+            for o in tqdm(list(images), desc="images", unit="image", disable=not progress)
+        ]
+        if not self.images:
+            raise TuningError("there is no image to tune on: give at least one")
+        self.classes = [system.classes(o, self.vocabulary) for o in self.images]
+        if not any(self.classes):
+            raise TuningError(
+                "no class was selected in any image, so nothing can be rewarded: lower selection_threshold,"
+                " or give other images"
+            )
+        if self.vocabulary.background_index is None and all(len(o) < 2 for o in self.classes):
+            raise TuningError(
+                "no image has more than one class and there is no background, so every setting gives the same"
+                " labels: add the name background, or say selection='all'"
+            )
+        self._maps, self._measured, self.passes = {}, {}, 0  # `passes`: images whose maps were computed
+
+    def config(self, knobs: dict):
+        """The system's configuration with `knobs` in it.
+
+        Raises `TuningError` for a knob that cannot be tuned, `ValueError` for a value that means nothing.
+        """
         known = [o.name for o in fields(SalienceConfig) if o.name != "rows"]
         for key in knobs:
             if key not in known:
                 near = get_close_matches(key, known, 1)
-                raise TuningError(f"there is no knob {key!r} to tune" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(known)}")
+                raise TuningError(
+                    f"there is no knob {key!r} to tune"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                    + f" Known: {', '.join(known)}"
+                )
         config, matcher = replace(self.system.config, **knobs), self.system.matcher
         salience = config.salience(self.vocabulary)
         if not (0 <= salience.layer < matcher.depth and 0 <= salience.head < matcher.heads):
-            raise TuningError(f"layer {salience.layer}, head {salience.head}: {matcher.name} has layers 0 to {matcher.depth - 1} and heads 0 to {matcher.heads - 1}")
+            raise TuningError(
+                f"layer {salience.layer}, head {salience.head}: {matcher.name} has layers 0 to"
+                f" {matcher.depth - 1} and heads 0 to {matcher.heads - 1}"
+            )
         # Without a second iteration neither rule has anything to say.
         return replace(config, drop_rule="fixed10", double_first=False) if salience.drop_iter == 1 else config
 
-    def _key(self, knobs:dict) -> SalienceConfig: return self.config(knobs).salience(self.vocabulary)
+    def _key(self, knobs: dict) -> SalienceConfig:
+        return self.config(knobs).salience(self.vocabulary)
 
-    def labels(self, knobs:dict) -> Iterator[np.ndarray]: # per image, H x W indices into the vocabulary
+    def labels(self, knobs: dict) -> Iterator[np.ndarray]:  # per image, H x W indices into the vocabulary
         "Label maps of all images under a setting; its maps are computed once."
         config = self.config(knobs)
         key = tuple(getattr(config.salience(self.vocabulary), o) for o in MAP_KNOBS)
-        kept, system = self._maps.setdefault(key, {}), PnPOVSS(self.system.encoder, config, model=self.system.matcher)
+        kept, system = (
+            self._maps.setdefault(key, {}),
+            PnPOVSS(self.system.encoder, config, model=self.system.matcher),
+        )
         for i, (image, own) in enumerate(zip(self.images, self.classes)):
-            if i not in kept: kept[i] = system.scores(image, self.vocabulary)[own]; self.passes += 1
+            if i not in kept:
+                kept[i] = system.scores(image, self.vocabulary)[own]
+                self.passes += 1
             scores = torch.zeros(len(self.vocabulary), *image.tokens.grid, device=kept[i].device)
             scores[own] = kept[i]
             yield system.labels(image, self.vocabulary, scores, self.vocabulary)
 
-    def measure(self, knobs:dict) -> dict[str, float]: # `count` and `contrast`, 0 to 1
-        "Both rewards of a setting: the share of classes that win, and the same with each image's wins times one minus its token contrast. Raises as `config`."
+    def measure(self, knobs: dict) -> dict[str, float]:  # `count` and `contrast`, 0 to 1
+        """Both rewards of a setting:
+        the share of classes that win, and the same with each image's wins times one minus its token contrast.
+        Raises as `config`.
+        """
         key = self._key(knobs)
         if key not in self._measured:
-            found = [self.reward(image.image, labels, own) for image, labels, own in zip(self.images, self.labels(knobs), self.classes)]
+            found = [
+                self.reward(image.image, labels, own)
+                for image, labels, own in zip(self.images, self.labels(knobs), self.classes)
+            ]
             asked = sum(map(len, self.classes))
-            self._measured[key] = dict(count=sum(wins for wins, _ in found)/asked, contrast=sum(wins*(1 - contrast) for wins, contrast in found)/asked)
+            self._measured[key] = dict(
+                count=sum(wins for wins, _ in found) / asked,
+                contrast=sum(wins * (1 - contrast) for wins, contrast in found) / asked,
+            )
         return self._measured[key]
 
     def describe(self) -> dict:
         "What a search depends on besides its space, ready for JSON."
         seen = hashlib.sha256(json.dumps([self.classes, [o.image.shape for o in self.images]]).encode())
-        for o in self.images: seen.update(np.ascontiguousarray(o.image))
-        return dict(system=self.system.describe(), reward=self.reward.describe(), vocabulary=[list(o) for o in self.vocabulary.words], images=len(self.images), digest=seen.hexdigest())
+        for o in self.images:
+            seen.update(np.ascontiguousarray(o.image))
+        return dict(
+            system=self.system.describe(),
+            reward=self.reward.describe(),
+            vocabulary=[list(o) for o in self.vocabulary.words],
+            images=len(self.images),
+            digest=seen.hexdigest(),
+        )
 
 # %% ../../nbs/training/07_weak_reward.ipynb #47222e1b
-def search_space(matcher) -> dict[str, list]: # knob -> values
-    "The search space of PnP-OVSS for a matcher, layers x heads x thresholds (SYSTEMS 6.6), with blur, drop rule, and Salience DropOut or none."
-    return dict(layer=list(range(matcher.depth)), head=list(range(matcher.heads)), threshold=[0.05, 0.15, 0.25, 0.35, 0.45],
-                blur=[0.0, 0.02, 0.05], drop_rule=["fixed10", "half"], drop_iter=[1, 4])
+def search_space(matcher) -> dict[str, list]:  # knob -> values
+    """The search space of PnP-OVSS for a matcher, layers x heads x thresholds (SYSTEMS 6.6), with blur, drop
+    rule, and Salience DropOut or none.
+    """
+    return dict(
+        layer=list(range(matcher.depth)),
+        head=list(range(matcher.heads)),
+        threshold=[0.05, 0.15, 0.25, 0.35, 0.45],
+        blur=[0.0, 0.02, 0.05],
+        drop_rule=["fixed10", "half"],
+        drop_iter=[1, 4],
+    )
+
 
 @dataclass(frozen=True)
 class Trial:
-    "One setting and what it earned: `reward` is the one that was searched for, `count` and `contrast` are both."
-    knobs:dict
-    reward:float
-    count:float
-    contrast:float
+    """One setting and what it earned:
+    `reward` is the one that was searched for, `count` and `contrast` are both.
+    """
 
-def _check_search(tuner:Tuner, space:dict, trials:int, objective:str, sampler:str):
+    knobs: dict
+    reward: float
+    count: float
+    contrast: float
+
+
+def _check_search(tuner: Tuner, space: dict, trials: int, objective: str, sampler: str):
     "Refuse what cannot work before anything is measured."
-    if not space or not all(isinstance(o, (list, tuple)) and len(o) for o in space.values()): raise TuningError(f"the space must give each knob a list of values, not {space!r}")
+    if not space or not all(isinstance(o, (list, tuple)) and len(o) for o in space.values()):
+        raise TuningError(f"the space must give each knob a list of values, not {space!r}")
     for knob, values in space.items():
-        for value in values: tuner.config({knob: value})
-    if trials < 1: raise TuningError(f"trials must be at least 1, not {trials}")
-    for name, value, choices in (("objective", objective, ("count", "contrast")), ("sampler", sampler, ("tpe", "random"))):
-        if value not in choices: raise TuningError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+        for value in values:
+            tuner.config({knob: value})
+    if trials < 1:
+        raise TuningError(f"trials must be at least 1, not {trials}")
+    for name, value, choices in (
+        ("objective", objective, ("count", "contrast")),
+        ("sampler", sampler, ("tpe", "random")),
+    ):
+        if value not in choices:
+            raise TuningError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+
 
 def search(
-    tuner:Tuner,
-    run_dir:str|Path, # search.sqlite3 goes here; a search that stopped goes on
-    trials:int=34, # in all, those of an earlier call counted; the paper's number
-    space:dict[str, list]|None=None, # knob -> values; default: `search_space` of the system's matcher
-    objective:str="count", # "count" (published) or "contrast"
-    sampler:str="tpe", # "tpe" or "random"
-    seed:int=0,
-    progress:bool=True,
-) -> list[Trial]: # in the order they were tried
+    tuner: Tuner,
+    run_dir: str | Path,  # search.sqlite3 goes here; a search that stopped goes on
+    trials: int = 34,  # in all, those of an earlier call counted; the paper's number
+    # knob -> values; default: `search_space` of the system's matcher
+    space: dict[str, list] | None = None,
+    objective: str = "count",  # "count" (published) or "contrast"
+    sampler: str = "tpe",  # "tpe" or "random"
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Trial]:  # in the order they were tried
     """Search for the setting that a dual encoder likes best; `max(trials, key=lambda o: o.reward)` is it.
 
-    Raises `TuningError` for a knob, value or objective that is not there, or a `run_dir` that holds another search or is in use; `MissingExtra` without the extra `tune`."""
+    Raises `TuningError` for a knob, value or objective that is not there, or a `run_dir` that holds
+    another search or is in use; `MissingExtra` without the extra `tune`.
+    """
     optuna = require("optuna", "tune")
     space = search_space(tuner.system.matcher) if space is None else space
     _check_search(tuner, space, trials, objective, sampler)
-    facts = json.loads(json.dumps(tuner.describe() | dict(space=space, objective=objective, sampler=sampler, seed=seed)))
-    run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
-    samplers, state = dict(tpe=optuna.samplers.TPESampler, random=optuna.samplers.RandomSampler), optuna.trial.TrialState
+    facts = json.loads(
+        json.dumps(tuner.describe() | dict(space=space, objective=objective, sampler=sampler, seed=seed))
+    )
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    samplers, state = (
+        dict(tpe=optuna.samplers.TPESampler, random=optuna.samplers.RandomSampler),
+        optuna.trial.TrialState,
+    )
     level, storage = optuna.logging.get_verbosity(), None
-    lock = FileLock(run_dir/"search.lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise TuningError(f"{run_dir} is in use by another process: wait for it, or choose another run_dir") from None
+    lock = FileLock(run_dir / "search.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TuningError(
+            f"{run_dir} is in use by another process: wait for it, or choose another run_dir"
+        ) from None
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{(run_dir/'search.sqlite3').resolve()}")
-        study = optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{(run_dir / 'search.sqlite3').resolve()}")
+        study = optuna.create_study(
+            storage=storage, study_name="search", direction="maximize", load_if_exists=True
+        )
         before = study.user_attrs.get("facts", facts)
         if before != facts:
             changed = [key for key in facts if facts[key] != before.get(key)]
-            raise TuningError(f"{run_dir} holds another search (other {', '.join(changed)}): choose another run_dir, or remove that one")
+            raise TuningError(
+                f"{run_dir} holds another search (other {', '.join(changed)}): choose another run_dir, or"
+                " remove that one"
+            )
         study.set_user_attr("facts", facts)
-        for o in study.get_trials(states=(state.RUNNING,)): study.tell(o.number, state=state.FAIL)   # a kill left it behind
+        # a kill left it behind
+        for o in study.get_trials(states=(state.RUNNING,)):
+            study.tell(o.number, state=state.FAIL)
         done = study.get_trials(states=(state.COMPLETE,))
-        for o in done: tuner._measured.setdefault(tuner._key(o.params), dict(o.user_attrs))   # measured by the process that was killed
-        with tqdm(total=trials, initial=min(len(done), trials), desc=sampler, unit="trial", disable=not progress) as bar:
+        # measured by the process that was killed
+        for o in done:
+            tuner._measured.setdefault(tuner._key(o.params), dict(o.user_attrs))
+        with tqdm(
+            total=trials, initial=min(len(done), trials), desc=sampler, unit="trial", disable=not progress
+        ) as bar:
             for n in range(len(done), trials):
-                study.sampler = samplers[sampler](seed=int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
+                study.sampler = samplers[sampler](
+                    seed=int(np.random.SeedSequence((seed, n)).generate_state(1)[0])
+                )
                 trial = study.ask()
-                found = tuner.measure({knob: trial.suggest_categorical(knob, values) for knob, values in space.items()})
-                for key, value in found.items(): trial.set_user_attr(key, value)
+                found = tuner.measure(
+                    {knob: trial.suggest_categorical(knob, values) for knob, values in space.items()}
+                )
+                for key, value in found.items():
+                    trial.set_user_attr(key, value)
                 study.tell(trial, found[objective])
-                bar.update(); bar.set_postfix(best=f"{study.best_value:.3f}")
-        return [Trial(o.params, o.value, o.user_attrs["count"], o.user_attrs["contrast"]) for o in study.get_trials(states=(state.COMPLETE,))[:trials]]
+                bar.update()
+                bar.set_postfix(best=f"{study.best_value:.3f}")
+        return [
+            Trial(o.params, o.value, o.user_attrs["count"], o.user_attrs["contrast"])
+            for o in study.get_trials(states=(state.COMPLETE,))[:trials]
+        ]
     finally:
-        if storage: storage.remove_session(); storage.engine.dispose()
+        if storage:
+            storage.remove_session()
+            storage.engine.dispose()
         optuna.logging.set_verbosity(level)
         lock.release()
