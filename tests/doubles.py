@@ -4,10 +4,10 @@ import torch
 from ovss_nb.encoders.base import Encoder, ImageFeatures
 
 
-class Colours(Encoder):
+class Colors(Encoder):
     "Red, green, blue as a space of three dimensions, and three words for them."
 
-    name, dim, stride, size, mean, std = "colours", 3, 16, 48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    name, dim, stride, size, mean, std = "colors", 3, 16, 48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def __init__(self):
         super().__init__()

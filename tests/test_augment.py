@@ -21,7 +21,7 @@ from ovss_nb.core.vocabulary import Vocabulary, list_vocabularies, load_vocabula
 PLAIN = dict(brightness=0, contrast=0, saturation=0, hue=0)
 
 
-class Coloured:
+class Colored:
     "Pictures whose red is their label, times ten."
 
     ignore = 255
@@ -47,21 +47,21 @@ class Coloured:
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (300, 40)])
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         dict(shortest=(40, 200), crop=64),
         dict(shortest=(30, 30), crop=64),
         dict(shortest=(64, 64), longest=80, crop=64),
     ],
 )
-def test_every_pixel_keeps_its_label(shape, knobs):
+def test_every_pixel_keeps_its_label(shape, options):
     """A slope from left to right and top to bottom:
     after any resizing, cut and mirroring the picture is the label still.
     """
     slope = (np.linspace(0, 1, shape[0])[:, None] * 120 + np.linspace(0, 1, shape[1]) * 120).astype(np.uint8)
     mirrored = set()
     for n in range(12):
-        picture, labels = Augmentation(**knobs, **PLAIN)(
+        picture, labels = Augmentation(**options, **PLAIN)(
             np.stack([slope] * 3, -1), slope, step_generator(0, n)
         )
         assert (
@@ -87,22 +87,22 @@ def test_no_label_is_made_up():
         assert set(found.unique().tolist()) <= {0, 7, 200, 255}
 
 
-def test_colours_change_the_picture_alone():
+def test_colors_change_the_picture_alone():
     photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     labels = np.arange(64 * 64).reshape(64, 64) % 7
-    for knob in ("brightness", "contrast", "saturation", "hue"):
-        change = Augmentation(shortest=(64, 64), crop=64, flip=0, jitter=1, **PLAIN | {knob: 0.4})
+    for option in ("brightness", "contrast", "saturation", "hue"):
+        change = Augmentation(shortest=(64, 64), crop=64, flip=0, jitter=1, **PLAIN | {option: 0.4})
         picture, same = change(photo, labels, step_generator(0, 1))
         assert (picture.permute(1, 2, 0).numpy() != photo).mean() > 0.5 and (same.numpy() == labels).all(), (
-            knob
+            option
         )
 
 
-COLOURS = ("brightness", "contrast", "saturation", "hue")
+COLORS = ("brightness", "contrast", "saturation", "hue")
 
 
-def recoloured(photo, n, **knobs):
-    change = Augmentation(shortest=(16, 16), crop=16, flip=0, **knobs)
+def recolored(photo, n, **options):
+    change = Augmentation(shortest=(16, 16), crop=16, flip=0, **options)
     return (
         change(photo, np.zeros(photo.shape[:2], np.uint8), step_generator(0, n))[0].permute(1, 2, 0).numpy()
     )
@@ -111,48 +111,48 @@ def recoloured(photo, n, **knobs):
 @pytest.mark.parametrize(
     "jitter, low, high", [(0.5, 0.42, 0.58), (0.0, 0, 0), (1.0, 0.97, 1), (0.2, 0.13, 0.27)]
 )
-def test_each_colour_changes_with_a_chance_of_its_own(jitter, low, high):
+def test_each_color_changes_with_a_chance_of_its_own(jitter, low, high):
     """SSD's distortion:
     each of the four in half of the pictures, whatever the others do; one picture in sixteen keeps its
-    colours.
+    colors.
     """
     photo = np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8)
     changed = {
-        knob: np.array(
+        option: np.array(
             [
                 (
-                    recoloured(
+                    recolored(
                         photo,
                         n,
                         **({"jitter": jitter} if jitter != 0.5 else {}),
-                        **{o: 0 for o in COLOURS if o != knob},
+                        **{o: 0 for o in COLORS if o != option},
                     )
                     != photo
                 ).any()
                 for n in range(300)
             ]
         )
-        for knob in COLOURS
+        for option in COLORS
     }
     assert all(low <= o.mean() <= high for o in changed.values()), {
-        knob: o.mean() for knob, o in changed.items()
+        option: o.mean() for option, o in changed.items()
     }
     if jitter == 0.5:
         assert all(
-            0.15 < (changed[a] & changed[b]).mean() < 0.35 for i, a in enumerate(COLOURS) for b in COLOURS[:i]
+            0.15 < (changed[a] & changed[b]).mean() < 0.35 for i, a in enumerate(COLORS) for b in COLORS[:i]
         )
-        kept = np.mean([(recoloured(photo, n) == photo).all() for n in range(300)])
-        # a knob at 0 draws like any other
+        kept = np.mean([(recolored(photo, n) == photo).all() for n in range(300)])
+        # a option at 0 draws like any other
         assert 0.02 < kept < 0.12 and kept == np.mean(~np.any(list(changed.values()), 0))
 
 
 def test_contrast_comes_before_or_after_saturation_and_hue():
     """Where white is cut off the order shows:
-    red at full saturation, twice as bright, is white only if colours are taken out first.
+    red at full saturation, twice as bright, is white only if colors are taken out first.
     """
     photo = np.full((16, 16, 3), (200, 120, 120), np.uint8)
     found = {
-        tuple(recoloured(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0])
+        tuple(recolored(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0])
         for n in range(40)
     }
 
@@ -169,14 +169,14 @@ def test_contrast_comes_before_or_after_saturation_and_hue():
         generator = step_generator(0, n)
         torch.rand((), generator=generator)  # the size
         draws = [torch.rand((), generator=generator).item() for _ in range(9)]
-        factors = {name: 1 + 2 * draws[2 * i + 1] - 1 for i, name in enumerate(COLOURS)}
+        factors = {name: 1 + 2 * draws[2 * i + 1] - 1 for i, name in enumerate(COLORS)}
         steps = [lambda x: contrast(x, factors["contrast"]), lambda x: saturate(x, factors["saturation"])]
         x = (200, 120, 120)
         for step in steps if draws[8] < 0.5 else steps[::-1]:
             x = step(x)
         assert (
             np.abs(
-                recoloured(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0] - x
+                recolored(photo, n, jitter=1, brightness=0, hue=0, contrast=1, saturation=1)[0, 0] - x
             ).max()
             <= 1
         )
@@ -184,7 +184,7 @@ def test_contrast_comes_before_or_after_saturation_and_hue():
     assert orders == {True, False} and len(found) > 20
 
 
-def test_colours_change_as_in_ssd():
+def test_colors_change_as_in_ssd():
     """Brightness adds at most 32 of 255, contrast multiplies, saturation and hue leave the other two of HSV
     alone (against the standard library's HSV).
     """
@@ -196,27 +196,27 @@ def test_colours_change_as_in_ssd():
         return np.array([colorsys.rgb_to_hsv(*o) for o in x.reshape(-1, 3) / 255])
 
     for n in range(20):
-        change = recoloured(photo, n, jitter=1, contrast=0, saturation=0, hue=0).astype(int) - photo
+        change = recolored(photo, n, jitter=1, contrast=0, saturation=0, hue=0).astype(int) - photo
         assert np.ptp(change) == 0 and abs(change[0, 0, 0]) <= 32
-        factor = recoloured(photo, n, jitter=1, brightness=0, saturation=0, hue=0) / photo
+        factor = recolored(photo, n, jitter=1, brightness=0, saturation=0, hue=0) / photo
         assert np.ptp(factor) < 0.02 and 0.49 < factor.mean() < 1.51
-        before, after = hsv(photo), hsv(recoloured(photo, n, jitter=1, brightness=0, contrast=0, hue=0))
+        before, after = hsv(photo), hsv(recolored(photo, n, jitter=1, brightness=0, contrast=0, hue=0))
         ratio = (after[:, 1] / before[:, 1])[(before[:, 1] > 0.2) & (after[:, 1] < 0.95)]
         assert (
             np.abs(before[:, 2] - after[:, 2]).max() < 0.01
             and np.ptp(ratio) < 0.1
             and 0.45 < ratio.mean() < 1.55
         )
-        after = hsv(recoloured(photo, n, jitter=1, brightness=0, contrast=0, saturation=0))
+        after = hsv(recolored(photo, n, jitter=1, brightness=0, contrast=0, saturation=0))
         turn = ((after - before)[:, 0] + 0.5) % 1 - 0.5
         assert np.abs(before - after)[:, 1:].max() < 0.03 and np.abs(turn[before[:, 1] > 0.2]).max() < 0.12
 
 
-def test_black_and_white_have_no_colour_to_change():
+def test_black_and_white_have_no_color_to_change():
     for value in (0, 255):
         photo = np.full((16, 16, 3), value, np.uint8)
         for n in range(5):
-            assert (recoloured(photo, n, jitter=1, brightness=0, contrast=0) == photo).all()
+            assert (recolored(photo, n, jitter=1, brightness=0, contrast=0) == photo).all()
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (20, 200)])
@@ -313,8 +313,8 @@ def test_unions_of_shipped_vocabularies(first):
 def test_an_unseen_class_is_in_no_label():
     sets = TrainingSets(
         [
-            Coloured(["background", "cat", "sofa"], 6),
-            Coloured({"couch": ["couch", "sofa"], "car": "car"}, 5, 1),
+            Colored(["background", "cat", "sofa"], 6),
+            Colored({"couch": ["couch", "sofa"], "car": "car"}, 5, 1),
         ],
         unseen=["couch"],
     )
@@ -356,7 +356,7 @@ class Stopped(Exception):
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_pictures(tmp_path):
     sets, change = (
-        TrainingSets([Coloured(["cat", "dog", "car"], 9), Coloured(["sky", "cat"], 7, 1)]),
+        TrainingSets([Colored(["cat", "dog", "car"], 9), Colored(["sky", "cat"], 7, 1)]),
         Augmentation(shortest=(20, 50), crop=32),
     )
     numbers = SetBatches(sets.groups, 2)

@@ -242,9 +242,9 @@ def bicubic(table, size):
     for axis, new in enumerate(size):
         old, rows = table.shape[axis], []
         for i in range(new):
-            centre = (i + 0.5) * old / new - 0.5
-            near = range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3)
-            rows.append(sum(kernel(centre - o) * np.take(table, min(max(o, 0), old - 1), axis) for o in near))
+            center = (i + 0.5) * old / new - 0.5
+            near = range(int(np.floor(center)) - 1, int(np.floor(center)) + 3)
+            rows.append(sum(kernel(center - o) * np.take(table, min(max(o, 0), old - 1), axis) for o in near))
         table = np.stack(rows, axis)
     return table
 

@@ -204,16 +204,16 @@ def use(screen, process, name):
         screen.opacity(0)
         photo, ground = screen.pixel(*cup), screen.pixel(*table)
         screen.opacity(1)
-        colour = screen.pixel(*cup)
+        color = screen.pixel(*cup)
         # half and half, at first
-        assert all(abs(2 * m - p - c) <= 3 for m, p, c in zip(mixed, photo, colour)) and photo != colour
+        assert all(abs(2 * m - p - c) <= 3 for m, p, c in zip(mixed, photo, color)) and photo != color
         screen.legend("cup").click()
         assert screen.pixel(*cup) == photo and not screen.shown("cup") and screen.pixel(*table) != ground
         screen.legend("cup").click()
-        assert screen.pixel(*cup) == colour and screen.shown("cup")
+        assert screen.pixel(*cup) == color and screen.shown("cup")
         screen.legend("cup").dblclick()
         assert (
-            screen.pixel(*cup) == colour
+            screen.pixel(*cup) == color
             and screen.pixel(*table) == ground
             and screen.shown("cup")
             and not screen.shown("wooden table")

@@ -293,7 +293,7 @@ def test_a_digest_is_of_the_bytes_alone(tmp_path):
 @pytest.mark.parametrize("place", ["file/store", "/proc/ovss/store", "disk"])
 def test_without_a_place_for_the_cache_work_goes_on_and_says_so_once(place, tmp_path):
     "Text is encoded with a cache whose folder cannot be made, or whose disk is full."
-    from doubles import Colours
+    from doubles import Colors
     from ovss_nb.text.text_bank import encode_text
 
     (tmp_path / "file").write_text("in the way")
@@ -306,7 +306,7 @@ def test_without_a_place_for_the_cache_work_goes_on_and_says_so_once(place, tmp_
             pytest.skip("a small disk cannot be mounted here")
         (disk / "big").write_bytes(bytes(4096))
     try:
-        cache, encoder = Cache(tmp_path / place), Colours()
+        cache, encoder = Cache(tmp_path / place), Colors()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             banks = [encode_text(encoder, ["red", "green", "blue"], cache=cache) for _ in range(2)]

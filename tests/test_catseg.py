@@ -140,12 +140,12 @@ def test_checkpoint_names(released):
 def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)["model"]
 
-    def refused(change, match, encoder=None, **knobs):
+    def refused(change, match, encoder=None, **options):
         other = dict(state)
         change(other)
         torch.save(other, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=match):
-            CATSeg(encoder or golden_clip(), weights=str(tmp_path / "other.pth"), **(SIZES | knobs))
+            CATSeg(encoder or golden_clip(), weights=str(tmp_path / "other.pth"), **(SIZES | options))
 
     def rename(o):
         o[f"{AGGREGATOR}head.wait"] = o.pop(f"{AGGREGATOR}head.weight")
@@ -316,15 +316,15 @@ def test_847_words():
 
 @pytest.mark.parametrize("shape", [(40, 200), (200, 40), (64, 64)])
 @pytest.mark.parametrize(
-    "knobs", [dict(), dict(keep_aspect=True), dict(windows=False), dict(windows=False, keep_aspect=True)]
+    "options", [dict(), dict(keep_aspect=True), dict(windows=False), dict(windows=False, keep_aspect=True)]
 )
-def test_images_of_any_shape(shape, knobs):
-    system = CATSeg(small_clip(), size=96, window=64, **(SMALL | knobs))
+def test_images_of_any_shape(shape, options):
+    system = CATSeg(small_clip(), size=96, window=64, **(SMALL | options))
     image = system.encode_image(np.random.default_rng(1).integers(0, 255, (*shape, 3), dtype=np.uint8))
     result = system.segment(image, ["cat", "dog"])
     assert result.labels.shape == shape and np.isfinite(result.scores).all()
     height, width = result.scores.shape[1:]
-    assert (height == width) == (shape[0] == shape[1] or not knobs.get("keep_aspect"))
+    assert (height == width) == (shape[0] == shape[1] or not options.get("keep_aspect"))
 
 
 def test_a_batch_equals_its_images():
@@ -354,8 +354,8 @@ def test_several_words_of_one_class():
     photo = np.random.default_rng(4).integers(0, 255, (40, 70, 3), dtype=np.uint8)
     words = {"animal": ["cat", "dog", "horse"], "plant": "tree"}
 
-    def scores(**knobs):
-        return CATSeg(small_clip(), windows=False, **(SMALL | knobs)).segment(photo, words).scores
+    def scores(**options):
+        return CATSeg(small_clip(), windows=False, **(SMALL | options)).segment(photo, words).scores
 
     first = (
         CATSeg(small_clip(), windows=False, **SMALL).segment(photo, {"animal": "cat", "plant": "tree"}).scores
@@ -464,11 +464,11 @@ class Edges(torch.nn.Module):
 PHOTO = np.random.default_rng(6).integers(0, 255, (40, 70, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(windows=False), dict(windows=False, keep_aspect=True)])
+@pytest.mark.parametrize("options", [dict(), dict(windows=False), dict(windows=False, keep_aspect=True)])
 @pytest.mark.parametrize("words", [["cat", "dog", "tree"], [f"thing {i}" for i in range(30)]])
-def test_lmseg_with_weight_1_and_the_template_is_catseg(knobs, words, tmp_path):
-    knobs = SMALL | dict(size=96, window=64) | knobs
-    catseg = CATSeg(small_clip(), **knobs)
+def test_lmseg_with_weight_1_and_the_template_is_catseg(options, words, tmp_path):
+    options = SMALL | dict(size=96, window=64) | options
+    catseg = CATSeg(small_clip(), **options)
     for o in catseg.network.parameters():
         o.data += 0.02
     catseg.save(tmp_path / "catseg.safetensors")
@@ -477,7 +477,7 @@ def test_lmseg_with_weight_1_and_the_template_is_catseg(knobs, words, tmp_path):
         second=Edges(),
         prompts="names",
         fusion_weight=1.0,
-        **(knobs | dict(weights=str(tmp_path / "catseg.safetensors"))),
+        **(options | dict(weights=str(tmp_path / "catseg.safetensors"))),
     )
     assert lmseg.second is None
     one, two = catseg.segment(PHOTO, words), lmseg.segment(PHOTO, words)
@@ -563,10 +563,10 @@ def test_lmseg_weights_round_trip(tmp_path):
         again.describe()["network"] == system.describe()["network"] and again.describe()["second"] == "edges"
     )
     with pytest.raises(
-        ValueError, match="a network of LMSeg, which has knobs that CATSegConfig lacks .*Create that system"
+        ValueError, match="a network of LMSeg, which has options that CATSegConfig lacks .*Create that system"
     ):
         CATSeg(small_clip(), weights=str(tmp_path / "lmseg.safetensors"))
-    # the file knows the other knobs
+    # the file knows the other options
     alone = LMSeg(
         small_clip(),
         second=system.second,
@@ -579,7 +579,7 @@ def test_lmseg_weights_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         dict(),
         dict(prompt_channels=4),
@@ -588,11 +588,11 @@ def test_lmseg_weights_round_trip(tmp_path):
         dict(fusion_weight="channel"),
     ],
 )
-def test_what_is_packed_is_what_was_seen(knobs):
+def test_what_is_packed_is_what_was_seen(options):
     """Scores and loss of stored features are those of the picture;
     half precision costs digits only; a part of a bank is a bank.
     """
-    system = LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | knobs))
+    system = LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | options))
     images, bank = (
         system.encode_images([PHOTO, PHOTO[:, :30]]),
         system.encode_text(["cat", "dog", "tree", "car"]),
@@ -614,10 +614,12 @@ def test_what_is_packed_is_what_was_seen(knobs):
     close(system.loss(again, labels, some)[0], system.loss(images, labels, some)[0])
     assert (
         system.packed_by()
-        == LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | knobs | dict(layers=1))).packed_by()
+        == LMSeg(
+            small_clip(), second=Edges(), windows=False, **(SMALL | options | dict(layers=1))
+        ).packed_by()
     )
     with pytest.raises(ValueError, match="squashed"):
-        LMSeg(small_clip(), second=Edges(), **(SMALL | knobs)).pack(images[0])
+        LMSeg(small_clip(), second=Edges(), **(SMALL | options)).pack(images[0])
 
 
 def test_descriptions_and_the_fallback():

@@ -22,22 +22,22 @@ from ovss_nb.components.class_selection import (
 from ovss_nb.text.language_model import LanguageModel, LanguageModelError
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
-COLOURS = Vocabulary.of(["background", "red", "green", "blue"])
+COLORS = Vocabulary.of(["background", "red", "green", "blue"])
 PLAIN = {
     name: np.full((40, 60, 3), 255 * np.eye(3, dtype=int)[k], np.uint8)
-    for k, name in enumerate(COLOURS.names[1:])
+    for k, name in enumerate(COLORS.names[1:])
 }
 
 
 class Painter(nn.Module):
-    "An encoder whose space is colour: a picture is its mean colour, a word one of three axes."
+    "An encoder whose space is color: a picture is its mean color, a word one of three axes."
 
     fingerprint, device, dtype = "painter", torch.device("cpu"), torch.float32
 
     def text(self, prompts):
         return torch.stack(
             [
-                torch.eye(3)[next((k for k, name in enumerate(COLOURS.names[1:]) if name in o), 0)]
+                torch.eye(3)[next((k for k, name in enumerate(COLORS.names[1:]) if name in o), 0)]
                 for o in prompts
             ]
         )
@@ -50,7 +50,7 @@ class Painter(nn.Module):
 
 
 def seen(messages):
-    "A vision model that sees pure colours; for a grey picture it is sure of nothing."
+    "A vision model that sees pure colors; for a grey picture it is sure of nothing."
     photo = (
         np.asarray(
             Image.open(
@@ -64,7 +64,7 @@ def seen(messages):
     k = int(photo.argmax()) + 1
     return json.dumps(
         {
-            "classes": [f"{k}: {COLOURS.names[k]}", f"{k % 3 + 1}: {COLOURS.names[k % 3 + 1]}"],
+            "classes": [f"{k}: {COLORS.names[k]}", f"{k % 3 + 1}: {COLORS.names[k % 3 + 1]}"],
             "percentages": [sure, 10],
         }
     )
@@ -82,7 +82,7 @@ def test_all_backends_keep_one_contract(tmp_path):
             (class_selector("clip", Painter()), PLAIN["green"]),
             (class_selector("llm", model), PLAIN["green"]),
         ):
-            chosen = selector.select(image, COLOURS)
+            chosen = selector.select(image, COLORS)
             assert (
                 isinstance(chosen, Selection)
                 and chosen.indices.dtype.kind == "i"
@@ -106,8 +106,8 @@ def test_many_pictures_are_asked_at_once_and_never_twice(tmp_path):
                 LanguageModel(
                     "eyes", server.url, timeout=0.4, backoff=0.01, journal=tmp_path / "journal.jsonl"
                 )
-            ).select_all(images, COLOURS)
-            assert {key: COLOURS.names[o.indices[1]] for key, o in found.items()} == {
+            ).select_all(images, COLORS)
+            assert {key: COLORS.names[o.indices[1]] for key, o in found.items()} == {
                 key: key.rstrip("0123456789") for key in images
             }
         assert max(server.answered.values()) == 1 and server.faults["rules"]
@@ -118,14 +118,14 @@ def test_the_rules_of_the_published_code(tmp_path):
         model = LanguageModel("eyes", server.url, journal=tmp_path / "journal.jsonl")
         grey = np.full((40, 60, 3), (120, 130, 120), np.uint8)
         # nothing above 70: the first class
-        assert LLMClasses(model).select(grey, COLOURS).indices.tolist() == [0, 1]
-        assert LLMClasses(model).select(grey, COLOURS).probabilities.tolist() == [1, 0]
-        assert LLMClasses(model, fallback="blue").select(grey, COLOURS).indices.tolist() == [0, 3]
-        assert LLMClasses(model, threshold=9).select(PLAIN["red"], COLOURS).indices.tolist() == [0, 1, 2]
+        assert LLMClasses(model).select(grey, COLORS).indices.tolist() == [0, 1]
+        assert LLMClasses(model).select(grey, COLORS).probabilities.tolist() == [1, 0]
+        assert LLMClasses(model, fallback="blue").select(grey, COLORS).indices.tolist() == [0, 3]
+        assert LLMClasses(model, threshold=9).select(PLAIN["red"], COLORS).indices.tolist() == [0, 1, 2]
         # above, not at
-        assert LLMClasses(model, threshold=10).select(PLAIN["red"], COLOURS).indices.tolist() == [0, 1]
+        assert LLMClasses(model, threshold=10).select(PLAIN["red"], COLORS).indices.tolist() == [0, 1]
         with pytest.raises(ValueError, match="none of the names"):
-            LLMClasses(model, fallback="pink").select(grey, COLOURS)
+            LLMClasses(model, fallback="pink").select(grey, COLORS)
 
 
 def test_a_declined_picture_is_empty_but_a_failing_service_is_an_error(tmp_path):
@@ -133,12 +133,12 @@ def test_a_declined_picture_is_empty_but_a_failing_service_is_an_error(tmp_path)
         model = LanguageModel(
             "eyes", server.url, attempts=2, backoff=0.01, journal=tmp_path / "journal.jsonl"
         )
-        LLMClasses(model).select(PLAIN["red"], COLOURS)
+        LLMClasses(model).select(PLAIN["red"], COLORS)
         server.handle = lambda request, asked: reply(request, 200, completion("", "content_filter"))
-        assert LLMClasses(model).select(PLAIN["blue"], COLOURS).indices.tolist() == [0, 1]
+        assert LLMClasses(model).select(PLAIN["blue"], COLORS).indices.tolist() == [0, 1]
         server.handle = lambda request, asked: reply(request, 500, {"error": {"message": "broken"}})
         with pytest.raises(LanguageModelError, match="No classes for image.*status 500"):
-            LLMClasses(model).select(PLAIN["blue"], COLOURS)
+            LLMClasses(model).select(PLAIN["blue"], COLORS)
 
 
 def test_the_question_names_synonyms_and_sends_a_small_picture():
@@ -155,16 +155,17 @@ def test_the_question_names_synonyms_and_sends_a_small_picture():
 
 def test_temperature_and_threshold_of_clip():
     mixed = np.full((40, 60, 3), (255, 230, 0), np.uint8)
-    assert ClipClasses(Painter(), threshold=0.3, temperature=1).select(mixed, COLOURS).indices.tolist() == [
+    assert ClipClasses(Painter(), threshold=0.3, temperature=1).select(mixed, COLORS).indices.tolist() == [
         0,
         1,
         2,
     ]
-    assert ClipClasses(Painter(), threshold=0.3, temperature=0.01).select(
-        mixed, COLOURS
-    ).indices.tolist() == [0, 1]
+    assert ClipClasses(Painter(), threshold=0.3, temperature=0.01).select(mixed, COLORS).indices.tolist() == [
+        0,
+        1,
+    ]
     # at least the best
-    assert ClipClasses(Painter(), threshold=0.99, temperature=1).select(mixed, COLOURS).indices.tolist() == [
+    assert ClipClasses(Painter(), threshold=0.99, temperature=1).select(mixed, COLORS).indices.tolist() == [
         0,
         1,
     ]

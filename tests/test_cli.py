@@ -347,16 +347,16 @@ def test_lists():
     assert "ADE-847" in ovss_nb("vocabularies").stdout
 
 
-# the last has no knob `crf`
+# the last has no option `crf`
 @pytest.mark.parametrize(
-    "system, knobs",
+    "system, options",
     [
         ("simseg", ["--set", "templates=single"]),
         ("llm_supervised", ["--set", "templates=single"]),
         ("lmseg", []),
     ],
 )
-def test_other_systems_run_from_the_command_line(system, knobs, tmp_path):
+def test_other_systems_run_from_the_command_line(system, options, tmp_path):
     result = ovss_nb(
         "segment",
         PHOTOS / "chelsea.png",
@@ -364,7 +364,7 @@ def test_other_systems_run_from_the_command_line(system, knobs, tmp_path):
         "VOC-21",
         "--system",
         system,
-        *knobs,
+        *options,
         "--out",
         tmp_path / "out",
     )

@@ -53,9 +53,9 @@ class Reference:
         self.exact_gelu = exact_gelu
 
     def norm(self, x, name):
-        centred = x - x.mean(-1, keepdims=True)
+        centerd = x - x.mean(-1, keepdims=True)
         return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * self.w[f"{name}.weight"]
+            centerd / np.sqrt((centerd**2).mean(-1, keepdims=True) + 1e-5) * self.w[f"{name}.weight"]
             + self.w[f"{name}.bias"]
         )
 
@@ -131,9 +131,9 @@ def bicubic(grid, height, width, a=-0.75):
     def matrix(old, new):
         m = np.zeros((new, old))
         for i in range(new):
-            centre = (i + 0.5) * old / new - 0.5
-            for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-                d = abs(centre - j)
+            center = (i + 0.5) * old / new - 0.5
+            for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+                d = abs(center - j)
                 weight = (
                     (a + 2) * d**3 - (a + 3) * d**2 + 1
                     if d <= 1
@@ -500,11 +500,11 @@ def test_published_architectures_of_several_kinds(model, tmp_path):
 @pytest.mark.parametrize(
     "model", ["ViT-L-14-CLIPA", "ViT-L-14-CLIPA-336", "ViT-H-14-CLIPA-336", "ViT-bigG-14-CLIPA"]
 )
-def test_clipa_files_have_its_own_normalisation(model, tmp_path):
+def test_clipa_files_have_its_own_normalization(model, tmp_path):
     assert file_settings(model, tmp_path / "weights.pt", {}) == (False, (*MEANS["imagenet-mean"], "bilinear"))
 
 
-def test_normalisation_and_filter_of_a_file_are_those_of_all_tags(published):
+def test_normalization_and_filter_of_a_file_are_those_of_all_tags(published):
     publish, path = published
     publish(
         a=IMAGENET | dict(interpolation="bilinear"),
@@ -523,7 +523,7 @@ def test_normalisation_and_filter_of_a_file_are_those_of_all_tags(published):
         CLIPEncoder("ovss-test", path)
 
 
-def test_normalisation_belongs_into_the_fingerprint(published):
+def test_normalization_belongs_into_the_fingerprint(published):
     publish, path = published
     publish(a=OPENAI, b=HALF, c=OPENAI | dict(interpolation="bilinear"))
     found = {o: CLIPEncoder("ovss-test", path, like=o, device="cpu") for o in "abc"}
@@ -672,7 +672,7 @@ def test_a_file_knows_its_grid_and_its_number_of_tokens(folder, tmp_path):
     )
 
 
-def test_a_folder_must_say_its_normalisation(tmp_path):
+def test_a_folder_must_say_its_normalization(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=CONFIG)))
     save_file(tiny(seed=7, text=WORDS).state_dict(), tmp_path / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match="preprocess_cfg"):

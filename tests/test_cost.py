@@ -166,7 +166,7 @@ def test_catseg_pooled(golden):
 
 
 @pytest.mark.parametrize("case,length", [("pad6_T9_stride2", 6), ("T260_stride12", 256)])
-def test_catseg_keeps_the_likeliest_words(golden, case, length):
+def test_catseg_keeps_the_topk_classes_words(golden, case, length):
     network, words, stride = (
         released(golden, length=length),
         9 if length == 6 else 260,

@@ -107,7 +107,7 @@ def test_stems(tmp_path):
     "Stems with slashes, and stems of digits only."
     picture(tmp_path / "photos/ulm/f_1.jpg")
     mask(tmp_path / "maps/ulm/f_1_ids.png", [1])
-    mask(tmp_path / "maps/ulm/f_1_colour.png", [1])
+    mask(tmp_path / "maps/ulm/f_1_color.png", [1])
     towns = LayoutDataset(
         tmp_path, Layout("towns", FLAT.images, "maps/{stem}_ids.png", stem="[^/]+/[^/]+"), RULES
     )
@@ -188,7 +188,7 @@ def test_one_file_for_all(tmp_path):
     ],
 )
 def test_bad_labels(tmp_path, damage, match):
-    """Values outside the map, colours, a cut file, an empty file, a file gone since:
+    """Values outside the map, colors, a cut file, an empty file, a file gone since:
     one error that names the file.
     """
     picture(tmp_path / "photos/a.jpg")

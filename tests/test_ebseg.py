@@ -96,8 +96,8 @@ def small_sam(seed=0):
     return SAMEncoder(randomise(network, seed), size=64, device="cpu")
 
 
-def small(seed=0, second="sam", **knobs):
-    return EBSeg(small_clip(seed), second=small_sam(seed) if second == "sam" else second, **(SMALL | knobs))
+def small(seed=0, second="sam", **options):
+    return EBSeg(small_clip(seed), second=small_sam(seed) if second == "sam" else second, **(SMALL | options))
 
 
 def photo(height=48, width=80, seed=0):
@@ -136,7 +136,7 @@ def golden_clip(file):
         {name.removeprefix("w."): o for name, o in tensors.items() if name.startswith("w.")}
     )
     encoder = CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
-    encoder.mean, encoder.std = (0, 0, 0), (1, 1, 1)  # the stored images are normalised
+    encoder.mean, encoder.std = (0, 0, 0), (1, 1, 1)  # the stored images are normalized
     system = EBSeg(encoder, second=None, **(SMALL | dict(first=4)))
     system.multiple = 16  # the stored images are no multiples of 32, and their masks come from elsewhere
     return system, tensors
@@ -403,15 +403,15 @@ def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size
     what CLIP sees and the balance differ between EBSeg_base.pth and EBSeg_large.pth; what the caller says
     counts for more.
     """
-    knobs = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
-    made = EBSeg(small_clip(1, layers=layers), second=small_sam(1), **knobs)
+    options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    made = EBSeg(small_clip(1, layers=layers), second=small_sam(1), **options)
     torch.save(
         {"model": authors_state(made, made.encoder.model, made.second.model)}, path := tmp_path / "EBSeg.pth"
     )
 
     def load(**more):
         return EBSeg(
-            small_clip(5, layers=layers), second=small_sam(5), **(knobs | dict(weights=str(path)) | more)
+            small_clip(5, layers=layers), second=small_sam(5), **(options | dict(weights=str(path)) | more)
         )
 
     loaded = load()
@@ -437,9 +437,9 @@ def test_what_differs_by_size_follows_from_the_encoder():
     """Without any file too:
     blocks that are fused, that proposals start at and that the second path starts at (SYSTEMS 3.1).
     """
-    knobs = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
     for layers, first, start, fused in ((12, 9, 2, (3, 6, 9)), (24, 18, 4, (6, 12, 18))):
-        system = EBSeg(small_clip(layers=layers), second=None, **knobs)
+        system = EBSeg(small_clip(layers=layers), second=None, **options)
         assert (system.first, system.start, system.fused) == (
             first,
             start,
@@ -447,7 +447,7 @@ def test_what_differs_by_size_follows_from_the_encoder():
         ) and system.config.alpha == (0.09 if layers == 12 else 0.12)
     # gamma is 0.7 here
     with pytest.raises(ValueError, match="may pass 1 - gamma"):
-        EBSeg(small_clip(), second=None, **knobs, beta=0.35)
+        EBSeg(small_clip(), second=None, **options, beta=0.35)
 
 
 def test_authors_checkpoint_survives_our_own_file(released, tmp_path):
@@ -562,7 +562,7 @@ def test_all_answers_together_equal_one_by_one():
     close(system.answer(images)[-1].B, answers[-1].B, 1e-5)
 
 
-def test_padding_is_zero_after_normalising():
+def test_padding_is_zero_after_normalizing():
     "What lies beyond the picture has no influence on where the picture ends: the encoders see zeros there."
     system, seen = small(), []
     plain = system.encoder.embed
@@ -666,7 +666,7 @@ def test_seen_words_change_the_result():
 
 
 def batch(system, count=2, side=64):
-    """Pictures of four coloured quarters and some noise, and their labels;
+    """Pictures of four colored quarters and some noise, and their labels;
     the uppermost rows are not labelled.
     """
     quarters = torch.stack([torch.tensor([0, 1, 2, 3]).roll(i).view(2, 2) for i in range(count)])
@@ -718,15 +718,15 @@ def test_loss_is_the_sum_of_its_parts():
     pixels, labels = batch(system)
     images, text = system.see(pixels), system.encode_text(WORDS)
 
-    def value(**knobs):
-        for name, o in knobs.items():
+    def value(**options):
+        for name, o in options.items():
             object.__setattr__(system.config, name, o)
         return system.loss(images, labels, text, torch.Generator().manual_seed(3))
 
     (whole, numbers), (bare, _), (cosine, other) = (
         value(),
         value(ssc=0.0),
-        value(ssc=10.0, ssc_normalise=True),
+        value(ssc=10.0, ssc_normalize=True),
     )
     assert whole.item() - bare.item() == pytest.approx(
         10 * numbers["ssc"], rel=1e-3

@@ -619,7 +619,7 @@ def test_a_saved_prediction_that_was_damaged_is_made_again(tmp_path, dataset, re
 def test_another_class_list_is_refused(tmp_path, dataset):
     "Also if only the words behind a name, or what is background, differ."
     evaluate(Stripes(), dataset, run_dir=tmp_path / "run", progress=False)
-    for lines in (["left", "right", "centre"], ["left, sinister", "right", "middle"]):
+    for lines in (["left", "right", "center"], ["left, sinister", "right", "middle"]):
         (dataset.root / "classes.txt").write_text("\n".join(lines))
         with pytest.raises(EvaluationError, match="another evaluation"):
             evaluate(Stripes(), FolderDataset.open(dataset.root), run_dir=tmp_path / "run", progress=False)

@@ -37,15 +37,15 @@ def run(name, tmp_path, monkeypatch, **parameters):
     not (DATA / "voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data"
 )
 @pytest.mark.parametrize(
-    "system, knobs", [("maskclip", {}), ("llm_supervised", dict(templates="single", crf=False))]
+    "system, options", [("maskclip", {}), ("llm_supervised", dict(templates="single", crf=False))]
 )
-def test_evaluate(system, knobs, tmp_path, monkeypatch):
+def test_evaluate(system, options, tmp_path, monkeypatch):
     metrics = run(
         "evaluate",
         tmp_path,
         monkeypatch,
         system=system,
-        knobs=knobs,
+        options=options,
         data=str(DATA / "voc2012-val-subset"),
         limit=8,
     )
@@ -137,7 +137,7 @@ def test_benchmark(tmp_path, monkeypatch):
         aggregation_classes=[2, 5],
         aggregation_plain=5,
         aggregation_repeats=1,
-        aggregation_knobs=dict(
+        aggregation_options=dict(
             window=64,
             grid=4,
             attention_window=2,
@@ -153,7 +153,7 @@ def test_benchmark(tmp_path, monkeypatch):
         queries_size=64,
         queries_classes=4,
         queries_repeats=1,
-        queries_knobs=dict(
+        queries_options=dict(
             width=16, encoder_layers=1, encoder_hidden=16, groups=4, queries=5, layers=3, heads=2, hidden=16
         ),
         slices_encoder="ViT-S-16",
@@ -161,7 +161,7 @@ def test_benchmark(tmp_path, monkeypatch):
         slices_classes=3,
         slices_ratios=[0.5, 1.0],
         slices_repeats=1,
-        slices_knobs=dict(width=32, depth=5, heads=4, queries=6, channels=16),
+        slices_options=dict(width=32, depth=5, heads=4, queries=6, channels=16),
     )
     metrics = run(
         "benchmark",
@@ -284,7 +284,7 @@ def test_prompts(tmp_path, monkeypatch):
     not (DATA / "voc2012-sbd-extra").exists(), reason="needs the evaluation images in ../shared/data"
 )
 def test_tune(tmp_path, monkeypatch):
-    "Both searches, the ranking against mIoU, and found against default; a knob that is not there is refused."
+    "Both searches, the ranking against mIoU, and found against default; a option that is not there is refused."
     pytest.importorskip("optuna", reason="needs the extra `tune`")
     tiny = dict(
         data=str(DATA),
@@ -304,7 +304,7 @@ def test_tune(tmp_path, monkeypatch):
         and metrics["found"]["drop_iter"] == 1
         and max(metrics["best_tpe"], metrics["best_random"]) == max(o["count"] for o in metrics["tried"])
     )
-    with pytest.raises(Exception, match="no knob 'heads'"):
+    with pytest.raises(Exception, match="no option 'heads'"):
         run("tune", tmp_path / "again", monkeypatch, **tiny | dict(space=dict(heads=[0])))
 
 
@@ -354,7 +354,7 @@ def test_train(tmp_path, monkeypatch):
         limit=28,
         evaluate_limit=16,
         unseen=["sofa", "sheep"],
-        knobs=dict(grid=6, attention_window=3, second_size=128, centre_text=True),
+        options=dict(grid=6, attention_window=3, second_size=128, center_text=True),
         changes=dict(
             train=[["voc2012-sbd-extra", "VOC-21", "all"]],
             test=[["voc2012-val-subset", "VOC-21", "all"]],

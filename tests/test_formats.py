@@ -151,7 +151,7 @@ def test_panoptic_of_others(tmp_path):
 
 @pytest.mark.parametrize("number", range(len(MAPS)))
 def test_shapely_and_geojson_accept_the_polygons(number, tmp_path):
-    "Every geometry is valid, covers as many pixels as its class has, and the centres of its pixels alone."
+    "Every geometry is valid, covers as many pixels as its class has, and the centers of its pixels alone."
     geojson, shapely = (
         pytest.importorskip("geojson", reason="needs geojson"),
         pytest.importorskip("shapely", reason="needs shapely"),

@@ -141,9 +141,9 @@ def test_learned_weights_start_where_they_are_told_and_move(kind, count):
 def test_lengths():
     first, second = maps()
 
-    def made(normalise):
+    def made(normalize):
         torch.manual_seed(0)
-        return FeatureFusion(8, 5, weight=0.0, normalise=normalise)(first, second)
+        return FeatureFusion(8, 5, weight=0.0, normalize=normalize)(first, second)
 
     match, unit, plain = map(made, ("match", "unit", "none"))
     assert torch.allclose(match.norm(dim=1), first.norm(dim=1), rtol=1e-4) and torch.allclose(
@@ -153,7 +153,7 @@ def test_lengths():
     for o in (match, plain):
         assert torch.allclose(F.normalize(o, dim=1), unit, atol=1e-5)
     assert not torch.allclose(plain.norm(dim=1), first.norm(dim=1), rtol=1e-2)
-    same = FeatureFusion(8, 8, weight=0.0, project=False, normalise="none")
+    same = FeatureFusion(8, 8, weight=0.0, project=False, normalize="none")
     assert torch.allclose(same(first, first.flip(1)), first.flip(1), atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_a_zero_vector_stays_finite():
         dict(weight="pixel"),
         dict(initial=0),
         dict(initial=1),
-        dict(normalise="max"),
+        dict(normalize="max"),
         dict(resize="area"),
         dict(project=False),
     ],

@@ -96,14 +96,14 @@ def test_palette(cat):
     assert (load_image(p.convert("PA")) == np.asarray(p.convert("RGB"))).all()
 
 
-def test_transparent_colour_of_grey_and_rgb(cat):
+def test_transparent_color_of_grey_and_rgb(cat):
     grey = cat.convert("L")
     level = int(np.asarray(grey)[0, 0])
     got = load_image(saved(grey, "PNG", transparency=level))
     want = np.where(np.asarray(grey) == level, 255, np.asarray(grey))
     assert (got == want[:, :, None]).all()
-    colour = tuple(int(c) for c in np.asarray(cat)[0, 0])
-    assert (load_image(saved(cat, "PNG", transparency=colour))[0, 0] == 255).all()
+    color = tuple(int(c) for c in np.asarray(cat)[0, 0])
+    assert (load_image(saved(cat, "PNG", transparency=color))[0, 0] == 255).all()
 
 
 def test_sixteen_bits(cat):
@@ -137,7 +137,7 @@ def test_cmyk_one_bit_and_others(cat):
 
 
 def test_animation_gives_first_frame(cat):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for format in ("GIF", "PNG", "TIFF", *(["WEBP"] if features.check("webp") else [])):
         got = load_image(
             saved(
@@ -380,7 +380,7 @@ DEEP_FILES = {  # every way in which 16 bits lie in a file
     "tiled.tif": dict(compress="deflate", tiled=True, blockxsize=16, blockysize=16),
     "bigtiff.tif": dict(photometric="RGB", BIGTIFF="YES"),
     "grey.tif": {},
-    "colour.jp2": dict(driver="JP2OpenJPEG", QUALITY=100, REVERSIBLE="YES"),
+    "color.jp2": dict(driver="JP2OpenJPEG", QUALITY=100, REVERSIBLE="YES"),
 }
 
 
@@ -392,7 +392,7 @@ def test_deep_files_are_right_or_ask(name, photo, tmp_path):
     deep, wanted = photo.astype(np.uint16), photo
     if "grey" in name:
         deep, wanted = deep[..., 1], np.repeat(photo[..., 1:2], 3, 2)
-    if name == "colour.jp2":
+    if name == "color.jp2":
         deep, wanted = (
             np.kron(deep, np.ones((2, 2, 1), np.uint16)),
             np.kron(photo, np.ones((2, 2, 1), np.uint8)),
@@ -685,7 +685,7 @@ def test_plain_tiff_is_the_same_at_both_doors(mode, cat, tmp_path):
 
 
 def test_pillow_images_of_deep_files(photo, tmp_path):
-    "Pillow shortens 16-bit colours to 8; a file that it has only opened is read again."
+    "Pillow shortens 16-bit colors to 8; a file that it has only opened is read again."
     for name, options in (("a.png", dict(driver="PNG")), ("a.tif", dict(photometric="RGB"))):
         path = write_raster(tmp_path / name, photo.astype(np.uint16) * 16, **options)
         with Image.open(path) as image:

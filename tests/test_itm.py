@@ -22,7 +22,7 @@ from ovss_nb.encoders.itm import (
     LiteITM,
     MatchingTransformer,
     Prompts,
-    tokenise,
+    tokenize,
 )
 from ovss_nb.encoders.lite import ConSEEncoder
 from ovss_nb.core.images import load_image
@@ -70,7 +70,7 @@ NAMES = [
 def test_spans_hold_exactly_their_names(encoder, order):
     names = [NAMES[i] for i in order]
     tokenizer = encoder.words.tokenizer
-    prompts = tokenise(tokenizer, [names])
+    prompts = tokenize(tokenizer, [names])
     row, end = prompts.ids[0].tolist(), 4
     for name, (a, b) in zip(names, prompts.spans[0], strict=True):
         assert a == end < b and row[a:b] == tokenizer(name, add_special_tokens=False)["input_ids"]
@@ -83,7 +83,7 @@ def test_maps_follow_their_names(encoder):
     """Where each token's map is its own number, a name's map is the mean of its tokens' numbers, padded texts
     included.
     """
-    prompts = tokenise(encoder.words.tokenizer, [NAMES, ["t-shirt"], "no names"], opening="photo:")
+    prompts = tokenize(encoder.words.tokenizer, [NAMES, ["t-shirt"], "no names"], opening="photo:")
     maps = torch.arange(float(prompts.ids.shape[1]))[None, :, None, None].expand(3, -1, 2, 5)
     first, second, third = prompts.name_maps(maps)
     assert first.shape == (9, 2, 5) and first[:, 0, 0].tolist() == [
@@ -104,11 +104,11 @@ def test_unreadable_texts_are_refused(encoder, matcher):
         (["cat " * 511], "513 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            tokenise(tokenizer, texts)
-    assert tokenise(tokenizer, [["cat"] * 507]).mask.sum() == 512
+            tokenize(tokenizer, texts)
+    assert tokenize(tokenizer, [["cat"] * 507]).mask.sum() == 512
     with pytest.raises(ValueError, match="over the limit of 9"):
-        tokenise(tokenizer, [["cat"] * 6], limit=9)
-    assert matcher.prompts([["cat"]]).ids.tolist() == tokenise(tokenizer, [["cat"]]).ids.tolist()
+        tokenize(tokenizer, [["cat"] * 6], limit=9)
+    assert matcher.prompts([["cat"]]).ids.tolist() == tokenize(tokenizer, [["cat"]]).ids.tolist()
 
 
 # ---- pairing

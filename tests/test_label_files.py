@@ -11,11 +11,11 @@ from pycocotools import mask as coco_mask
 
 from ovss_nb.benchmarks.label_files import (
     CAMVID_CLASSES,
-    CAMVID_COLOURS,
+    CAMVID_COLORS,
     LabelFileError,
     coco_instance_labels,
     read_ade20k_full,
-    read_camvid_colours,
+    read_camvid_colors,
     read_coco_instances,
     read_index_mask,
     read_matlab_labels,
@@ -89,8 +89,8 @@ def write(path):
         ).save(path)
         return read_ade20k_full
     elif path.name.endswith("_L.png"):
-        Image.fromarray(np.array(list(CAMVID_COLOURS.values()), np.uint8)[blocks(32)]).save(path)
-        return read_camvid_colours
+        Image.fromarray(np.array(list(CAMVID_COLORS.values()), np.uint8)[blocks(32)]).save(path)
+        return read_camvid_colors
     else:
         return (coco_file(path), all_coco)[1]
     return read_index_mask
@@ -195,7 +195,7 @@ def test_index_mask_refusals(tmp_path):
 
     for mode in ("RGB", "RGBA", "LA"):
         refuse(
-            "colours .*all of them are grey: save one channel",
+            "colors .*all of them are grey: save one channel",
             f"{mode}.png",
             lambda p: Image.fromarray(small).convert(mode).save(p),
         )
@@ -209,7 +209,7 @@ def test_index_mask_refusals(tmp_path):
     )
     refuse(
         "picture of the labels",
-        "coloured.png",
+        "colored.png",
         lambda p: Image.fromarray(np.stack([small, small, 9 - small], -1)).save(p),
     )
     refuse(
@@ -395,23 +395,23 @@ def test_camvid(tmp_path):
         "pedestrian",
         "bicyclist",
     ]
-    names, which = list(CAMVID_COLOURS), blocks(32)
-    colours = np.array(list(CAMVID_COLOURS.values()), np.uint8)[which]
+    names, which = list(CAMVID_COLORS), blocks(32)
+    colors = np.array(list(CAMVID_COLORS.values()), np.uint8)[which]
     table = np.array(
         [next((k for k, o in enumerate(CAMVID_CLASSES.values()) if name in o), 255) for name in names]
     )
-    colours[3, 4] = 128, 128, 77  # one blended pixel in 1,200
-    Image.fromarray(colours).save(tmp_path / "a_L.png")
+    colors[3, 4] = 128, 128, 77  # one blended pixel in 1,200
+    Image.fromarray(colors).save(tmp_path / "a_L.png")
     expected = table[which]
     expected[3, 4] = 255
-    got = read_camvid_colours(tmp_path / "a_L.png")
+    got = read_camvid_colors(tmp_path / "a_L.png")
     assert (got == expected).all() and got.dtype == np.uint8
-    Image.fromarray(colours).resize((35, 26), Image.Resampling.BILINEAR).save(tmp_path / "b_L.png")
+    Image.fromarray(colors).resize((35, 26), Image.Resampling.BILINEAR).save(tmp_path / "b_L.png")
     with pytest.raises(LabelFileError, match="neither recompressed nor resized"):
-        read_camvid_colours(tmp_path / "b_L.png")
+        read_camvid_colors(tmp_path / "b_L.png")
     Image.fromarray(blocks(11)).save(tmp_path / "c_L.png")
     with pytest.raises(LabelFileError, match="read_index_mask"):
-        read_camvid_colours(tmp_path / "c_L.png")
+        read_camvid_colors(tmp_path / "c_L.png")
 
 
 def test_coco(tmp_path):

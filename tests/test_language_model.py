@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("openai", reason="needs the extra `llm`")
 from chat_server import FAULTS, ChatServer, completion, describe, reply
-from ovss_nb.text.language_model import BudgetSpent, LanguageModel, LanguageModelError, Question
+from ovss_nb.text.language_model import BudgetExceeded, LanguageModel, LanguageModelError, Question
 from ovss_nb.text.prompt_bank import PromptBank
 from ovss_nb.text.prompt_writer import (
     DESCRIPTION_SCHEMA,
@@ -166,7 +166,7 @@ def test_budget_of_calls_ends_in_one_error_and_goes_on_later(tmp_path):
     questions = {n: question(f"word {n}") for n in range(20)}
     with ChatServer(echo) as server:
         with pytest.raises(
-            BudgetSpent, match=r"budget of 7 calls is spent: 7 of 20 questions .* larger limit"
+            BudgetExceeded, match=r"budget of 7 calls is spent: 7 of 20 questions .* larger limit"
         ):
             model(server, tmp_path, max_calls=7).ask_all(questions, progress=False)
         assert sum(server.asked.values()) == 7
@@ -177,7 +177,7 @@ def test_budget_of_calls_ends_in_one_error_and_goes_on_later(tmp_path):
 def test_budget_of_tokens(tmp_path):
     with ChatServer(echo) as server:  # each answer takes 100
         asker = model(server, tmp_path, max_tokens=450, concurrency=2)
-        with pytest.raises(BudgetSpent, match="budget of 450 tokens"):
+        with pytest.raises(BudgetExceeded, match="budget of 450 tokens"):
             asker.ask_all({n: question(f"word {n}") for n in range(20)}, progress=False)
         assert 450 <= asker.tokens <= 450 + 2 * 100
 

@@ -124,7 +124,7 @@ def test_frame(encoder, shape):
         image, (48, 80)
     ).shape == (1, 3, 48, 80)
     assert min(encoder.preprocess(image, 64, keep_aspect=True).shape[2:]) == (64 if shape != (500, 3) else 16)
-    # The pixels themselves, normalised with what the encoder says of itself.
+    # The pixels themselves, normalized with what the encoder says of itself.
     pixels = np.asarray(Image.fromarray(image).resize((width, height), encoder.resample)) / 255
     expected = torch.from_numpy((pixels - np.array(encoder.mean)) / np.array(encoder.std)).movedim(-1, 0)
     assert (framed[0, :, :height, :width] - expected).abs().max() <= 1e-5
@@ -414,8 +414,8 @@ def test_boundaries_equal_distances():
 @pytest.mark.skipif(
     not (SHARED / "voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data"
 )
-def test_sharper_than_colours_and_than_the_stem(lite):
-    """Places 4 and 16 pixels apart on twelve pictures of VOC, per level, against colours and the stem's last
+def test_sharper_than_colors_and_than_the_stem(lite):
+    """Places 4 and 16 pixels apart on twelve pictures of VOC, per level, against colors and the stem's last
     stage.
     """
     from ovss_nb.benchmarks.datasets import FolderDataset
@@ -432,10 +432,10 @@ def test_sharper_than_colours_and_than_the_stem(lite):
                 lite.network.forward_intermediates(x, indices=[4], norm=False, intermediates_only=True)[0],
             )
         last = F.interpolate(last, (112, 112), mode="bilinear")[0]
-        colours = F.avg_pool2d(x, 4)[0]
-        colours = torch.cat([colours - colours.mean((1, 2), keepdim=True), torch.ones(1, 112, 112)])
+        colors = F.avg_pool2d(x, 4)[0]
+        colors = torch.cat([colors - colors.mean((1, 2), keepdim=True), torch.ones(1, 112, 112)])
         found.append(
-            [affinity_auc(o, labels, distance) for distance in (1, 4) for o in (finest, colours, last)]
+            [affinity_auc(o, labels, distance) for distance in (1, 4) for o in (finest, colors, last)]
         )
     near, far = np.nanmean(found, 0).reshape(2, 3)
     assert near[0] > near[1] > near[2] and far[0] > far[1] + 0.02 and far[0] > far[2] + 0.1

@@ -384,7 +384,7 @@ def test_ssc_equals_ebsegs(golden):
     assert torch.allclose(
         ssc_loss(golden["in.ssc.embeddings"], text, matches, targets), golden["out.ssc.loss"], atol=1e-6
     )
-    # texts are normalised
+    # texts are normalized
     assert torch.allclose(
         ssc_loss(golden["in.ssc.embeddings"], 5 * text, matches, targets), golden["out.ssc.loss"], atol=1e-6
     )
@@ -679,17 +679,17 @@ def test_ssc_by_loops():
         [(torch.tensor([4, 0]), torch.tensor([1, 0])), (torch.tensor([2]), torch.tensor([0]))],
     )
     targets = [(torch.tensor([3, 1]), None), (torch.tensor([0]), None)]
-    for normalise in (False, True):
+    for normalize in (False, True):
         means = []
         for b, pairs in enumerate(([(4, 1), (0, 3)], [(2, 0)])):  # query and class
             total = 0.0
             for q, k in pairs:
                 for r, l in pairs:
-                    a, c = (F.normalize(x[b, o], dim=0) if normalise else x[b, o] for o in (q, r))
+                    a, c = (F.normalize(x[b, o], dim=0) if normalize else x[b, o] for o in (q, r))
                     total += (float(a @ c) - float(F.cosine_similarity(text[k], text[l], dim=0))) ** 2
             means.append(total / len(pairs) ** 2)
-        assert abs(ssc_loss(x, text, matches, targets, normalise) - sum(means) / 2) < 1e-4
-        gradients_agree(lambda z: ssc_loss(z, text, matches, targets, normalise), x)
+        assert abs(ssc_loss(x, text, matches, targets, normalize) - sum(means) / 2) < 1e-4
+        gradients_agree(lambda z: ssc_loss(z, text, matches, targets, normalize), x)
     # An image without targets counts neither as 0 nor as anything else.
     nobody = (torch.arange(0), torch.arange(0))
     assert abs(ssc_loss(x, text, [matches[0], nobody], targets, True) - means[0]) < 1e-5

@@ -12,7 +12,7 @@ from ovss_nb.components.mask_decoder import (
     MaskDecoder,
     MaskHead,
     PixelDecoder,
-    cell_centres,
+    cell_centers,
     sample_levels,
 )
 
@@ -29,7 +29,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 
 def bilinear(value, x, y):
-    """The value C of a map C x h x w at a point in places, where 0.5 is the centre of the first;
+    """The value C of a map C x h x w at a point in places, where 0.5 is the center of the first;
     nothing outside.
     """
     c, h, w = value.shape
@@ -281,10 +281,10 @@ def test_no_padding_is_padding_nowhere():
     torch.manual_seed(0)
     module, x, shapes = DeformableAttention(16, 4, 2, 2), torch.randn(2, 26, 16), [(2, 3), (4, 5)]
     torch.nn.init.normal_(module.offsets.weight)
-    centres = cell_centres(shapes)
+    centers = cell_centers(shapes)
     close(
-        module(x, centres, x, shapes),
-        module(x, centres.expand(2, 26, 2, 2), x, shapes, torch.zeros(2, 26, dtype=torch.bool)),
+        module(x, centers, x, shapes),
+        module(x, centers.expand(2, 26, 2, 2), x, shapes, torch.zeros(2, 26, dtype=torch.bool)),
         1e-6,
     )
 

@@ -355,12 +355,12 @@ def test_foreign_labels(tmp_path, row):
         )
 
 
-def test_colours_are_refused(tmp_path):
-    "SUIM as downloaded has colours; its converter was not run."
+def test_colors_are_refused(tmp_path):
+    "SUIM as downloaded has colors; its converter was not run."
     row = next(o for o in SETS if o[0] == "SUIM")
     build(tmp_path, row)
     save(tmp_path / row[2].format(1), Image.new("RGB", (8, 4), (0, 0, 255)))
-    assert "holds colours" in check(tmp_path, "MESS-SUIM", progress=False).problems[0]
+    assert "holds colors" in check(tmp_path, "MESS-SUIM", progress=False).problems[0]
 
 
 @every

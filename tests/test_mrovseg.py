@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
-from doubles import Colours
+from doubles import Colors
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.systems.mrovseg import MROVSeg, MROVSegConfig
@@ -157,7 +157,7 @@ def test_wrong_sizes_are_refused(clip, wrong, match):
 
 def test_an_encoder_without_blocks_and_a_foreign_image_are_refused(system):
     with pytest.raises(ValueError, match="transformer blocks"):
-        MROVSeg(Colours(), size=64, **TINY)
+        MROVSeg(Colors(), size=64, **TINY)
     from ovss_nb.systems.base import EncodedImage
 
     with pytest.raises(ValueError, match="own slices"):
@@ -315,12 +315,12 @@ def test_san_style_proposals_see_the_small_view_alone(clip):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         dict(fusion="add"),
         dict(fusion="concat"),
         dict(positions="once"),
-        dict(normalise=False),
+        dict(normalize=False),
         dict(inject=(0, 0, 1, 2, 4)),
         dict(layers=(0, 2, 4), pyramid=(2, 1, 0)),
         dict(start=2),
@@ -330,8 +330,8 @@ def test_san_style_proposals_see_the_small_view_alone(clip):
         dict(width=40),
     ],
 )
-def test_every_knob(clip, knobs):
-    system = MROVSeg(clip, size=64, **(TINY | knobs))
+def test_every_option(clip, options):
+    system = MROVSeg(clip, size=64, **(TINY | options))
     found = system.segment(picture(50, 70), WORDS)
     assert found.labels.shape == (50, 70) and np.isfinite(found.scores).all()
     assert MROVSegConfig.from_dict(json.loads(json.dumps(system.config.to_dict()))) == system.config
@@ -352,12 +352,12 @@ STEMS = [
 ]
 
 
-@pytest.mark.parametrize("knobs", STEMS)
-def test_the_stem_enters_the_adapter_whatever_is_fused(knobs):
+@pytest.mark.parametrize("options", STEMS)
+def test_the_stem_enters_the_adapter_whatever_is_fused(options):
     """SYSTEMS 4.2:
     queries join the tokens of layer 0; the expected ones come from the encoder's own `embed`, slice by slice.
     """
-    system = MROVSeg(small_clip(12), size=64, **(TINY | knobs), keep_aspect=False)
+    system = MROVSeg(small_clip(12), size=64, **(TINY | options), keep_aspect=False)
     image, given = system.encode_image(picture(64, 64)), []
     handle = system.network.adapter.stem.register_forward_hook(
         lambda module, arguments, result: given.append(arguments[0])
@@ -486,8 +486,8 @@ def test_pack_wants_squares(system):
 
 
 def test_packed_by_names_what_matters(clip):
-    def key(**knobs):
-        return MROVSeg(clip, size=64, **(TINY | knobs)).packed_by()
+    def key(**options):
+        return MROVSeg(clip, size=64, **(TINY | options)).packed_by()
 
     assert (
         key() == key(width=64, queries=3, points=9)
@@ -538,7 +538,7 @@ def test_pictures_without_a_class_can_be_trained_on(clip):
 
 
 def test_the_loss_falls(clip):
-    "Two pictures of coloured halves, a few steps; then the halves are found."
+    "Two pictures of colored halves, a few steps; then the halves are found."
     system = MROVSeg(clip, size=64, logit_scale=25.0, **TINY, keep_aspect=False)
     system.network.train().requires_grad_(True)
     left = np.zeros((64, 64, 3), np.uint8)

@@ -21,7 +21,7 @@ from ovss_nb.components.multi_resolution import (
     cut_slices,
     multi_grained_attention,
     resize,
-    restore_slices,
+    merge_slices,
     see_views,
     separable,
     slice_offsets,
@@ -83,14 +83,14 @@ def test_restoring_is_the_inverse_of_cutting(grid, size):
     "SYSTEMS 4.7: the identity on a coordinate image, for two images at once."
     coordinates = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).float()
     images = torch.stack([coordinates, 100 - coordinates])
-    assert torch.allclose(restore_slices(cut_slices(images, size), grid), images, atol=1e-4)
+    assert torch.allclose(merge_slices(cut_slices(images, size), grid), images, atol=1e-4)
 
 
 def test_overlaps_are_averaged():
     # 2 x 2 slices of 3 on 4 x 4 places
     maps = torch.stack([torch.full((1, 3, 3), float(o)) for o in range(4)])
     expected = torch.tensor([[0, 0.5, 0.5, 1], [1, 1.5, 1.5, 2], [1, 1.5, 1.5, 2], [2, 2.5, 2.5, 3]])
-    assert torch.allclose(restore_slices(maps, (4, 4))[0, 0], expected)
+    assert torch.allclose(merge_slices(maps, (4, 4))[0, 0], expected)
 
 
 def test_slices_start_at_whole_places():
@@ -105,8 +105,8 @@ def test_slices_start_at_whole_places():
         lambda: cut_slices(torch.zeros(1, 3, 64, 64), 40, 16),
         lambda: cut_slices(torch.zeros(1, 3, 60, 64), 32, 16),
         lambda: cut_slices(torch.zeros(1, 3, 32, 64), 48, 16),
-        lambda: restore_slices(torch.zeros(3, 1, 2, 2), (4, 4)),
-        lambda: restore_slices(torch.zeros(4, 1, 2, 3), (4, 4)),
+        lambda: merge_slices(torch.zeros(3, 1, 2, 2), (4, 4)),
+        lambda: merge_slices(torch.zeros(4, 1, 2, 3), (4, 4)),
         lambda: slice_offsets(3, 0),
     ],
 )
@@ -216,9 +216,9 @@ def test_full_trust_removes_the_other_view(bias, which):
 
 
 @pytest.mark.parametrize("kind", ["scale", "add", "concat", "low"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_every_kind_of_fusion_learns(kind, normalise):
-    fusion = MultiResFusion(8, 12, kind=kind, normalise=normalise)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_every_kind_of_fusion_learns(kind, normalize):
+    fusion = MultiResFusion(8, 12, kind=kind, normalize=normalize)
     (fusion(random(1, 8, 4, 6), random(1, 8, 2, 3), (4, 6)) * random(1, 12, 4, 6)).sum().backward()
     assert all(o.grad.abs().sum() > 0 for o in fusion.parameters())
 

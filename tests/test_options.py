@@ -25,7 +25,7 @@ from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.core.options import OptionError, Range, option_kinds, read_option
 from ovss_nb.encoders.registry import create_encoder
-from ovss_nb.systems.registry import SYSTEMS, _system_class, create, read_knobs, resize_rule
+from ovss_nb.systems.registry import SYSTEMS, _system_class, create, system_options, resize_rule
 from ovss_nb.components.crf import CRFConfig
 from ovss_nb.components.salience import SalienceConfig
 
@@ -118,7 +118,7 @@ def test_every_field_is_read_from_a_text(name, field):
     kind, value = option_kinds(cls)[field], getattr(cls(), field)
     found = read_option(field, f"  {as_text(value)} ", kind)
     assert found == value and type(found) is type(value)
-    assert read_knobs(name, [f"{field}={as_text(value)}"]) == {field: value}
+    assert system_options(name, [f"{field}={as_text(value)}"]) == {field: value}
 
 
 def test_numbers_come_out_plain():
@@ -157,11 +157,11 @@ def test_numbers_come_out_plain():
     ],
 )
 def test_texts_are_read_by_the_option(text, field, value):
-    found = read_knobs("maskclip", [text])
+    found = system_options("maskclip", [text])
     assert found == {field: value} and type(found[field]) is type(value)
     name, _, written = text.partition("=")
     # as in a notebook's parameters
-    assert read_knobs("maskclip", {field: written.strip()})[field] == value or field in (
+    assert system_options("maskclip", {field: written.strip()})[field] == value or field in (
         "templates",
         "prompts",
     )
@@ -191,8 +191,8 @@ def said(capsys, *arguments):
         (["--set", "background_threshold=2"], "from 0 to 1"),
         (["--set", "background_words=sky,,tree"], "--set background_words"),
         (["--set", "pooling=Mean"], "'mean' or 'max'"),
-        (["--set", "encoder=lite"], "no knob 'encoder'"),
-        (["--set", "cache=no"], "no knob 'cache'"),
+        (["--set", "encoder=lite"], "no option 'encoder'"),
+        (["--set", "cache=no"], "no option 'cache'"),
         *(
             (["--resize", o], "--resize")
             for o in (
@@ -278,15 +278,15 @@ def test_a_switch_from_the_shell_switches_off(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rule, knobs",
+    "rule, options",
     [
         ("square:336", dict(size=336, keep_aspect=False)),
         ("shortest: 640 :2560", dict(size=640, longest=2560, keep_aspect=True)),
         ("shortest:640:640", dict(size=640, longest=640, keep_aspect=True)),
     ],
 )
-def test_rules_that_can_be(rule, knobs):
-    assert resize_rule(rule) == (knobs, None)
+def test_rules_that_can_be(rule, options):
+    assert resize_rule(rule) == (options, None)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_rules_that_can_be(rule, knobs):
         (lambda: create_encoder("lite", gate=2), "from 0 to 1"),
         (lambda: create_encoder("conse", top=0), "top must be"),
         (lambda: create_encoder("lite", gates=1), "did you mean 'gate'"),
-        (lambda: create_encoder("simseg:x.pth", dense="value"), "no knob 'dense'"),
+        (lambda: create_encoder("simseg:x.pth", dense="value"), "no option 'dense'"),
         (lambda: create_encoder(3), "encoder must be text"),
         (
             lambda: create_encoder("clip:ViT-B-32/random", dense="values"),
@@ -343,8 +343,8 @@ def test_an_encoder_takes_no_size_of_nothing():
         ("limit=7", 7),
         ("vocabulary=12", "12"),
         ("max_bad=1", 1.0),
-        ("knobs={crf = false}", {"crf": False}),
-        ('knobs={"crf": "no"}', {"crf": "no"}),
+        ("options={crf = false}", {"crf": False}),
+        ('options={"crf": "no"}', {"crf": "no"}),
     ],
 )
 def test_parameters_are_read_by_their_type(text, value):
@@ -356,11 +356,11 @@ def test_parameters_are_read_by_their_type(text, value):
     "notebook, wrong, message",
     [
         ("evaluate", dict(limit="abc"), "limit"),
-        ("evaluate", dict(knobs=dict(crf=3)), "crf must be true or false"),
-        ("evaluate", dict(knobs=dict(sise=3)), "did you mean 'size'"),
+        ("evaluate", dict(options=dict(crf=3)), "crf must be true or false"),
+        ("evaluate", dict(options=dict(sise=3)), "did you mean 'size'"),
         ("evaluate", dict(resize="square:0"), "square:0"),
         ("evaluate", dict(system="maskclipp"), "maskclip"),
-        ("train", dict(system="lmseg", knobs=dict(fusion_weight="most")), "fusion_weight must be"),
+        ("train", dict(system="lmseg", options=dict(fusion_weight="most")), "fusion_weight must be"),
     ],
 )
 def test_notebooks_are_refused_before_a_kernel_starts(notebook, wrong, message):
@@ -368,10 +368,10 @@ def test_notebooks_are_refused_before_a_kernel_starts(notebook, wrong, message):
         check_parameters(NOTEBOOKS / f"{notebook}.ipynb", wrong)
 
 
-def test_texts_in_knobs_are_read_too():
+def test_texts_in_options_are_read_too():
     assert check_parameters(
-        NOTEBOOKS / "evaluate.ipynb", dict(knobs=dict(crf="no", logit_scale=25, background_words="sky"))
-    )["knobs"] == dict(crf=False, logit_scale=25, background_words=["sky"])
+        NOTEBOOKS / "evaluate.ipynb", dict(options=dict(crf="no", logit_scale=25, background_words="sky"))
+    )["options"] == dict(crf=False, logit_scale=25, background_words=["sky"])
 
 
 @pytest.mark.parametrize("sweep", sorted(NOTEBOOKS.glob("*.toml")), ids=lambda o: o.name)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from doubles import Colours
+from doubles import Colors
 from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra `itm`")
@@ -47,7 +47,7 @@ def matcher():
 
 @pytest.fixture
 def system(matcher):
-    return PnPOVSS(Colours(), model=matcher, **KNOBS)
+    return PnPOVSS(Colors(), model=matcher, **KNOBS)
 
 
 # ---- the recipe
@@ -121,7 +121,7 @@ def test_words_stand_for_names_and_background_is_never_asked_about(system, monke
 
 def test_order_and_single_names(matcher):
     # texts of their own do not know of an order
-    system = PnPOVSS(Colours(), model=matcher, **KNOBS, one_prompt=False)
+    system = PnPOVSS(Colors(), model=matcher, **KNOBS, one_prompt=False)
     one, two = (system.segment(picture(0), o) for o in (WORDS, WORDS[::-1]))
     assert (np.asarray(one.names)[one.labels] == np.asarray(two.names)[two.labels]).mean() > 0.999
     assert (system.segment(picture(0), ["cat"]).labels == 0).all()
@@ -136,7 +136,7 @@ def test_inside_inference_mode(system):
     assert np.array_equal(labels, system.segment(picture(0), WORDS).labels)
 
 
-# ---- knobs
+# ---- options
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_defaults_that_depend_on_the_matcher():
 
 
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         (dict(matcher="bridge"), "no matcher 'bridge'"),
         (dict(selection="gpt4o"), "'llm', 'clip', 'all' or 'oracle'"),
@@ -175,9 +175,9 @@ def test_defaults_that_depend_on_the_matcher():
         (dict(pooling="median"), "'mean' or 'max'"),
     ],
 )
-def test_bad_knobs(knobs, message):
+def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        PnPOVSSConfig(**knobs)
+        PnPOVSSConfig(**options)
 
 
 def test_bad_matchers_and_mixed_sizes(system, matcher):
@@ -189,18 +189,18 @@ def test_bad_matchers_and_mixed_sizes(system, matcher):
         create_matcher("clip")
     with pytest.raises(ValueError, match="leave sliding windows out"):
         system.scores(EncodedImage(picture(0), None), Vocabulary.of(WORDS))
-    small = PnPOVSS(Colours(), model=matcher, **KNOBS, size=48)
+    small = PnPOVSS(Colors(), model=matcher, **KNOBS, size=48)
     with pytest.raises(ValueError, match="different sizes"):
         system.batch_scores([system.encode_image(picture(0)), small.encode_image(picture(0))], WORDS)
     with pytest.raises(ValueError, match="numbered 0 to 2, got 7"):
-        PnPOVSS(Colours(), model=matcher, **(KNOBS | dict(layer=7))).segment(picture(0), WORDS)
+        PnPOVSS(Colors(), model=matcher, **(KNOBS | dict(layer=7))).segment(picture(0), WORDS)
     with pytest.raises(ValueError, match="needs an encoder"):
         PnPOVSS(None, model=matcher, **(KNOBS | dict(selection="clip"))).segment(picture(0), WORDS)
 
 
 def test_compat_ade_no_norm(system, matcher):
     "The released code for ADE only scales to [0, 1]: the pixels are those of the resized photograph."
-    raw = PnPOVSS(Colours(), model=matcher, **KNOBS, compat_ade_no_norm=True).encode_image(picture(0)).pixels
+    raw = PnPOVSS(Colors(), model=matcher, **KNOBS, compat_ade_no_norm=True).encode_image(picture(0)).pixels
     resized = np.asarray(Image.fromarray(picture(0)).resize((96, 96), matcher.resample)) / 255
     assert np.allclose(raw[0].permute(1, 2, 0), resized, atol=1e-6) and not np.allclose(
         system.encode_image(picture(0)).pixels, raw
@@ -210,7 +210,7 @@ def test_compat_ade_no_norm(system, matcher):
 def test_description_names_both_models(system, matcher):
     facts = json.loads(json.dumps(system.describe()))
     assert (
-        facts["encoder"] == "colours"
+        facts["encoder"] == "colors"
         and facts["matcher"] == matcher.name
         and facts["matcher_fingerprint"] == matcher.fingerprint
         and facts["config"]["drop_rule"] == "fixed10"
@@ -232,7 +232,7 @@ def test_clip_selects_by_the_encoder(matcher):
     words = Vocabulary.of(["background", "red", "green", "blue"])
     for threshold, temperature, expected in ((0.3, 0.1, [2]), (0.001, 0.2, [1, 2, 3])):
         system = PnPOVSS(
-            Colours(),
+            Colors(),
             model=matcher,
             **(
                 KNOBS
@@ -327,7 +327,7 @@ def test_created_and_evaluated_from_a_description(dataset, tmp_path, monkeypatch
     """
     monkeypatch.setitem(predict.SYSTEMS, "pnp_ovss", ("ovss_nb.systems.pnp_ovss", "PnPOVSS", ""))
     torch.manual_seed(0)
-    system = predict.create("pnp_ovss", Colours(), cache=None, **KNOBS, size=96)
+    system = predict.create("pnp_ovss", Colors(), cache=None, **KNOBS, size=96)
     run = tmp_path / "run"
     found = evaluate(system, dataset, run_dir=run, progress=False)
     facts = json.loads((run / "metrics.json").read_text())["system"]

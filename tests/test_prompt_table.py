@@ -84,7 +84,7 @@ def test_a_mended_class_stays_under_the_hand():
     assert (
         form.shown == ["cat", "dog"]
         and form.places[0][2].value == ""
-        and "color names no colour" in form.places[1][2].value
+        and "color names no color" in form.places[1][2].value
     )
     assert form.place.value.endswith("1 with problems")
 

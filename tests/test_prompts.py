@@ -268,7 +268,7 @@ def test_check_reports_what_is_wrong(tmp_path, capsys):
     bank.classes["cat"] = bank["cat"] | {"color": "It has fur."}
     bank.save(tmp_path / "bank.json")
     assert main(["prompts", "check", "--bank", str(tmp_path / "bank.json")]) == 1
-    assert "cat: color does not name cat; color names no colour" in capsys.readouterr().err
+    assert "cat: color does not name cat; color names no color" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["descriptions", "subclasses"])

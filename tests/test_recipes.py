@@ -96,12 +96,12 @@ PAPERS = {  # SYSTEMS 2.2, 1.4 and 1.6, 3.8, 4.6
 def test_recipes_are_the_papers(name):
     found = recipes()[name]
     assert {key: found[key] for key in PAPERS[name]} == PAPERS[name] and found["unseen"] == []
-    assert all(knobs["first_word"] for knobs in found["knobs"].values())
+    assert all(options["first_word"] for options in found["options"].values())
     Augmentation(**found["augmentation"])
     large = recipes("clip:ViT-L-14-336-quickgelu/openai")[name]
     assert (
         large["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"])
-        and large["knobs"].get("mrovseg", {}).get("size", 672) == 672
+        and large["options"].get("mrovseg", {}).get("size", 672) == 672
     )
 
 
@@ -112,7 +112,7 @@ def test_small_recipes_are_as_they_were():
         assert (
             found["augmentation"] is None
             and not found["tune"]
-            and not any("first_word" in knobs for knobs in found["knobs"].values())
+            and not any("first_word" in options for options in found["options"].values())
         )
 
 
@@ -127,7 +127,7 @@ def texts_read(system, words):
     return said
 
 
-def text_system(name, **knobs):
+def text_system(name, **options):
     "A system over a small CLIP that reads real words."
     small = (
         dict(image_size=64, patch_size=16, width=32, layers=4, head_width=16),
@@ -153,14 +153,14 @@ def text_system(name, **knobs):
         cache=None,
         weights="random",
         **sizes.get(name, sizes["catseg"] | dict(fusion_weight=1.0, prompts="names")),
-        **knobs,
+        **options,
     )
 
 
 @pytest.mark.parametrize("name", ["catseg", "lmseg", "san", "ebseg", "mrovseg"])
 def test_published_texts_are_one_per_class(name):
     """All 171 classes of COCO-Stuff by their published name, in every system;
-    without the knob 53 classes have more words.
+    without the option 53 classes have more words.
     """
     stuff = load_vocabulary("COCO-Stuff-171")
     said = texts_read(text_system(name, templates="single", first_word=True), stuff)

@@ -260,14 +260,14 @@ def test_morphology_refuses():
 
 
 def exact_mean_field(image, probabilities, config):
-    "Dense CRF by the full N x N kernels, Potts, symmetrically normalised as in Krähenbühl's code."
+    "Dense CRF by the full N x N kernels, Potts, symmetrically normalized as in Krähenbühl's code."
     k, h, w = probabilities.shape
     y, x = np.mgrid[:h, :w].reshape(2, -1)
-    place, colour = np.stack([x, y], 1).astype(float), image.reshape(-1, 3).astype(float)
+    place, color = np.stack([x, y], 1).astype(float), image.reshape(-1, 3).astype(float)
     near = lambda *parts: np.exp(-0.5 * sum(((p[:, None] - p[None]) ** 2).sum(2) / s**2 for p, s in parts))
     kernels = [
         (near((place, config.gaussian_sxy)), config.gaussian_compat),
-        (near((place, config.bilateral_sxy), (colour, config.bilateral_srgb)), config.bilateral_compat),
+        (near((place, config.bilateral_sxy), (color, config.bilateral_srgb)), config.bilateral_compat),
     ]
     unary = -np.log(probabilities.reshape(k, -1) + 1e-8)
     q = np.exp(-unary)

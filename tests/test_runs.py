@@ -37,7 +37,7 @@ PARAMETERS = """
 value: float = 1.0  # squared
 word: str = "cat"
 sizes: list[int] = []
-knobs = {}
+options = {}
 fail: bool = False
 wait = 0.0
 run_dir: str = "out"
@@ -118,8 +118,8 @@ def is_gone(pid):
         (dict(sizes=[1, 2.5]), r"must be list\[int\]"),
         (dict(sizes=(1, 2)), "what JSON has"),
         (dict(sizes=3), r"list\[int\]"),
-        (dict(knobs=[]), "`knobs` must be dict"),
-        (dict(knobs={1: 2}), "what JSON has"),
+        (dict(options=[]), "`options` must be dict"),
+        (dict(options={1: 2}), "what JSON has"),
         (dict(wait="1"), "`wait` must be float"),
         (dict(run_dir="x"), "`run_dir` is set"),
     ],
@@ -217,7 +217,7 @@ def test_run(notebook, tmp_path):
         and run["error"] is None
         and run["seconds"] > 0
     )
-    assert run["parameters"] == dict(value=3.0, word="cat", sizes=[1], knobs={}, fail=False, wait=0.0)
+    assert run["parameters"] == dict(value=3.0, word="cat", sizes=[1], options={}, fail=False, wait=0.0)
     assert sorted(file.name for file in out.iterdir() if file.name[0] != ".") == [
         "environment.json",
         "half.txt",

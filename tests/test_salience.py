@@ -36,7 +36,7 @@ CONFIG = SalienceConfig(layer=1, head=2, crf=False)
 
 
 class Averages(Encoder):
-    """Colours of squares of 16 pixels, turned into 384 numbers:
+    """Colors of squares of 16 pixels, turned into 384 numbers:
     the smallest encoder that a LiteITM can stand on.
     """
 
@@ -45,10 +45,10 @@ class Averages(Encoder):
     def __init__(self, words):
         super().__init__()
         self.words = words
-        self.colours = torch.nn.Conv2d(3, 384, 16, 16)
+        self.colors = torch.nn.Conv2d(3, 384, 16, 16)
 
     def dense(self, images):
-        return self.colours(images)
+        return self.colors(images)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def slow_salience_dropout(matcher, pixels, texts, config):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         dict(),
         dict(drop_rule="half"),
@@ -185,11 +185,11 @@ def slow_salience_dropout(matcher, pixels, texts, config):
     ],
     ids=str,
 )
-def test_maps_and_drops_equal_the_slow_way(matcher, images, knobs):
+def test_maps_and_drops_equal_the_slow_way(matcher, images, options):
     """Maps within 1e-5 of their height, and the same patches dropped in every iteration, for three pictures
     at once.
     """
-    config = replace(CONFIG, **knobs)
+    config = replace(CONFIG, **options)
     fast = class_maps(matcher, images, NAMES, config)
     texts = [[own] if config.one_prompt else [[name] for name in own] for own in NAMES]
     prompts = matcher.prompts([text for own in texts for text in own])
@@ -439,7 +439,7 @@ def test_what_cannot_be_is_refused(matcher, images):
     for names in ([["cat"]], [["cat"], [], ["dog"]]):
         with pytest.raises(ValueError, match="its own list"):
             class_maps(matcher, images, names, CONFIG)
-    for knobs, message in (
+    for options, message in (
         (dict(drop_rule="quarter"), "drop_rule must be 'fixed10' or 'half'"),
         (dict(bg_rule="sometimes"), "bg_rule"),
         (dict(drop_iter=0), "drop_iter"),
@@ -449,7 +449,7 @@ def test_what_cannot_be_is_refused(matcher, images):
         (dict(crf_pixels=0), "crf_pixels"),
     ):
         with pytest.raises(ValueError, match=message):
-            SalienceConfig(**knobs)
+            SalienceConfig(**options)
 
 
 def test_defaults_are_those_of_the_table():
@@ -502,18 +502,18 @@ def reference_probabilities(maps, size, value=0.15, sigma=0.05, background=True,
 
 
 @pytest.mark.parametrize(
-    "knobs", [dict(), dict(background=False), dict(rescale=True), dict(value=0.45, sigma=0.02)], ids=str
+    "options", [dict(), dict(background=False), dict(rescale=True), dict(value=0.45, sigma=0.02)], ids=str
 )
-def test_probabilities_follow_the_stated_order(knobs):
+def test_probabilities_follow_the_stated_order(options):
     maps = np.random.default_rng(0).random((3, 7, 9)) ** 3 * np.array([1, 20, 0.01])[:, None, None]
     maps[:, :3, :4] = 0
     config = SalienceConfig(
-        threshold=knobs.get("value", 0.15),
-        blur=knobs.get("sigma", 0.05),
-        rescale_after_resize=knobs.get("rescale", False),
+        threshold=options.get("value", 0.15),
+        blur=options.get("sigma", 0.05),
+        rescale_after_resize=options.get("rescale", False),
     )
-    found = salience_probabilities(torch.from_numpy(maps), (63, 90), config, knobs.get("background", True))
-    assert np.allclose(found, reference_probabilities(maps, (63, 90), **knobs), atol=1e-6)
+    found = salience_probabilities(torch.from_numpy(maps), (63, 90), config, options.get("background", True))
+    assert np.allclose(found, reference_probabilities(maps, (63, 90), **options), atol=1e-6)
 
 
 def test_no_gradient_means_background_everywhere(matcher, images):

@@ -125,9 +125,9 @@ def resample(old, new, kernel, reach):
     "Interpolation with the half-pixel convention and clamped borders as a matrix new x old."
     matrix = np.zeros((new, old))
     for i in range(new):
-        centre = (i + 0.5) * old / new - 0.5
-        for j in range(int(np.floor(centre)) - reach + 1, int(np.floor(centre)) + reach + 1):
-            matrix[i, min(max(j, 0), old - 1)] += kernel(abs(centre - j))
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(int(np.floor(center)) - reach + 1, int(np.floor(center)) + reach + 1):
+            matrix[i, min(max(j, 0), old - 1)] += kernel(abs(center - j))
     return matrix
 
 
@@ -150,9 +150,9 @@ class Reference:
         self.network, self.w = network, {k: v.double().numpy() for k, v in network.state_dict().items()}
 
     def norm(self, x, name):
-        centred = x - x.mean(-1, keepdims=True)
+        centerd = x - x.mean(-1, keepdims=True)
         return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * self.w[f"{name}.weight"]
+            centerd / np.sqrt((centerd**2).mean(-1, keepdims=True) + 1e-6) * self.w[f"{name}.weight"]
             + self.w[f"{name}.bias"]
         )
 

@@ -87,7 +87,7 @@ def small(lite):
 
 def golden_image(system, golden, b=0):
     """What the public code is given:
-    normalised pixels, filled up; the output of 75 x 110 pixels is the image's.
+    normalized pixels, filled up; the output of 75 x 110 pixels is the image's.
     """
     picture = F.pad(golden["in.image"][b : b + 1], (0, 4, 0, 4))
     layers, cls = system.read(picture)
@@ -129,7 +129,7 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
 )
 def test_what_differs_by_size_follows_from_the_encoder(layers, patch, scale, entered, start):
     """SYSTEMS 1.6:
-    B/16 sees half of the picture's pixels, L/14 seven tenths; a knob that is given counts for more.
+    B/16 sees half of the picture's pixels, L/14 seven tenths; a option that is given counts for more.
     """
     vision = dict(image_size=4 * patch, patch_size=patch, width=32, layers=layers, head_width=16)
     encoder = CLIPEncoder(
@@ -404,7 +404,7 @@ def test_half_precision_encoder():
         dict(supervised=9),
     ],
 )
-def test_bad_knobs_are_refused(wrong):
+def test_bad_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}=|must be"):
         SANConfig(**wrong)
 

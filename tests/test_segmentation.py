@@ -101,7 +101,7 @@ def test_default_palette():
     names = [f"class {k}" for k in range(847)]
     palette = default_palette(names)
     assert len(np.unique(palette, axis=0)) == 847 and (palette.sum(1) > 0).all()
-    # a prefix: colours do not depend on how many names follow
+    # a prefix: colors do not depend on how many names follow
     assert (default_palette(names[:20]) == palette[:20]).all()
     with_ground = default_palette(["background", *names[:20]])
     assert (with_ground[0] == 0).all() and (with_ground[1:] == palette[:20]).all()
@@ -267,7 +267,7 @@ def test_legend_shows_only_what_is_there():
     labels[:, 100:] = 2
     seg = Segmentation(labels, ["a", "b", "c"])
     strip = np.asarray(seg.overlay())[40:].reshape(-1, 3)
-    shown = [(strip == colour).all(1).sum() for colour in seg.palette]
+    shown = [(strip == color).all(1).sum() for color in seg.palette]
     assert shown[0] > 50 and shown[2] > 50 and shown[1] == 0
     # names too long, too many, of several lines, and of letters that the font lacks
     for names in (["x" * 200], [f"class number {k}" for k in range(150)], ["two\nlines", "猫"]):
@@ -295,7 +295,7 @@ def test_ground_floor_has_no_torch():
 @pytest.mark.parametrize("how", ["path", "opened", "by a system"])
 def test_a_photo_is_never_written_over(tmp_path, how):
     "By the file, a link to it, or an image that was opened; labels may replace labels."
-    from doubles import Colours
+    from doubles import Colors
     from ovss_nb.core.files import OverwriteError
     from ovss_nb.systems.maskclip import MaskCLIP
 
@@ -304,7 +304,7 @@ def test_a_photo_is_never_written_over(tmp_path, how):
     (tmp_path / "link.png").symlink_to(path)
     before = path.read_bytes()
     if how == "by a system":
-        result = MaskCLIP(Colours(), size=48).segment(path, ["red", "green"])
+        result = MaskCLIP(Colors(), size=48).segment(path, ["red", "green"])
     else:
         result = Segmentation(
             np.zeros((48, 48), int), ["red", "green"], image=path if how == "path" else Image.open(path)

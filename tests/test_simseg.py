@@ -62,7 +62,7 @@ def test_image_side(encoder, golden):
     close(features.pooled / (features.pooled.norm() + 1e-8), golden["out.image_pooled"])
 
 
-def test_normalisation_is_the_recorded_one(encoder, golden):
+def test_normalization_is_the_recorded_one(encoder, golden):
     close(
         encoder.preprocess(golden["in.image_uint8"].permute(1, 2, 0).contiguous().numpy(), 96),
         golden["in.image"],

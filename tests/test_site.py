@@ -141,7 +141,7 @@ def test_links_lead_somewhere(site):
     "system",
     ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"],
 )
-def test_system_page_has_every_knob(site, system):
+def test_system_page_has_every_option(site, system):
     from importlib import import_module
     from ovss_nb.systems.registry import SYSTEMS
 
@@ -169,7 +169,7 @@ def test_comments_beside_parameters_are_shown(site):
     methods = html.unescape(text(site / "api" / "core.segmentation.html"))
     # `patch` put it into the class
     assert (
-        "of the colours over the photo, 0..1" in methods
+        "of the colors over the photo, 0..1" in methods
         and "ovss_nb.core.segmentation.Segmentation.overlay" in methods
     )
 

@@ -154,8 +154,8 @@ def test_bad_vocabularies_are_refused(system, words):
 def test_configuration_round_trip(system):
     config = system.config
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match="no knob"):
-        type(config).from_dict({"no_such_knob": 1})
+    with pytest.raises(ValueError, match="no option"):
+        type(config).from_dict({"no_such_option": 1})
 
 
 def test_same_input_same_labels(system):
@@ -209,7 +209,7 @@ def cat(encoder):
 
 
 def test_names_by_mean_are_the_default(system):
-    "Nobody who leaves the knobs alone gets other scores than from names and their mean."
+    "Nobody who leaves the options alone gets other scores than from names and their mean."
     described = isinstance(system, LMSeg)  # whose idea descriptions are
     assert (
         system.config.prompts == ("descriptions" if described else "names")
@@ -221,7 +221,7 @@ def test_names_by_mean_are_the_default(system):
 @pytest.mark.parametrize("prompts", [*SOURCES, ("names", "subclasses")], ids=str)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["maskclip", "simseg"])
-def test_what_is_said_is_a_knob(encoder, cat, name, pooling, prompts):
+def test_what_is_said_is_a_option(encoder, cat, name, pooling, prompts):
     system = create(name, encoder, cache=None, prompts=prompts, pooling=pooling, templates="plain", crf=False)
     words = ["cat", "bus", "bottle"]
     result, text = system.segment(cat, words), system.encode_text(words)
@@ -251,7 +251,7 @@ def test_what_is_said_is_a_knob(encoder, cat, name, pooling, prompts):
     }.get(prompts, {prompts})
 
 
-def test_windows_pass_the_knob_on(encoder):
+def test_windows_pass_the_option_on(encoder):
     system = create("maskclip", encoder, cache=None, resize="windows:320:192", prompts="descriptions")
     result = system.segment(PHOTOS / "chelsea.png", ["cat", "bus"])
     assert result.labels.shape == (300, 451) and len(system.encode_text(["cat", "bus"]).words[0]) == 4
@@ -259,7 +259,7 @@ def test_windows_pass_the_knob_on(encoder):
 
 @pytest.mark.parametrize("name", list_systems())
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         (dict(prompts="description"), "Choose from names"),
         (dict(prompts=[]), "no prompts"),
@@ -267,10 +267,10 @@ def test_windows_pass_the_knob_on(encoder):
         (dict(pooling="median"), "'mean' or 'max'"),
     ],
 )
-def test_wrong_text_knobs(name, knobs, message):
+def test_wrong_text_options(name, options, message):
     # before the encoder is looked for
     with pytest.raises(ValueError, match=message):
-        create(name, "absent", **knobs)
+        create(name, "absent", **options)
 
 
 @pytest.mark.parametrize("prompts", ["absent.json", ["names", "absent.json"]])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from skimage import data
 from torch.nn import functional as F
-from doubles import Colours
+from doubles import Colors
 from ovss_nb.encoders.base import Encoder, ImageFeatures
 from ovss_nb.core.files import OverwriteError
 from ovss_nb.core.images import ImageError, load_image, open_picture
@@ -32,12 +32,12 @@ PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
 TESTS = Path(__file__).parent
 
 
-class Neighbours(Encoder):
-    """Colours of places of 8 pixels, mixed with those of the two places around:
+class Neighbors(Encoder):
+    """Colors of places of 8 pixels, mixed with those of the two places around:
     a convolution that looks 20 pixels far.
     """
 
-    name, dim, stride, size, mean, std = "neighbours", 3, 8, 80, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)
+    name, dim, stride, size, mean, std = "neighbors", 3, 8, 80, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ def test_a_convolution_agrees_with_one_look(overlap, margin):
     """With a margin as wide as the convolution looks far, seams disagree at 0.1 % of the pixels at most;
     without, they disagree at more.
     """
-    pixels, encoder = mosaic(240, 400), Neighbours()
+    pixels, encoder = mosaic(240, 400), Neighbors()
     whole = MaskCLIP(encoder, size=(240, 400)).segment(pixels, WORDS).labels
     system = MaskCLIP(encoder, size=80)
     assert (tiled(pixels, system, overlap=overlap, margin=margin) != whole).mean() <= 0.001
@@ -81,7 +81,7 @@ def test_a_convolution_agrees_with_one_look(overlap, margin):
 @pytest.mark.parametrize("shape", [(96, 96), (97, 96), (50, 300), (300, 50), (17, 17), (203, 131)])
 def test_every_shape_is_covered(shape):
     pixels = mosaic(max(shape), max(shape))[: shape[0], : shape[1]]
-    found = tiled(pixels, MaskCLIP(Colours(), size=96))
+    found = tiled(pixels, MaskCLIP(Colors(), size=96))
     assert found.shape == shape and found.dtype == np.uint8 and (max(shape) < 20 or len(np.unique(found)) > 1)
 
 
@@ -106,7 +106,7 @@ def test_weights_add_up_for_any_grid():
 
 def test_systems_that_decide_more_than_an_argmax_vote():
     "One tile is the whole picture: SimSeg's own labels come out, and sliding windows tile too."
-    pixels, encoder = mosaic(96, 96), Colours()
+    pixels, encoder = mosaic(96, 96), Colors()
     simseg = SimSeg(encoder, size=96, crf=False, templates="single")
     assert (tiled(pixels, simseg) == simseg.segment(pixels, WORDS).labels).all()
     assert tiled(mosaic(200, 150), simseg).shape == (200, 150)
@@ -115,8 +115,8 @@ def test_systems_that_decide_more_than_an_argmax_vote():
 
 
 def test_more_than_256_classes():
-    words = [f"{colour} {i}" for i in range(100) for colour in ("red", "green", "blue")]
-    assert tiled(mosaic(60, 60), MaskCLIP(Colours(), size=48), words).dtype == np.uint16
+    words = [f"{color} {i}" for i in range(100) for color in ("red", "green", "blue")]
+    assert tiled(mosaic(60, 60), MaskCLIP(Colors(), size=48), words).dtype == np.uint16
 
 
 def write_tiff(path, pixels, **kw):
@@ -138,7 +138,7 @@ def write_tiff(path, pixels, **kw):
 
 
 def test_geotiff_keeps_its_place_and_its_holes(tmp_path):
-    pixels, system = mosaic(300, 280), MaskCLIP(Colours(), size=96)
+    pixels, system = mosaic(300, 280), MaskCLIP(Colors(), size=96)
     pixels = pixels.copy()
     pixels[:30, :40] = 0
     write_tiff(tmp_path / "big.tif", pixels, nodata=0, tiled=True, blockxsize=64, blockysize=64)
@@ -175,10 +175,10 @@ def test_kinds_of_tiff(kind, tmp_path):
         wanted = np.repeat(pixels[..., :1], 3, 2)
     elif kind == "palette":
         write_tiff(path, (pixels[..., 0] // 64), photometric="palette")
-        colours = {k: (60 * k, 255 - 60 * k, k, 255) for k in range(4)}
+        colors = {k: (60 * k, 255 - 60 * k, k, 255) for k in range(4)}
         with rasterio.open(path, "r+") as file:
-            file.write_colormap(1, colours)
-        wanted = np.array([o[:3] for o in colours.values()], np.uint8)[pixels[..., 0] // 64]
+            file.write_colormap(1, colors)
+        wanted = np.array([o[:3] for o in colors.values()], np.uint8)[pixels[..., 0] // 64]
     elif kind == "alpha":
         write_tiff(path, np.dstack([pixels[..., ::-1], np.full(pixels.shape[:2], 255, np.uint8)]))
         with rasterio.open(path, "r+") as file:
@@ -201,7 +201,7 @@ def test_kinds_of_tiff(kind, tmp_path):
         wanted = pixels
     with open_picture(path) as picture:
         assert (picture.read(0, 0, 60, 72) == wanted).all() and (picture.place is None) == (kind == "plain")
-    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), tmp_path / "labels.tif", progress=False)
+    segment_tiles(path, WORDS, MaskCLIP(Colors(), size=48), tmp_path / "labels.tif", progress=False)
     with rasterio.open(tmp_path / "labels.tif") as file:
         assert len(file.gcps[0]) == (3 if kind == "points" else 0) and file.shape == (60, 72)
 
@@ -245,7 +245,7 @@ for call in (lambda: open_picture("geo.tif").__enter__(), lambda: segment_tiles(
 
 
 def test_bad_input_gets_one_message(tmp_path):
-    system, pixels = MaskCLIP(Colours(), size=48), mosaic(60, 60)
+    system, pixels = MaskCLIP(Colors(), size=48), mosaic(60, 60)
     for arguments, kw, message in (
         ((pixels, WORDS, system, tmp_path / "a.jpg"), {}, "as .tif or .png"),
         ((pixels, WORDS, system, tmp_path / "none/a.png"), {}, "create it first"),
@@ -273,10 +273,10 @@ def test_bad_input_gets_one_message(tmp_path):
 CHILD = """
 import sys, time, resource, torch
 sys.path.insert(0, {tests!r})
-from doubles import Colours
+from doubles import Colors
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.inference.tiles import segment_tiles
-class Slow(Colours):
+class Slow(Colors):
     def encode(self, images): time.sleep({pause}); return super().encode(images)
 segment_tiles(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size={size}), sys.argv[2], progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -304,7 +304,7 @@ def test_a_killed_process_goes_on(tmp_path):
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "labels.png").exists()
     rows = json.loads(state.read_text())["rows"]
 
-    class Counting(Colours):
+    class Counting(Colors):
         asked = 0
 
         def encode(self, images):
@@ -318,11 +318,11 @@ def test_a_killed_process_goes_on(tmp_path):
     assert rows >= 96 and Counting.asked < every and not list(tmp_path.glob("*.partial*"))
     assert (
         Segmentation.from_png(tmp_path / "labels.png").labels
-        == tiled(mosaic(600, 240), MaskCLIP(Colours(), size=48))
+        == tiled(mosaic(600, 240), MaskCLIP(Colors(), size=48))
     ).all()
 
 
-class Stops(Colours):
+class Stops(Colors):
     "Is interrupted after so many tiles."
 
     def __init__(self, left: int):
@@ -341,9 +341,9 @@ def test_another_question_starts_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         segment_tiles(pixels, WORDS, MaskCLIP(Stops(12), size=48), out, progress=False)
     assert json.loads((tmp_path / "labels.png.partial.json").read_text())["rows"] > 0
-    segment_tiles(pixels, WORDS[::-1], MaskCLIP(Colours(), size=48), out, progress=False)
+    segment_tiles(pixels, WORDS[::-1], MaskCLIP(Colors(), size=48), out, progress=False)
     assert (
-        Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48), WORDS[::-1])
+        Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colors(), size=48), WORDS[::-1])
     ).all()
 
 
@@ -447,7 +447,7 @@ def test_command_line(tmp_path):
 )
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_the_source_is_never_written_over(tmp_path, monkeypatch, way, suffix):
-    source, system = tmp_path / f"ortho.{suffix}", MaskCLIP(Colours(), size=48)
+    source, system = tmp_path / f"ortho.{suffix}", MaskCLIP(Colors(), size=48)
     if suffix == "tif":
         write_tiff(source, mosaic(60, 60))
     else:
@@ -491,7 +491,7 @@ def test_parts_of_a_mosaic_are_sources_too(tmp_path):
         '<VRTDataset rasterXSize="60"'
         f' rasterYSize="60"><SRS>EPSG:32632</SRS><GeoTransform>{place}</GeoTransform>{bands}</VRTDataset>'
     )
-    system, before = MaskCLIP(Colours(), size=48), (tmp_path / "part.tif").read_bytes()
+    system, before = MaskCLIP(Colors(), size=48), (tmp_path / "part.tif").read_bytes()
     with pytest.raises(OverwriteError, match="part.tif"):
         segment_tiles(tmp_path / "all.vrt", WORDS, system, tmp_path / "part.tif", progress=False)
     segment_tiles(tmp_path / "all.vrt", WORDS, system, tmp_path / "labels.tif", progress=False)
@@ -509,11 +509,11 @@ def test_another_picture_of_the_same_size_and_time_starts_anew(tmp_path, suffix)
     Image.fromarray(pixels[..., ::-1]).save(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_size == times.st_size
-    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
-    assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colours(), size=48))).all()
+    segment_tiles(path, WORDS, MaskCLIP(Colors(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels[..., ::-1], MaskCLIP(Colors(), size=48))).all()
 
 
-class Scales(Colours):
+class Scales(Colors):
     "Remembers the pictures that it is shown, before they are made smaller or larger."
 
     def __init__(self):
@@ -558,7 +558,7 @@ def test_strips_are_seen_at_the_usual_scale(shape, tmp_path):
 def test_a_strip_has_the_labels_it_has_inside_a_picture():
     "The double looks at 16 x 16 pixels: below a strip of 32 rows nothing counts."
     pixels = mosaic(480, 960)
-    system = MaskCLIP(Colours(), size=96)
+    system = MaskCLIP(Colors(), size=96)
     whole = tiled(pixels, system)
     assert (tiled(pixels[:32], system)[:16] == whole[:16]).mean() > 0.99 and (
         tiled(pixels[:, :32], system)[:, :16] == whole[:, :16]
@@ -570,8 +570,8 @@ def test_a_stopped_strip_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         segment_tiles(pixels, WORDS, MaskCLIP(Stops(30), size=48), out, progress=False)
     assert json.loads((tmp_path / "labels.png.partial.json").read_text())["rows"] > 500
-    segment_tiles(pixels, WORDS, MaskCLIP(Colours(), size=48), out, progress=False)
-    assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colours(), size=48))).all()
+    segment_tiles(pixels, WORDS, MaskCLIP(Colors(), size=48), out, progress=False)
+    assert (Segmentation.from_png(out).labels == tiled(pixels, MaskCLIP(Colors(), size=48))).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -644,8 +644,8 @@ def test_tiff_orientation(orientation, kind, tmp_path):
         )
         if picture.holes:
             assert ((picture.holes(7, 40, 30, 21) == 0) == (whole[7:37, 40:61] == 255).all(2)).all()
-    segment_tiles(path, WORDS, MaskCLIP(Colours(), size=48), tmp_path / "labels.tif", progress=False)
-    assert (load_tiff(tmp_path / "labels.tif").labels == tiled(whole, MaskCLIP(Colours(), size=48))).all()
+    segment_tiles(path, WORDS, MaskCLIP(Colors(), size=48), tmp_path / "labels.tif", progress=False)
+    assert (load_tiff(tmp_path / "labels.tif").labels == tiled(whole, MaskCLIP(Colors(), size=48))).all()
 
 
 def test_a_place_on_earth_wins_over_the_orientation(tmp_path):
@@ -663,11 +663,11 @@ def test_a_place_on_earth_wins_over_the_orientation(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo=info)
     with pytest.warns(UserWarning, match="its place counts"):
         segment_tiles(
-            tmp_path / "a.tif", WORDS, MaskCLIP(Colours(), size=48), tmp_path / "labels.tif", progress=False
+            tmp_path / "a.tif", WORDS, MaskCLIP(Colors(), size=48), tmp_path / "labels.tif", progress=False
         )
     with rasterio.open(tmp_path / "a.tif") as source, rasterio.open(tmp_path / "labels.tif") as file:
         assert file.transform == source.transform and file.shape == source.shape == (60, 96)
-    assert (load_tiff(tmp_path / "labels.tif").labels == tiled(pixels, MaskCLIP(Colours(), size=48))).all()
+    assert (load_tiff(tmp_path / "labels.tif").labels == tiled(pixels, MaskCLIP(Colors(), size=48))).all()
 
 
 def test_a_rotated_place_is_kept(tmp_path):
@@ -676,7 +676,7 @@ def test_a_rotated_place_is_kept(tmp_path):
     turned = Affine.translation(513000, 5402000) * Affine.rotation(30) * Affine.scale(0.2, -0.2)
     write_tiff(tmp_path / "a.tif", mosaic(60, 96), transform=turned)
     segment_tiles(
-        tmp_path / "a.tif", WORDS, MaskCLIP(Colours(), size=48), tmp_path / "labels.tif", progress=False
+        tmp_path / "a.tif", WORDS, MaskCLIP(Colors(), size=48), tmp_path / "labels.tif", progress=False
     )
     with rasterio.open(tmp_path / "labels.tif") as file:
         assert file.transform.almost_equals(turned)
@@ -686,7 +686,7 @@ def test_bands_and_limits_reach_the_tiles(tmp_path):
     """A file with blue first, five bands and twelve bits gives the labels of the plain picture;
     another reading starts anew.
     """
-    pixels, system = mosaic(120, 150), MaskCLIP(Colours(), size=48)
+    pixels, system = mosaic(120, 150), MaskCLIP(Colors(), size=48)
     deep = np.dstack([pixels[..., ::-1], pixels[..., :2]]).astype(np.uint16) * 16
     write_tiff(tmp_path / "a.tif", deep)
     for reading, message in (

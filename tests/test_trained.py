@@ -59,8 +59,8 @@ class Turned(TrainedSystem):
         )
 
 
-def turned(encoder=None, **knobs):
-    return Turned(encoder or small_clip(), **dict(weights="random", size=64) | knobs)
+def turned(encoder=None, **options):
+    return Turned(encoder or small_clip(), **dict(weights="random", size=64) | options)
 
 
 def test_the_start_belongs_to_the_seed():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from doubles import Colours
+from doubles import Colors
 
 pytest.importorskip("optuna", reason="needs the extra `tune`")
 pytest.importorskip("transformers", reason="needs the extra `itm`")
@@ -52,7 +52,7 @@ def make(images=3):
         for p in network.parameters():
             p.mul_(4) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.1)
     system = PnPOVSS(
-        Colours(),
+        Colors(),
         model=BLIPMatcher(network, size=96, device="cpu"),
         matcher="blip:random:tiny",
         layer=1,
@@ -74,7 +74,7 @@ def test_reward_by_hand():
     """Against plain loops:
     pictures cut out by hand, a softmax over all names, the cosine of every pair of places.
     """
-    reward, image = WeakReward(Colours(), WORDS, temperature=0.1), stripes()
+    reward, image = WeakReward(Colors(), WORDS, temperature=0.1), stripes()
 
     def slow(labels, classes):
         def p(mask, k):
@@ -109,7 +109,7 @@ def test_settings_share_maps(tuner):
     a threshold or blur makes no new pass, a layer, head or rule does.
     """
     start = tuner.passes
-    for n, knobs in enumerate(
+    for n, options in enumerate(
         [
             dict(layer=0),
             dict(layer=0, threshold=0.4),
@@ -120,8 +120,8 @@ def test_settings_share_maps(tuner):
             dict(layer=0, head=1, drop_iter=1, drop_rule="half", double_first=False),
         ]
     ):
-        system = PnPOVSS(tuner.system.encoder, tuner.config(knobs), model=tuner.system.matcher)
-        for image, labels in zip(tuner.images, tuner.labels(knobs)):
+        system = PnPOVSS(tuner.system.encoder, tuner.config(options), model=tuner.system.matcher)
+        for image, labels in zip(tuner.images, tuner.labels(options)):
             assert np.array_equal(labels, system.segment(image, tuner.vocabulary).labels)
         assert tuner.passes - start == 3 * (1, 1, 1, 2, 3, 4, 4)[n]
     assert set(MAP_KNOBS) < {o for o in tuner.system.config.to_dict()}
@@ -146,9 +146,9 @@ def test_both_samplers_repeat_and_go_on(tuner, tmp_path):
     }
     for sampler, trials in found.items():
         assert len(trials) == 14 and all(
-            isinstance(o, Trial) and o.reward == o.count and o.knobs.keys() == SPACE.keys() for o in trials
+            isinstance(o, Trial) and o.reward == o.count and o.options.keys() == SPACE.keys() for o in trials
         )
-        assert all(o.knobs[knob] in values for o in trials for knob, values in SPACE.items())
+        assert all(o.options[option] in values for o in trials for option, values in SPACE.items())
         part = search(tuner, tmp_path / f"{sampler}2", 5, SPACE, sampler=sampler, progress=False)
         assert (
             part == trials[:5]
@@ -163,7 +163,7 @@ def test_both_samplers_repeat_and_go_on(tuner, tmp_path):
     )
     assert (
         search(tuner, tmp_path / "contrast", 2, SPACE, "contrast", progress=False)[0].reward
-        == tuner.measure(found["tpe"][0].knobs)["contrast"]
+        == tuner.measure(found["tpe"][0].options)["contrast"]
     )
     space = search_space(SimpleNamespace(depth=12, heads=16))
     assert (len(space["layer"]), len(space["head"]), space["threshold"]) == (
@@ -180,17 +180,17 @@ def test_tpe_learns(tmp_path):
         def __init__(self):
             self._measured = {}
 
-        def config(self, knobs):
+        def config(self, options):
             return None
 
-        def _key(self, knobs):
-            return tuple(knobs.values())
+        def _key(self, options):
+            return tuple(options.values())
 
         def describe(self):
             return {}
 
-        def measure(self, knobs):
-            return dict(count=1 - (abs(knobs["layer"] - 14) + abs(knobs["head"] - 4)) / 40, contrast=0.0)
+        def measure(self, options):
+            return dict(count=1 - (abs(options["layer"] - 14) + abs(options["head"] - 4)) / 40, contrast=0.0)
 
     space = dict(layer=list(range(20)), head=list(range(20)))
     late = {
@@ -212,11 +212,11 @@ import torch; torch.set_num_threads(1)
 from test_tune import SPACE, make, search
 tuner = make()
 measure = tuner.measure
-def slowly(knobs):
-    if tuner._key(knobs) not in tuner._measured:
-        with open(sys.argv[3], "a") as file: file.write(repr(sorted(knobs.items())) + "\\n")
+def slowly(options):
+    if tuner._key(options) not in tuner._measured:
+        with open(sys.argv[3], "a") as file: file.write(repr(sorted(options.items())) + "\\n")
         time.sleep(0.15)
-    return measure(knobs)
+    return measure(options)
 tuner.measure = slowly
 search(tuner, sys.argv[2], 16, SPACE, progress=False)
 """
@@ -241,7 +241,7 @@ def test_killed_and_resumed(tuner, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     assert search(tuner, tmp_path / "run", 16, SPACE, progress=False) == calm
     # one under way at each kill
-    assert len(lines()) <= len({repr(sorted(o.knobs.items())) for o in calm}) + 2
+    assert len(lines()) <= len({repr(sorted(o.options.items())) for o in calm}) + 2
 
 
 def test_refusals(tuner, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_refusals(tuner, tmp_path, monkeypatch):
             call(*args, **kwargs)
 
     refused("did you mean 'threshold'", search, tuner, tmp_path, 3, dict(tresholds=[0.1]))
-    refused("no knob 'size'", search, tuner, tmp_path, 3, dict(size=[224]))
+    refused("no option 'size'", search, tuner, tmp_path, 3, dict(size=[224]))
     refused("layers 0 to 2", search, tuner, tmp_path, 3, dict(layer=[0, 7]))
     refused("list of values", search, tuner, tmp_path, 3, dict(layer=[]))
     refused("at least 1", search, tuner, tmp_path, 0, SPACE)
@@ -270,8 +270,8 @@ def test_refusals(tuner, tmp_path, monkeypatch):
         selector=SimpleNamespace(select=lambda image, words: SimpleNamespace(indices=[0])),
     )
     refused("no class was selected", Tuner, nothing, [stripes()], reward, progress=False)
-    refused("same labels", Tuner, nothing, [stripes()], WeakReward(Colours(), WORDS[1:]), progress=False)
-    refused("two names", WeakReward, Colours(), ["background", "red"])
+    refused("same labels", Tuner, nothing, [stripes()], WeakReward(Colors(), WORDS[1:]), progress=False)
+    refused("two names", WeakReward, Colors(), ["background", "red"])
     refused("one size", reward, stripes(), np.zeros((3, 3), int), [1])
     assert tuner.passes == passes and not (tmp_path / "search.sqlite3").exists()
     search(tuner, tmp_path, 1, SPACE, progress=False)

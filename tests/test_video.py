@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
-from doubles import Colours
+from doubles import Colors
 from ovss_nb.core.files import OverwriteError, file_digest
 from ovss_nb.core.images import ImageError, load_image
 from ovss_nb.core.segmentation import Segmentation
@@ -41,7 +41,7 @@ def video(frames, tmp_path):
     return tmp_path / "moving.mp4"
 
 
-class Counting(Colours):
+class Counting(Colors):
     def __init__(self):
         super().__init__()
         self.images, self.texts = 0, 0
@@ -106,7 +106,7 @@ def test_folder_of_frames_in_the_order_of_numbers(frames, tmp_path):
     names = [
         name
         for name, _ in segment_video(
-            tmp_path / "in", WORDS, MaskCLIP(Colours(), size=48), tmp_path / "out", progress=False
+            tmp_path / "in", WORDS, MaskCLIP(Colors(), size=48), tmp_path / "out", progress=False
         )
     ]
     assert names == ["f2", "f9", "f11", "f100"]
@@ -120,7 +120,7 @@ def test_folder_of_frames_in_the_order_of_numbers(frames, tmp_path):
     )
     Image.fromarray(frames[0]).save(tmp_path / "in/f2.jpg")
     with pytest.raises(ImageError, match="suffix only"):
-        next(segment_video(tmp_path / "in", WORDS, MaskCLIP(Colours(), size=48), tmp_path / "two"))
+        next(segment_video(tmp_path / "in", WORDS, MaskCLIP(Colors(), size=48), tmp_path / "two"))
 
 
 def test_frames_of_other_videos(frames, tmp_path):
@@ -139,7 +139,7 @@ def test_frames_of_other_videos(frames, tmp_path):
         segment_video(
             tmp_path / "a.mkv",
             WORDS,
-            MaskCLIP(Colours(), size=48),
+            MaskCLIP(Colors(), size=48),
             tmp_path / "out",
             every=3,
             overlay=False,
@@ -157,7 +157,7 @@ def test_frames_of_other_videos(frames, tmp_path):
 
 
 def test_bad_input_gets_one_message(frames, tmp_path):
-    system = MaskCLIP(Colours(), size=48)
+    system = MaskCLIP(Colors(), size=48)
     (tmp_path / "empty").mkdir()
     for source, message in (
         (tmp_path / "none.mp4", "does not exist"),
@@ -219,7 +219,7 @@ def test_command_line(frames, tmp_path):
 
 
 def small(every=1, **kw):
-    return MaskCLIP(Colours(), size=48), dict(every=every, progress=False) | kw
+    return MaskCLIP(Colors(), size=48), dict(every=every, progress=False) | kw
 
 
 def label(source, out, words=WORDS, every=1):
@@ -609,10 +609,10 @@ def test_the_source_is_never_written_over(video, frames, tmp_path, way):
 CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from doubles import Colours
+from doubles import Colors
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.inference.video import segment_video
-class Slow(Colours):
+class Slow(Colors):
     def encode(self, images): time.sleep(0.05); return super().encode(images)
 for name, _ in segment_video(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size=48), sys.argv[2], progress=False): print(name, flush=True)
 """
@@ -699,7 +699,7 @@ def test_deep_frames_and_their_limits(frames, tmp_path):
     """
     (tmp_path / "in").mkdir()
     (tmp_path / "plain").mkdir()
-    system = MaskCLIP(Colours(), size=48)
+    system = MaskCLIP(Colors(), size=48)
     for i, frame in enumerate(frames[:2]):
         grey = np.asarray(Image.fromarray(frame).convert("L"))
         Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / f"in/{i}.png")

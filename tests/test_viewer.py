@@ -1,5 +1,5 @@
 """The viewer without a browser:
-what JavaScript would set is set, and what it would be sent is looked at. A picture of three colours stands
+what JavaScript would set is set, and what it would be sent is looked at. A picture of three colors stands
 for a photo, so that every label is known.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doubles import Colours
+from doubles import Colors
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 from pycocotools.coco import COCO
@@ -31,8 +31,8 @@ pytest.importorskip("anywidget", reason="needs the extra `jupyter`")
 WORDS = ["red", "green", "blue"]
 
 
-class Counting(Colours):
-    def __init__(self, name="colours"):
+class Counting(Colors):
+    def __init__(self, name="colors"):
         super().__init__()
         self.name, self.calls = name, 0
 
@@ -75,7 +75,7 @@ def test_the_image_is_encoded_once(viewer, monkeypatch):
     """Words, stages and systems that see alike share the encoded image;
     another encoder and another photo do not.
     """
-    encoder, form, other = viewer._encoders["colours"], viewer.form, Counting("others")
+    encoder, form, other = viewer._encoders["colors"], viewer.form, Counting("others")
     form.classes.value = "red\nrest: green, blue"
     form.apply.click()
     form.system.value = "simseg"
@@ -87,7 +87,7 @@ def test_the_image_is_encoded_once(viewer, monkeypatch):
     assert encoder.calls == 1 and form.canvas.message == "" and viewer.system == "maskclip"
     monkeypatch.setattr(room, "create_encoder", lambda spec: other)
     viewer.change(encoder="others")
-    viewer.change(encoder="colours")
+    viewer.change(encoder="colors")
     viewer.change(encoder="others")
     assert (encoder.calls, other.calls) == (1, 1)
     viewer.change(image=picture(30, 40))
@@ -104,7 +104,7 @@ def test_what_the_browser_gets(viewer):
         ("green", 0.3),
         ("blue", 0.3),
     ]
-    assert [tuple(o["colour"]) for o in canvas.classes] == [tuple(o) for o in viewer.result.palette.tolist()]
+    assert [tuple(o["color"]) for o in canvas.classes] == [tuple(o) for o in viewer.result.palette.tolist()]
     photo = np.asarray(Image.open(room.BytesIO(canvas.photo)))
     assert photo.shape == (60, 90, 3) and abs(photo[30, (15, 45, 75)].astype(int) - 255 * np.eye(3)).max() < 8
     shown = np.frombuffer(zlib.decompress(canvas.scores), "<f2").reshape(60, 90)
@@ -197,7 +197,7 @@ def test_an_error_is_one_message_and_nothing_is_lost(act, message, monkeypatch):
     )
     assert (form.system.value, form.encoder.value, form.crf.value, form.stage.value) == (
         "maskclip",
-        "colours",
+        "colors",
         False,
         "scores",
     )
@@ -210,7 +210,7 @@ def test_an_error_is_one_message_and_nothing_is_lost(act, message, monkeypatch):
 
 def test_stages_are_shown_as_labels(viewer, monkeypatch):
     monkeypatch.setattr(
-        type(viewer._recipe("maskclip", "colours", False)),
+        type(viewer._recipe("maskclip", "colors", False)),
         "stages",
         lambda self, image, text: {
             "upside down": -self.scores(image, text),
@@ -233,7 +233,7 @@ def test_stages_are_shown_as_labels(viewer, monkeypatch):
 
 @pytest.mark.skipif(not crf_available(), reason="needs the extra `crf`")
 def test_the_crf_is_switched_on_and_off(viewer):
-    form, encoder = viewer.form, viewer._encoders["colours"]
+    form, encoder = viewer.form, viewer._encoders["colors"]
     form.crf.value = True
     assert viewer.crf and "crf=True" in form.canvas.code and form.canvas.message == "" and encoder.calls == 1
     form.crf.value = False
@@ -351,14 +351,14 @@ def test_the_code_makes_what_is_shown(viewer, tmp_path):
     viewer.change(image=tmp_path / "a photo's.png", words={"warm": ["red"], "background": ["blue", "green"]})
     for stage in (REFINED, "scores"):
         viewer.choose_stage(stage)
-        done = dict(encoder=viewer._encoders["colours"])
+        done = dict(encoder=viewer._encoders["colors"])
         exec(viewer.code(), done)
         assert (
             np.asarray(done["result"].labels if stage == REFINED else done["labels"]) == viewer.result.labels
         ).all()
     viewer.change(image=picture(), words=Vocabulary(["red", "rest"], [["red"], ["green", "blue"]], ["rest"]))
     viewer.choose_stage(REFINED)
-    done = dict(encoder=viewer._encoders["colours"], photo=picture())
+    done = dict(encoder=viewer._encoders["colors"], photo=picture())
     exec(viewer.code(), done)
     assert (done["result"].labels == viewer.result.labels).all()
 

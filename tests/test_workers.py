@@ -109,7 +109,7 @@ def test_errors_belong_to_items():
     def build():
         def call(item):
             if item == "value":
-                raise ValueError("no such colour")
+                raise ValueError("no such color")
             if item == "awkward":
                 raise Awkward(1, 2)
             if item == "result":
@@ -124,7 +124,7 @@ def test_errors_belong_to_items():
     assert rows[0] == ("CAT", None) and rows[5] == ("DOG", None)
     assert (
         isinstance(rows[1][1], ValueError)
-        and str(rows[1][1]) == "no such colour"
+        and str(rows[1][1]) == "no such color"
         and "in call" in rows[1][1].__notes__[0]
     )
     assert "Awkward: 1-2" in str(rows[2][1]) or type(rows[2][1]).__name__ == "Awkward"

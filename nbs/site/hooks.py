@@ -1,6 +1,6 @@
 """What MkDocs cannot know by itself:
 
-the order of the notebooks, the knobs of the systems, equations without a script, one page for each module.
+the order of the notebooks, the options of the systems, equations without a script, one page for each module.
 """
 
 import ast
@@ -80,7 +80,7 @@ def on_files(files, config):
     return files
 
 
-# ---- knobs
+# ---- options
 
 
 @lru_cache(None)
@@ -97,7 +97,7 @@ def comments(cls):
 
 
 def meaning(cls, name, components):
-    """The comment beside a knob;
+    """The comment beside a option;
 
     without one, what a class that it overrides says, or a component that a comment above it names.
     """
@@ -124,7 +124,7 @@ def meaning(cls, name, components):
     return f"see `{components[0]}`" if components else "see the chapter"
 
 
-def knobs(where):
+def options(where):
     "A Markdown table of a configuration, read from the class: `module:Class`."
     module, _, name = where.partition(":")
     cls = getattr(import_module(module), name)
@@ -145,12 +145,12 @@ def knobs(where):
             "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
         )
     tables = [
-        f"{'Its own' if owner is cls else f'From `{owner.__name__}`'}:\n\n| knob | default | type | |\n| ---"
+        f"{'Its own' if owner is cls else f'From `{owner.__name__}`'}:\n\n| option | default | type | |\n| ---"
         " | --- | --- | --- |\n" + "\n".join(rows)
         for owner, rows in sorted(groups.items(), key=lambda o: cls.__mro__.index(o[0]))
     ]
     return (
-        f"`create({where.split('.')[-1].split(':')[0]!r}, ...)` takes {len(dataclasses.fields(cls))} knobs,"
+        f"`create({where.split('.')[-1].split(':')[0]!r}, ...)` takes {len(dataclasses.fields(cls))} options,"
         f" as `{name}` has them.\n\n" + "\n\n".join(tables)
     )
 
@@ -179,9 +179,9 @@ def equations(text, plain=str):
 def on_page_markdown(markdown, page, config, files):
     if not page.file.src_uri.startswith(("site/pages/", "index")):
         return markdown
-    markdown = re.sub(r"<!-- knobs: (\S+) -->", lambda o: knobs(o[1]), markdown)
-    if "<!-- knobs" in markdown:
-        log.warning("%s has a table of knobs that cannot be read", page.file.src_uri)
+    markdown = re.sub(r"<!-- options: (\S+) -->", lambda o: options(o[1]), markdown)
+    if "<!-- options" in markdown:
+        log.warning("%s has a table of options that cannot be read", page.file.src_uri)
     return equations(markdown) if page.file.src_uri.startswith("site/pages/systems/") else markdown
 
 

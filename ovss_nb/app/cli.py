@@ -22,7 +22,7 @@ from ..text.language_model import LanguageModel
 from ..core.options import Count, Index, NotNegative, Range, argument
 from ..encoders.registry import list_encoders
 from ..inference.predict import DEFAULT_SYSTEM, out_of_memory, segment_files
-from ..systems.registry import create, has_knob, list_systems, read_knobs, resize_rule
+from ..systems.registry import create, has_option, list_systems, system_options, resize_rule
 from ..text.prompt_bank import KINDS, PromptBank, list_banks
 from ..text.prompt_writer import write_descriptions, write_subclasses
 from ..core.segmentation import Segmentation, SegmentationError
@@ -502,7 +502,7 @@ def _add_large(verbs):
             action="append",
             default=[],
             metavar="KNOB=VALUE",
-            help="a knob of the system (repeatable)",
+            help="a option of the system (repeatable)",
         )
     tiles.add_argument(
         "--out",
@@ -516,7 +516,7 @@ def _add_large(verbs):
 
 
 def _large(a) -> int:
-    knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
+    options, reading = system_options(a.system, a.set, "--set "), _reading(a)
     # before a system is loaded
     if a.verb != "onnx" and not a.file.exists():
         raise ValueError(f"{a.file} does not exist. Check the path")
@@ -534,7 +534,7 @@ def _large(a) -> int:
         areas = segment_tiles(
             a.file,
             parse_classes(a.classes),
-            create(a.system, a.encoder, **knobs),
+            create(a.system, a.encoder, **options),
             a.out,
             a.tile,
             a.overlap,
@@ -545,14 +545,14 @@ def _large(a) -> int:
             print(f"{100 * share:6.2f} %  {name}")
         print(a.out)
     elif a.verb == "video":
-        return _video(a, knobs, reading)
+        return _video(a, options, reading)
     else:
         from ovss_nb.inference.onnx_export import agreement, export_system, stored_bank
 
         photo = load_image(a.check, **reading) if a.check else None  # before anything is exported
         vocabularies, system = (
             [parse_classes(o, "--vocabulary") for o in a.vocabulary],
-            create(a.system, a.encoder, device="cpu", **knobs),
+            create(a.system, a.encoder, device="cpu", **options),
         )
         stems = [Path(o).stem if os.path.isfile(o) else "" for o in a.vocabulary]
         weights = a.encoder.partition(":")[2]
@@ -576,7 +576,7 @@ def _large(a) -> int:
     return 0
 
 
-def _video(a, knobs: dict, reading: dict) -> int:
+def _video(a, options: dict, reading: dict) -> int:
     from ovss_nb.inference.video import check_rate, check_video_path, overlay_video, segment_video
 
     if a.fps and not a.mp4:
@@ -588,7 +588,7 @@ def _video(a, knobs: dict, reading: dict) -> int:
     for name, result in segment_video(
         a.file,
         parse_classes(a.classes),
-        create(a.system, a.encoder, **knobs),
+        create(a.system, a.encoder, **options),
         a.out,
         every=a.every,
         **reading,
@@ -661,7 +661,7 @@ def main(arguments: list[str] | None = None) -> int:
             action="append",
             default=[],
             metavar="KNOB=VALUE",
-            help="a knob of the system, e.g. --set size=640 (repeatable)",
+            help="a option of the system, e.g. --set size=640 (repeatable)",
         )
         verb.add_argument(
             "--resize",
@@ -826,8 +826,8 @@ def _do(a) -> int:
 def _app(a) -> int:
     from ovss_nb.app.viewer import serve  # brings torch
 
-    knobs = (
-        read_knobs(a.system, a.set, "--set ")
+    options = (
+        system_options(a.system, a.set, "--set ")
         | (dict(resize=a.resize) if a.resize else {})
         | {name: o for name, o in _reading(a).items() if o}
     )
@@ -838,7 +838,7 @@ def _app(a) -> int:
         not a.no_browser,
         system=a.system,
         encoder=a.encoder,
-        **knobs,
+        **options,
     )
 
 
@@ -1052,7 +1052,7 @@ def _named(path: Path, text: str) -> str:
 
 
 def _segment(a) -> int:
-    knobs, reading = read_knobs(a.system, a.set, "--set "), _reading(a)
+    options, reading = system_options(a.system, a.set, "--set "), _reading(a)
     if a.verb == "demo":
         folder = Path(require("skimage.data", "demo").__file__).parent
         pictures = [(folder / name, parse_classes(words)) for name, words in DEMO.items()]
@@ -1062,17 +1062,17 @@ def _segment(a) -> int:
     check_writable(a.out / "report.html")  # before the system is loaded
     from ovss_nb.components.crf import crf_available  # brings torch, which the lists do not need
 
-    if "crf" not in knobs and has_knob(a.system, "crf"):
-        knobs["crf"] = crf_available()
+    if "crf" not in options and has_option(a.system, "crf"):
+        options["crf"] = crf_available()
         print(
             "dense CRF: "
             + (
                 "on"
-                if knobs["crf"]
+                if options["crf"]
                 else "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"
             )
         )
-    system = create(a.system, a.encoder, resize=a.resize, **knobs)
+    system = create(a.system, a.encoder, resize=a.resize, **options)
     if not any(os.path.exists(path) for path, _ in pictures):
         raise ValueError(
             f"there is no file {' or '.join(_readable(path) for path, _ in pictures)}. Check the path"

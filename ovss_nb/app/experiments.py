@@ -24,7 +24,7 @@ from ..core.files import atomic_path, file_digest, refuse_overwrite
 from ..core.optional import require
 from ..core.fonts import plot_families
 from ..core.options import Count, OptionError, argument, fitted, guess, read_option
-from ..systems.registry import SYSTEMS, read_knobs, resize_rule
+from ..systems.registry import SYSTEMS, system_options, resize_rule
 from ..core.parallel import WorkerDied, spread
 
 # %% ../../nbs/app/01_experiments.ipynb #c8cb70fb
@@ -203,7 +203,7 @@ def check_parameters(path, parameters: dict) -> dict:
 
 
 def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
-    """The knobs of a notebook whose `system` is one of this package's, checked as `create` would, but before
+    """The options of a notebook whose `system` is one of this package's, checked as `create` would, but before
     a kernel starts.
     """
     if "system" not in known or known["system"].default not in SYSTEMS:
@@ -213,14 +213,14 @@ def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
             raise ValueError(f"no system {name!r}.{_near(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
         if values.get("resize", "protocol") != "protocol":
             resize_rule(values["resize"])
-        knobs = values.get("knobs") or {}
+        options = values.get("options") or {}
         # brings torch
-        plain = json.loads(json.dumps(read_knobs(values["system"], knobs))) if knobs else {}
+        plain = json.loads(json.dumps(system_options(values["system"], options))) if options else {}
     except ValueError as e:
         raise ExperimentError(f"{path}: {e}") from None
     return (
-        {"knobs": {name: o if o == plain[name] else plain[name] for name, o in knobs.items()}}
-        if knobs
+        {"options": {name: o if o == plain[name] else plain[name] for name, o in options.items()}}
+        if options
         else {}
     )
 

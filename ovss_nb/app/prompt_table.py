@@ -20,7 +20,7 @@ from ..core.vocabulary import Vocabulary, list_vocabularies
 
 # %% ../../nbs/app/02_prompt_table.ipynb #4909a89d
 _TITLES = {
-    "color": "colour",
+    "color": "color",
     "shape_size": "shape, size",
     "texture_material": "texture, material",
     "summary": "summary",

@@ -21,7 +21,7 @@ from ..core.formats import save_coco
 from ..core.images import load_image
 from ..encoders.registry import create_encoder
 from ..inference.predict import DEFAULT_SYSTEM
-from ..systems.registry import SYSTEMS, create, has_knob, shipped_weights
+from ..systems.registry import SYSTEMS, create, has_option, shipped_weights
 from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
 from ..systems.base import System
@@ -70,14 +70,14 @@ class Viewer:
         words,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
         system: str = DEFAULT_SYSTEM,  # one of `list_systems()`
         encoder="lite",  # a description for `create_encoder`, or an encoder
-        # more to choose from, and their knobs, e.g. {"catseg": dict(weights="catseg.safetensors")}; those
+        # more to choose from, and their options, e.g. {"catseg": dict(weights="catseg.safetensors")}; those
         # that run as installed are there
         systems: dict = {},
         encoders: tuple[str, ...] = ("lite", "conse"),  # more to choose from
         # of the photo's file, see `load_image`
         limits: tuple[float, float] | str | None = None,
         bands: tuple[int, ...] | None = None,
-        **knobs,  # of `system`, as `create` takes them
+        **options,  # of `system`, as `create` takes them
     ):
         self._given = {} if isinstance(encoder, str) else {encoder.name: encoder}
         encoder = encoder if isinstance(encoder, str) else encoder.name
@@ -89,11 +89,11 @@ class Viewer:
             {},
             None,
         )
-        self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(knobs.pop("crf", False))
-        self.knobs = (
-            {name: {} for name in SYSTEMS if not has_knob(name, "weights") or shipped_weights(name)}
+        self.opacity, self.hidden, self.stage, crf = 0.5, set(), REFINED, bool(options.pop("crf", False))
+        self.options = (
+            {name: {} for name in SYSTEMS if not has_option(name, "weights") or shipped_weights(name)}
             | dict(systems)
-            | {system: knobs}
+            | {system: options}
         )
         self.encoders = tuple(dict.fromkeys((encoder, *encoders)))
         self.change(image=image, words=words, system=system, encoder=encoder, crf=crf)
@@ -101,9 +101,9 @@ class Viewer:
     def __repr__(self):
         return f"Viewer({self.system} with {self.encoder}, {self.stage}: {self.result!r})"
 
-    def _all_knobs(self, system: str, crf: bool) -> dict:
-        return self.knobs.get(system, {}) | (
-            dict(crf=crf) if system in SYSTEMS and has_knob(system, "crf") else {}
+    def _all_options(self, system: str, crf: bool) -> dict:
+        return self.options.get(system, {}) | (
+            dict(crf=crf) if system in SYSTEMS and has_option(system, "crf") else {}
         )
 
     def _recipe(self, system: str, encoder: str, crf: bool) -> System:
@@ -112,7 +112,7 @@ class Viewer:
         if key not in self._recipes:
             if encoder not in self._encoders:
                 self._encoders[encoder] = create_encoder(encoder)
-            self._recipes[key] = create(system, self._encoders[encoder], **self._all_knobs(system, crf))
+            self._recipes[key] = create(system, self._encoders[encoder], **self._all_options(system, crf))
         return self._recipes[key]
 
     def change(
@@ -226,7 +226,7 @@ def show(
     self: Viewer,
     longest: int | None = None,  # pixels of the longer side, at most; default: as the photo
 ) -> Image.Image:  # RGB, with the legend
-    """The photo under the colours of the stage shown, at the session's `opacity` and without the classes
+    """The photo under the colors of the stage shown, at the session's `opacity` and without the classes
     named in `hidden`.
     """
     result, step = self.result, _step(self.photo.shape[:2], longest or max(self.photo.shape))
@@ -278,9 +278,9 @@ def show_point(
     )
     sheet.paste(heat)
     draw, room = ImageDraw.Draw(sheet), heat.width - 6 * size
-    for shift, colour in ((1, "black"), (0, "white")):
-        draw.line((x - size + shift, y + shift, x + size + shift, y + shift), colour, 2)
-        draw.line((x + shift, y - size + shift, x + shift, y + size + shift), colour, 2)
+    for shift, color in ((1, "black"), (0, "white")):
+        draw.line((x - size + shift, y + shift, x + size + shift, y + shift), color, 2)
+        draw.line((x + shift, y - size + shift, x + shift, y + size + shift), color, 2)
     for top, (label, score, share) in zip(range(heat.height + size, sheet.height, 2 * size), bars):
         draw.rectangle(
             (size, top, size + share * room, top + size * 1.3),
@@ -324,13 +324,15 @@ def code(self: Viewer) -> str:
     if self.reading:
         source = f"load_image({source}, {', '.join(f'{name}={o!r}' for name, o in self.reading.items())})"
     encoder = "encoder" if self.encoder in self._given else repr(self.encoder)
-    knobs = "".join(f", {name}={value!r}" for name, value in self._all_knobs(self.system, self.crf).items())
+    options = "".join(
+        f", {name}={value!r}" for name, value in self._all_options(self.system, self.crf).items()
+    )
     lines = [
         (
             "from ovss_nb import"
             f" create{', load_image' * bool(self.reading)}{', Vocabulary' if words.startswith('Vocabulary(') else ''}"
         ),
-        f"system = create({self.system!r}, {encoder}{knobs})",
+        f"system = create({self.system!r}, {encoder}{options})",
     ]
     if self.stage == REFINED:
         return "\n".join([*lines, f"result = system.segment({source}, {words})"])
@@ -369,7 +371,7 @@ function render({ model, el }) {
     const { shape: [h, w], classes, labels } = shown, hidden = new Set(get("hidden"));
     if (!h) return;
     const shade = new ImageData(w, h), pixels = new Uint32Array(shade.data.buffer);
-    const table = Uint32Array.from(classes, ({ name, colour: [r, g, b] }) => hidden.has(name) ? 0 : (255 << 24 | b << 16 | g << 8 | r) >>> 0);
+    const table = Uint32Array.from(classes, ({ name, color: [r, g, b] }) => hidden.has(name) ? 0 : (255 << 24 | b << 16 | g << 8 | r) >>> 0);
     for (let i = 0; i < pixels.length; i++) {
       const k = labels[i], beside = i % w ? labels[i - 1] : k, above = i >= w ? labels[i - w] : k;
       pixels[i] = (k !== beside || k !== above) && (table[k] || table[beside] || table[above]) ? 0xffffffff : table[k];
@@ -391,8 +393,8 @@ function render({ model, el }) {
     order = [...classes.keys()].sort((a, b) => classes[b].share - classes[a].share); rows = [];
     legend.replaceChildren();
     for (const k of order) {
-      const { name, colour, share } = classes[k], row = rows[k] = make("button", legend, { className: "ovss-class", title: "click: hide or show; double click: this one alone" });
-      make("span", row, { className: "ovss-swatch" }).style.background = rgb(colour);
+      const { name, color, share } = classes[k], row = rows[k] = make("button", legend, { className: "ovss-class", title: "click: hide or show; double click: this one alone" });
+      make("span", row, { className: "ovss-swatch" }).style.background = rgb(color);
       make("span", row, { className: "ovss-name", textContent: name });
       make("span", row, { className: "ovss-area", textContent: share >= 0.005 ? `${Math.round(100*share)} %` : share ? "<1 %" : "0" });
       row.onclick = () => { const o = get("hidden"); put("hidden", o.includes(name) ? o.filter(p => p !== name) : [...o, name]) };
@@ -413,12 +415,12 @@ function render({ model, el }) {
     if (!point) return;
     [mark.style.left, mark.style.top] = point.map((o, i) => `${100*(o + 0.5)/size[i]}%`);
     make("div", told, { className: "ovss-title", textContent: `scores at (${point.join(", ")})` });
-    for (const [name, score, share, colour] of bars) {
+    for (const [name, score, share, color] of bars) {
       const row = make("button", told, { className: "ovss-bar", title: `score map of ${name}` });
       row.setAttribute("aria-pressed", name === mapped);
       make("span", row, { className: "ovss-name", textContent: name });
       const fill = make("span", make("span", row, { className: "ovss-track" }));
-      [fill.style.width, fill.style.background] = [`${100*share}%`, rgb(colour)];
+      [fill.style.width, fill.style.background] = [`${100*share}%`, rgb(color)];
       make("span", row, { className: "ovss-area", textContent: number(score) });
       row.onclick = () => put("asked", name);
     }
@@ -588,7 +590,7 @@ class ViewerForm:
             self.photo.value = str(v.source) if isinstance(v.source, (str, os.PathLike)) else ""
         self.crf.value = v.crf
         for field, known, value in (
-            (self.system, v.knobs, v.system),
+            (self.system, v.options, v.system),
             (self.encoder, v.encoders, v.encoder),
             (self.stage, (*v.stages, REFINED), v.stage),
         ):
@@ -612,8 +614,8 @@ class ViewerForm:
                 score_at(result.scores, (height, width), y, x, labels).clip(-6e4, 6e4).astype("<f2").tobytes()
             )
             c.classes = [
-                dict(name=name, colour=colour, share=share)
-                for (name, share), colour in zip(result.areas().items(), result.palette.tolist())
+                dict(name=name, color=color, share=share)
+                for (name, share), color in zip(result.areas().items(), result.palette.tolist())
             ]
             c.code, c.message = v.code(), "\n".join(v.notes)
             self._tell()
@@ -685,7 +687,7 @@ def _repr_mimebundle_(self: Viewer, **kwargs) -> dict:
 def app_notebook(
     image,  # path of the photo
     words,  # as `Viewer` takes them
-    **choices,  # system, encoder and knobs of a `Viewer`
+    **choices,  # system, encoder and options of a `Viewer`
 ) -> dict:  # a notebook, ready for JSON
     "A notebook of one cell that shows a `Viewer`."
     arguments = "".join(f", {name}={value!r}" for name, value in choices.items())
@@ -711,7 +713,7 @@ def serve(
     words,  # as `Viewer` takes them
     port: int = 8866,
     browser: bool = True,  # open it
-    **choices,  # system, encoder and knobs of a `Viewer`
+    **choices,  # system, encoder and options of a `Viewer`
 ) -> int:  # Voila's exit code, once it is stopped
     """Show a `Viewer` in the browser through Voila.
 

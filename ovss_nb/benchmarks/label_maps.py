@@ -35,7 +35,7 @@ class LabelMap:
             raise VocabularyError(f"{self.vocabulary}: labels must be integers, got {labels.dtype}")
         if labels.ndim == 3:
             raise VocabularyError(
-                f"{self.vocabulary}: labels of shape {labels.shape} look like colours; "
+                f"{self.vocabulary}: labels of shape {labels.shape} look like colors; "
                 "read the file with np.array(Image.open(path)), without convert"
             )
         # the last slot stands for all values outside the table, also negative ones

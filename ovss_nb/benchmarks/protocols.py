@@ -27,7 +27,7 @@ from ..core.images import ImageError, image_size, is_system_file
 from ovss_nb.benchmarks.label_files import (
     coco_instance_labels,
     read_ade20k_full,
-    read_camvid_colours,
+    read_camvid_colors,
     read_matlab_labels,
 )
 from .mess import mess_records
@@ -316,11 +316,11 @@ def _layouts() -> dict[str, tuple[Layout, ...]]:
     )
     segnet = Layout("CamVid (SegNet)", ("test/{stem}.png",), "testannot/{stem}.png", ("CamVid",))
     camvid = Layout(
-        "CamVid, colours in folders",
+        "CamVid, colors in folders",
         ("test/{stem}.png",),
         "test_labels/{stem}_L.png",
         ("CamVid",),
-        reader=read_camvid_colours,
+        reader=read_camvid_colors,
         note="this copy's test split is not SegNet's 233 frames",
     )
     camvid_raw = Layout(
@@ -329,7 +329,7 @@ def _layouts() -> dict[str, tuple[Layout, ...]]:
         "LabeledApproved_full/{stem}_L.png",
         ("CamVid",),
         ("test.txt",),
-        reader=read_camvid_colours,
+        reader=read_camvid_colors,
         note="960 x 720; SegNet's copies are 480 x 360",
     )
     return {
@@ -580,7 +580,7 @@ def _protocols() -> dict[str, Protocol]:
                 _indices("CamVid-11", 11, _11=255),
                 aliases=("CamVid",),
                 note=(
-                    "In no published open-vocabulary suite; the resize rule is ours. Neighbouring frames are"
+                    "In no published open-vocabulary suite; the resize rule is ours. Neighboring frames are"
                     " near-duplicates."
                 ),
             ),

@@ -256,7 +256,7 @@ class LLMClasses:
 def class_selector(
     backend: str,  # "llm", "clip", "all" or "oracle"
     source=None,  # a `LanguageModel` for "llm", an encoder for "clip"
-    **knobs,  # of the backend: threshold, temperature, fallback, ...
+    **options,  # of the backend: threshold, temperature, fallback, ...
 ):  # an object with `select(image, vocabulary) -> Selection`
     """The class selector of that name.
 
@@ -270,4 +270,4 @@ def class_selector(
             f"class selection {backend!r} needs {'a LanguageModel' if backend == 'llm' else 'an encoder'} as"
             " source"
         )
-    return backends[backend](*([source] if backend in ("llm", "clip") else []), **knobs)
+    return backends[backend](*([source] if backend in ("llm", "clip") else []), **options)

@@ -209,7 +209,7 @@ class ClassStage(nn.Module):
         self.attention, self.mlp = GuidedProjection(width, guidance), Mlp(width, 4 * width, act_layer=nn.ReLU)
 
     def attend(self, x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        "Normalised B x T x h x w x width, and B x T x 1 x 1 x guidance, to what attention adds."
+        "Normalized B x T x h x w x width, and B x T x 1 x 1 x guidance, to what attention adds."
 
         def split(qkv):
             return [
@@ -311,7 +311,7 @@ class CostAggregation(nn.Module):
         decoder: tuple[int, int] = (64, 32),  # channels after each doubling, multiples of 16
         decoder_guidance: tuple[int, int] = (32, 16),  # channels of the projected decoder guidance
         length: int = 256,  # words that the class stage is filled up to
-        # more words than `length`: only the likeliest go through, the others get -100; false: all go through
+        # more words than `length`: only the topk_classes go through, the others get -100; false: all go through
         limit: bool = True,
         pool_train: int = 2,
         pool: int = 1,  # see `ClassStage`
@@ -345,7 +345,7 @@ class CostAggregation(nn.Module):
         )
         self.head = nn.Conv2d(decoder[-1], 1, 3, padding=1)
 
-    def likeliest(self, cost: torch.Tensor) -> torch.Tensor | None:
+    def topk_classes(self, cost: torch.Tensor) -> torch.Tensor | None:
         """Of B x P x T x h x w costs the `length` words that fit best anywhere, B x length ascending indices;
         None if all may stay.
         """
@@ -417,7 +417,7 @@ class CostAggregation(nn.Module):
                 f"{cost.shape[1]} texts per word, but the weights are for {self.embed.in_channels}: average"
                 " them, pooling='max', or another network"
             )
-        kept, words = self.likeliest(cost), text.shape[1]
+        kept, words = self.topk_classes(cost), text.shape[1]
         text = F.normalize(F.normalize(text, dim=-1).sum(2), dim=-1)
         if kept is not None:
             cost = cost.gather(2, kept[:, None, :, None, None].expand(*cost.shape[:2], -1, *cost.shape[3:]))

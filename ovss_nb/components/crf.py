@@ -21,7 +21,7 @@ class CRFConfig:
     gaussian_sxy: Positive = 3  # width of the smoothness term, pixels
     gaussian_compat: NotNegative = 7  # its strength
     bilateral_sxy: Positive = 50  # width of the appearance term, pixels
-    bilateral_srgb: Positive = 5  # and in colour, levels of 0..255
+    bilateral_srgb: Positive = 5  # and in color, levels of 0..255
     bilateral_compat: NotNegative = 10  # its strength
     iterations: Index = 10  # mean-field steps
 

@@ -20,7 +20,7 @@ def sample_regions(
     grid: tuple[int, int],  # height and width of the result, in places
     mode: str = "bilinear",  # or "bicubic", "nearest"
 ) -> torch.Tensor:  # (B*N) x C x grid: all regions of the first image, then of the second
-    """Read regions at the centres of a grid's places; the region (0, 0, 1, 1) is `F.interpolate` without
+    """Read regions at the centers of a grid's places; the region (0, 0, 1, 1) is `F.interpolate` without
     aligned corners.
 
     Raises `ValueError` for a region that is empty or leaves the map, or for another mode.
@@ -79,7 +79,7 @@ class FeatureFusion(nn.Module):
         # `dim`
         project: bool = True,
         # "match" brings each second vector to the length of the first, "unit" both to 1, "none" neither
-        normalise: str = "match",
+        normalize: str = "match",
         resize: str = "bilinear",  # or "bicubic", "nearest"; see `sample_regions`
     ):
         super().__init__()
@@ -89,17 +89,17 @@ class FeatureFusion(nn.Module):
             raise ValueError(f"a fixed weight lies between 0 and 1, not at {weight}")
         if not 0 < initial < 1:
             raise ValueError(f"a learned weight starts above 0 and below 1, not at {initial}")
-        if normalise not in ("match", "unit", "none"):
-            raise ValueError(f"normalise must be 'match', 'unit' or 'none', not {normalise!r}")
+        if normalize not in ("match", "unit", "none"):
+            raise ValueError(f"normalize must be 'match', 'unit' or 'none', not {normalize!r}")
         if resize not in ("bilinear", "bicubic", "nearest"):
             raise ValueError(f"resize must be 'bilinear', 'bicubic' or 'nearest', not {resize!r}")
         if not project and other != dim:
             raise ValueError(
                 f"maps of {other} and {dim} channels cannot be added without a projection: leave project=True"
             )
-        self.fixed, self.normalise, self.resize = (
+        self.fixed, self.normalize, self.resize = (
             None if isinstance(weight, str) else float(weight),
-            normalise,
+            normalize,
             resize,
         )
         if self.fixed is None:
@@ -136,7 +136,7 @@ class FeatureFusion(nn.Module):
                 "the second map counts, since w is not fixed to 1: pass the features of the second encoder,"
                 " or weight=1.0"
             )
-        # Projection and norm of a place need no neighbours, and cost least on the smaller map: the original
+        # Projection and norm of a place need no neighbors, and cost least on the smaller map: the original
         # one, when it is cut into windows.
         if hasattr(self, "project"):
             second = self.norm(self.project(second).movedim(1, -1)).movedim(-1, 1)
@@ -148,8 +148,8 @@ class FeatureFusion(nn.Module):
                 f"the first map is {tuple(first.shape)}, the second becomes {tuple(second.shape)}: are there"
                 " as many regions as views?"
             )
-        if self.normalise == "match":
+        if self.normalize == "match":
             second = F.normalize(second, dim=1) * first.norm(dim=1, keepdim=True)
-        elif self.normalise == "unit":
+        elif self.normalize == "unit":
             first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
         return self.weight * first + (1 - self.weight) * second

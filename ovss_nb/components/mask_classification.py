@@ -19,7 +19,7 @@ def sine_positions(
     channels: int,  # a multiple of 4
     device: torch.device | str | None = None,
 ) -> torch.Tensor:  # 1 x channels x height x width
-    """Normalised sine positions (DETR;
+    """Normalized sine positions (DETR;
     temperature 10000, scale 2 pi), rows in the first half of the channels. Raises `ValueError` for channels
     that cannot be shared out.
     """
@@ -96,7 +96,7 @@ def _attention(block: nn.Module) -> nn.MultiheadAttention:
 
 
 def _heads(block: nn.Module, x: torch.Tensor, parts: str = "qkv") -> tuple[torch.Tensor, ...]:
-    """Queries, keys, values (those of `parts`, neighbours in that order) of B x N x C tokens after the first
+    """Queries, keys, values (those of `parts`, neighbors in that order) of B x N x C tokens after the first
     norm, each B x heads x N x C/heads.
     """
     attention = _attention(block)

@@ -217,7 +217,7 @@ def ssc_loss(
     text: torch.Tensor,  # K x d, one vector per class
     matches: list[tuple[torch.Tensor, torch.Tensor]],  # of `match_masks`
     targets: list[tuple[torch.Tensor, torch.Tensor]],  # of `mask_targets`
-    normalise: bool = False,  # compare cosines rather than products
+    normalize: bool = False,  # compare cosines rather than products
 ) -> torch.Tensor:  # scalar, 0 if nothing is matched
     """Semantic structure consistency (EBSeg, EB-9):
     Gram matrices of matched embeddings and of their classes' texts; gradient through the embeddings alone.
@@ -227,6 +227,6 @@ def ssc_loss(
     for x, (queries, meant), (classes, _) in zip(embeddings.float(), matches, targets):
         if not len(queries):
             continue
-        ours, theirs = (F.normalize(x[queries], dim=-1) if normalise else x[queries]), text[classes[meant]]
+        ours, theirs = (F.normalize(x[queries], dim=-1) if normalize else x[queries]), text[classes[meant]]
         found.append((ours @ ours.T - theirs @ theirs.T).square().mean())
     return torch.stack(found).mean() if found else 0 * embeddings.sum()

@@ -25,7 +25,7 @@ from .upsample import upsample_argmax
 # %% ../../nbs/components/07_salience.ipynb #22785f4b
 @dataclass(frozen=True)
 class SalienceConfig:
-    """Every knob between a matching model and labels (PnP-OVSS;
+    """Every option between a matching model and labels (PnP-OVSS;
     SYSTEMS 6 and section 9). Raises `ValueError` for a value that means nothing.
     """
 
@@ -148,11 +148,11 @@ def drop_more(
 
 
 def without_patches(
-    images: torch.Tensor,  # B x 3 x H x W, normalised
+    images: torch.Tensor,  # B x 3 x H x W, normalized
     dropped: torch.Tensor,  # B x (h*w) bool
     grid: tuple[int, int],  # (h, w)
 ) -> torch.Tensor:  # the same shape
-    """Set the pixels of dropped patches to 0, the mean colour of a normalised image.
+    """Set the pixels of dropped patches to 0, the mean color of a normalized image.
 
     `ValueError` where the grid does not divide the image.
     """
@@ -188,7 +188,7 @@ class Iteration:
 
 def salience_iterations(
     matcher: ImageTextMatcher,
-    images: torch.Tensor,  # B x 3 x H x W, normalised
+    images: torch.Tensor,  # B x 3 x H x W, normalized
     prompts: Prompts,  # N texts
     index: torch.Tensor | list[int] | None = None,  # N, the image of each text; see `salience_maps`
     config: SalienceConfig = SalienceConfig(),  # layer, head, gradient, drop_rule, drop_iter, rows
@@ -220,7 +220,7 @@ def salience_iterations(
 # %% ../../nbs/components/07_salience.ipynb #b10d71a9
 def salience_dropout(
     matcher: ImageTextMatcher,
-    images: torch.Tensor,  # B x 3 x H x W, normalised
+    images: torch.Tensor,  # B x 3 x H x W, normalized
     prompts: Prompts,  # N texts
     index: torch.Tensor | list[int] | None = None,  # N, the image of each text
     config: SalienceConfig = SalienceConfig(),
@@ -241,7 +241,7 @@ def salience_dropout(
 
 def class_maps(
     matcher: ImageTextMatcher,
-    images: torch.Tensor,  # B x 3 x H x W, normalised
+    images: torch.Tensor,  # B x 3 x H x W, normalized
     names: list[list[str]],  # per image, the words for its classes
     config: SalienceConfig = SalienceConfig(),
     tokens: ImageTokens | None = None,  # of the whole images, where they were made before

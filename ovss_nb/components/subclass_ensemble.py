@@ -34,7 +34,7 @@ def check_shapes(
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #45da95a5
 def subclass_weights(
     text: torch.Tensor,  # K x P x d unit-norm subclass embeddings
-    pooled: torch.Tensor,  # d, the image vector; need not be normalised
+    pooled: torch.Tensor,  # d, the image vector; need not be normalized
     mask: torch.Tensor | None = None,  # K x P, true for real subclasses; default: all
     method: str = "paper",  # `paper` (LS-6, LS-7), `repo` (LS-8') or `mean`
     temperature: float = 1.0,  # towards 0 only the best subclass counts, towards infinity all count alike
@@ -65,7 +65,7 @@ def ensemble(
     pooled: torch.Tensor,  # d, the image vector
     method: str = "paper",  # `paper`, `repo` or `mean`
     temperature: float = 1.0,  # of the softmax over subclasses
-) -> torch.Tensor:  # d float32, not re-normalised
+) -> torch.Tensor:  # d float32, not re-normalized
     "The class vector `T^r` for one image: its subclasses, weighted (LS-8, LS-8')."
     check_shapes(text=(text, "n d"), pooled=(pooled, "d"))
     return (subclass_weights(text[None], pooled, None, method, temperature)[0, :, None] * text.float()).sum(0)
@@ -92,7 +92,7 @@ def subclass_maps(
 
 # %% ../../nbs/components/05_subclass_ensemble.ipynb #85fc16f6
 def superclass_scores(
-    pooled: torch.Tensor,  # d, the image vector; need not be normalised
+    pooled: torch.Tensor,  # d, the image vector; need not be normalized
     class_embeddings: torch.Tensor,  # K x d unit-norm
 ) -> torch.Tensor:  # K float32
     "Cosine of the image vector with every class text (SYSTEMS 5.4, step 1)."

@@ -71,9 +71,9 @@ def _axis_weights(
     places: int,  # length of the coarse axis
     pixels: int,  # length of the fine axis
     device: str = "cpu",
-    # lower neighbour, its weight, weight of the next place; each of length `pixels`
+    # lower neighbor, its weight, weight of the next place; each of length `pixels`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "The neighbours and weights that `F.interpolate` uses along one axis, exactly as it computes them."
+    "The neighbors and weights that `F.interpolate` uses along one axis, exactly as it computes them."
     phases = torch.eye(3, device=device).repeat(1, places // 3 + 1)[:, :places]
     weights = F.interpolate(phases[None], size=pixels, mode="linear", align_corners=False)[0]
     at = torch.arange(pixels, device=device)
@@ -98,7 +98,7 @@ def _mixing_rule(
     scores = torch.rand(4, 13, 11, generator=torch.Generator().manual_seed(0)).to(device)
     naive = F.interpolate(scores[None], size=(150, 131), mode="bilinear", align_corners=False)[0]
     (y, ya, yb), (x, xa, xb) = _axis_weights(13, 150, device), _axis_weights(11, 131, device)
-    # Past the last place both neighbours are the same one; there only the order of values matters, and any
+    # Past the last place both neighbors are the same one; there only the order of values matters, and any
     # rule keeps it.
     rows, columns = y < 12, x < 10
     y, ya, yb, x, xa, xb = y[rows], ya[rows, None], yb[rows, None], x[columns], xa[columns], xb[columns]

@@ -132,7 +132,7 @@ def draw_text(
     xy: tuple[float, float],  # where it begins, and the middle of the line
     text: str,  # one line
     size: int,  # of the letters, pixels
-    fill,  # colour
+    fill,  # color
     **options,  # of Pillow's `text`, such as stroke_width
 ):
     "Draw a text from `xy` to the right, each part of it with a font that has its characters."

@@ -93,19 +93,19 @@ def _categories(results: dict[str, Segmentation]) -> list[dict]:
     if any(o.names != first.names for o in others):
         raise SegmentationError("The segmentations have different names: write them to different files")
     return [
-        {"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": colour.tolist()}
-        for k, (name, colour) in enumerate(zip(first.names, first.palette))
+        {"id": k + 1, "name": name, "supercategory": "", "isthing": 0, "color": color.tolist()}
+        for k, (name, color) in enumerate(zip(first.names, first.palette))
     ]
 
 
-def _colour(entry: dict) -> list[int] | None:
-    "The RGB colour of a category, if it has one that can be."
-    colour = [_whole(o) for o in entry["color"]] if isinstance(entry.get("color"), list) else []
-    return colour if len(colour) == 3 and all(o is not None and 0 <= o <= 255 for o in colour) else None
+def _color(entry: dict) -> list[int] | None:
+    "The RGB color of a category, if it has one that can be."
+    color = [_whole(o) for o in entry["color"]] if isinstance(entry.get("color"), list) else []
+    return color if len(color) == 3 and all(o is not None and 0 <= o <= 255 for o in color) else None
 
 
 def _vocabulary(path, categories) -> tuple[list[str], np.ndarray | None, dict[int | str, int]]:
-    """Names in the order of their numbers, their colours if all have one, and {number:
+    """Names in the order of their numbers, their colors if all have one, and {number:
     index}. Raises `SegmentationError`.
     """
     if not isinstance(categories, list):
@@ -114,7 +114,7 @@ def _vocabulary(path, categories) -> tuple[list[str], np.ndarray | None, dict[in
         (
             _get(o, "id", "an id", f"{path}: category {n}"),
             _get(o, "name", "a name", f"{path}: category {n}"),
-            _colour(o),
+            _color(o),
         )
         for n, o in enumerate(categories)
     ]
@@ -125,8 +125,8 @@ def _vocabulary(path, categories) -> tuple[list[str], np.ndarray | None, dict[in
         twice = next((o for o in found if found.count(o) > 1), None)
         if twice is not None:
             raise SegmentationError(f"{path}: two categories have the {what} {twice!r}: rename one")
-    colours = [o[2] for o in rows]
-    return [o[1] for o in rows], np.array(colours) if rows and all(colours) else None, index
+    colors = [o[2] for o in rows]
+    return [o[1] for o in rows], np.array(colors) if rows and all(colors) else None, index
 
 
 # by id: the file's name, and its height and width
@@ -460,7 +460,7 @@ def save_geojson(
 
 
 def _own_member(stored: dict, path) -> tuple[list[str], np.ndarray | None]:
-    """Names and colours in the member `ovss_nb` of a file.
+    """Names and colors in the member `ovss_nb` of a file.
 
     Raises `SegmentationError` for names that cannot be.
     """
@@ -468,13 +468,13 @@ def _own_member(stored: dict, path) -> tuple[list[str], np.ndarray | None]:
     names = _get(stored["ovss_nb"], "names", "a list", where)
     if not names or not all(isinstance(o, str) for o in names):
         raise SegmentationError(f"{where}: 'names' is {str(names)[:60]}, not a list of names")
-    colours = (
-        [_colour(dict(color=o)) for o in stored["ovss_nb"].get("palette") or []]
+    colors = (
+        [_color(dict(color=o)) for o in stored["ovss_nb"].get("palette") or []]
         if isinstance(stored["ovss_nb"].get("palette"), list)
         else []
     )
     return list(map(composed, names)), (
-        np.array(colours) if len(colours) == len(names) and all(colours) else None
+        np.array(colors) if len(colors) == len(names) and all(colors) else None
     )
 
 
@@ -560,7 +560,7 @@ def _covered(labels: np.ndarray, names: list[str], path) -> np.ndarray:
     return labels
 
 # %% ../../nbs/core/11_formats.ipynb #613a57f8
-def _through_centres(ring: np.ndarray) -> np.ndarray:
+def _through_centers(ring: np.ndarray) -> np.ndarray:
     """The pixels along the inner side of a ring with positive area, `n x 2` (x, y), n at least 3;
     straight runs are shortened to their ends.
     """
@@ -630,7 +630,7 @@ def save_labelme(
     shapes = [
         {
             "label": segmentation.names[k],
-            "points": _through_centres(ring).astype(float).tolist(),
+            "points": _through_centers(ring).astype(float).tolist(),
             "group_id": None,
             "description": "",
             "shape_type": "polygon",
@@ -838,7 +838,7 @@ def load_scores(
 
 # %% ../../nbs/core/11_formats.ipynb #267ab0e5
 FORMATS = {
-    "png": ("labels.png", "palette PNG with names and colours"),
+    "png": ("labels.png", "palette PNG with names and colors"),
     "coco": ("coco.json", "COCO annotations with run-length masks"),
     "panoptic": ("panoptic.json", "COCO panoptic: a JSON file, and a PNG in a folder of the same name"),
     "geojson": ("geojson", "polygons in pixels, one MultiPolygon per class (extra geo)"),

@@ -356,7 +356,7 @@ def _on_white(rgb: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
     return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
-def _colour(
+def _color(
     samples: np.ndarray,
     alpha: np.ndarray | None,
     limits,
@@ -381,7 +381,7 @@ _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L
 
 
 def _sixteen_bits(image: Image.Image, file) -> np.ndarray | None:
-    """`H x W x C` `uint16` of a file whose colours have 16 bits, of which Pillow would give the high 8;
+    """`H x W x C` `uint16` of a file whose colors have 16 bits, of which Pillow would give the high 8;
     None for other files.
     """
     rawmode = _rawmode(image)
@@ -535,11 +535,11 @@ def _pillow_picture(image: Image.Image, file, limits, bands, name: str) -> Pictu
     # Pillow has scaled a PGM to 16 bits; `limits` count in the values of the file
     if most and image.mode == "I":
         samples, white = np.rint(samples * (most / 65535)).astype(np.uint16), most
-    return _turned(_array_picture(_colour(samples, alpha, limits, name, white)), orientation)
+    return _turned(_array_picture(_color(samples, alpha, limits, name, white)), orientation)
 
 
 def _deep_samples(deep: np.ndarray, clear, bands, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    "Samples and opacity of `H x W x C` `uint16`, C = 2 to 4; `clear`: the one colour that is transparent."
+    "Samples and opacity of `H x W x C` `uint16`, C = 2 to 4; `clear`: the one color that is transparent."
     if bands:
         _check_count(bands, deep.shape[2], name)
         return deep[..., [o - 1 for o in bands]], None
@@ -669,17 +669,17 @@ def _choose_bands(source, bands, name: str) -> list[int]:
     if bands:
         _check_count(bands, source.count, name)
         return list(bands)
-    kinds, colours = source.colorinterp, ("red", "green", "blue")
+    kinds, colors = source.colorinterp, ("red", "green", "blue")
     if kinds[0] == Kind.palette:
         return [1]
     names = [(o or "").strip().lower() for o in source.descriptions]
-    for wanted in colours, ("r", "g", "b"):
+    for wanted in colors, ("r", "g", "b"):
         if set(wanted) <= set(names):
             return [names.index(o) + 1 for o in wanted]
     kinds = [o.name for o in kinds]
     others = [i for i, kind in enumerate(kinds, 1) if kind != "alpha"]
-    if set(colours) <= set(kinds):
-        others = [kinds.index(o) + 1 for o in colours]
+    if set(colors) <= set(kinds):
+        others = [kinds.index(o) + 1 for o in colors]
     if len(others) in (1, 3):
         _doubt_order([source.descriptions[o - 1] for o in others], name)
         return others
@@ -783,7 +783,7 @@ class _Raster:
         self.whole = MaskFlags.all_valid in flags or (self.alpha is None and MaskFlags.alpha in flags)
         self.dtype = np.dtype(complex if data.dtypes[first].startswith("complex") else data.dtypes[first])
         self.table = (
-            _colour_table(data, self.dtype)
+            _color_table(data, self.dtype)
             if kinds[first] == ColorInterp.palette and len(self.chosen) == 1
             else None
         )
@@ -890,11 +890,11 @@ class _Raster:
         )
 
 
-def _colour_table(data, dtype: np.dtype) -> np.ndarray:
-    "Colours of a palette, one row per value."
+def _color_table(data, dtype: np.dtype) -> np.ndarray:
+    "Colors of a palette, one row per value."
     table = np.zeros((np.iinfo(dtype).max + 1, 3), np.uint8)
-    for value, colour in data.colormap(1).items():
-        table[value] = colour[:3]
+    for value, color in data.colormap(1).items():
+        table[value] = color[:3]
     return table
 
 # %% ../../nbs/core/08_images.ipynb #c6590a10
@@ -917,11 +917,11 @@ def _from_array(a: np.ndarray, limits, bands, max_pixels: int, name: str) -> np.
         a = a[..., [o - 1 for o in bands]]
     if limits is None and a.dtype == np.uint8:
         limits = 0, 255
-    colour, alpha = a[..., :3], None
+    color, alpha = a[..., :3], None
     if a.shape[2] == 4:
         alpha = _levels(a[..., 3], 0, _fixed_white(a.dtype, a[..., 3].min(), a[..., 3].max(), name))
     # it may be a dark part of an image
-    return np.array(_colour(colour, alpha, limits, name, trusted=True))
+    return np.array(_color(color, alpha, limits, name, trusted=True))
 
 
 def _tensor_array(t, bands=None) -> np.ndarray:

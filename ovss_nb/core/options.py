@@ -177,7 +177,7 @@ def check_names(
         if name in known:
             continue
         near = "".join(f"; did you mean {o!r}?" for o in get_close_matches(str(name), known, 1)) or "."
-        raise OptionError(f"{owner} has no knob {name!r}{near} Known: {', '.join(known)}")
+        raise OptionError(f"{owner} has no option {name!r}{near} Known: {', '.join(known)}")
 
 # %% ../../nbs/core/02_options.ipynb #e51d912e
 _PLAIN = (bool, int, float, str, NoneType)

@@ -23,7 +23,7 @@ from .vocabulary import composed, find_background, is_background
 
 # %% ../../nbs/core/10_segmentation.ipynb #aff60117
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """Oklab coordinates `N x 3` (lightness, green-red, blue-yellow) of `N x 3` sRGB colours 0..255 (Ottosson,
+    """Oklab coordinates `N x 3` (lightness, green-red, blue-yellow) of `N x 3` sRGB colors 0..255 (Ottosson,
     2020).
     """
     c = rgb / 255
@@ -45,8 +45,8 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/core/10_segmentation.ipynb #6da456aa
 @lru_cache(maxsize=8)
-def _colours(count: int) -> np.ndarray:
-    """The first `count` colours of a sequence in which each is farthest from all before it, `count x 3`
+def _colors(count: int) -> np.ndarray:
+    """The first `count` colors of a sequence in which each is farthest from all before it, `count x 3`
     `uint8`.
     """
     levels = np.arange(0, 256, 17)
@@ -66,14 +66,14 @@ def _colours(count: int) -> np.ndarray:
 def default_palette(
     names,  # the class names, in order
 ) -> np.ndarray:  # `K x 3`, `uint8`, RGB
-    """One well distinguishable colour per name, the same at every call; a background, however it is spelt, is
-    black and takes no colour from the sequence.
+    """One well distinguishable color per name, the same at every call; a background, however it is spelt, is
+    black and takes no color from the sequence.
 
-    All colours differ up to 2296 names; after that the sequence starts again.
+    All colors differ up to 2296 names; after that the sequence starts again.
     """
     ground = np.array([is_background(str(name)) for name in names])
     palette = np.zeros((len(ground), 3), np.uint8)
-    palette[~ground] = _colours(int((~ground).sum()))
+    palette[~ground] = _colors(int((~ground).sum()))
     return palette
 
 # %% ../../nbs/core/10_segmentation.ipynb #533d7b7f
@@ -131,7 +131,7 @@ class Segmentation:
             or palette.max() > 255
         ):
             raise SegmentationError(
-                f"palette must be {len(self.names)} x 3 integers in 0..255, one RGB colour per name"
+                f"palette must be {len(self.names)} x 3 integers in 0..255, one RGB color per name"
             )
         self.palette = palette.astype(np.uint8)
         if self.scores is not None:
@@ -240,12 +240,12 @@ def _borders(labels: np.ndarray, width: int) -> np.ndarray:
 def _legend(entries: list, width: int) -> Image.Image:
     """A strip of swatches with names and areas, wrapped to `width` pixels (wider if one entry needs it).
 
-    `entries`: triples of RGB colour, name, area.
+    `entries`: triples of RGB color, name, area.
     """
     size = min(max(width // 38, 12), 40)
     pad = size // 2
     # single lines are drawn only
-    entries = [(colour, " ".join(name.split()), area) for colour, name, area in entries]
+    entries = [(color, " ".join(name.split()), area) for color, name, area in entries]
     # where the area stands
     behind = [size + pad + round(text_length(name, size)) + size // 3 for _, name, _ in entries]
     lengths = [at + round(text_length(area, size)) for at, (*_, area) in zip(behind, entries)]
@@ -257,9 +257,9 @@ def _legend(entries: list, width: int) -> Image.Image:
         x += length + 2 * pad
     strip = Image.new("RGB", (width, y + size + pad), "white")
     draw = ImageDraw.Draw(strip)
-    for (colour, name, area), at, (x, y) in zip(entries, behind, places):
+    for (color, name, area), at, (x, y) in zip(entries, behind, places):
         draw.rounded_rectangle(
-            (x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in colour)
+            (x, y, x + size, y + size), radius=size // 5, fill=tuple(int(c) for c in color)
         )
         draw_text(draw, (x + size + pad, y + size / 2), name, size, (30, 30, 30))
         draw_text(draw, (x + at, y + size / 2), area, size, (130, 130, 130))
@@ -269,23 +269,23 @@ def _legend(entries: list, width: int) -> Image.Image:
 @patch
 def overlay(
     self: Segmentation,
-    # the photo, anything `load_image` takes; default: the segmentation's own; without any, the colours alone
+    # the photo, anything `load_image` takes; default: the segmentation's own; without any, the colors alone
     image=None,
-    opacity: float = 0.5,  # of the colours over the photo, 0..1
+    opacity: float = 0.5,  # of the colors over the photo, 0..1
     outline: bool = True,  # draw the borders between classes
     legend: bool = True,  # add a strip with the names and areas below the picture
 ) -> Image.Image:  # RGB, `H x W` without the legend
-    """The class colours over the photo.
+    """The class colors over the photo.
 
     Raises `SegmentationError` for an image of another size or an opacity outside 0..1.
     """
     if not 0 <= opacity <= 1:
         raise SegmentationError(f"opacity must lie in 0..1, not {opacity}")
     photo = self.image if image is None else self._photo(image)
-    colours = self.palette[self.labels]
-    picture = colours
+    colors = self.palette[self.labels]
+    picture = colors
     if photo is not None:
-        picture = (photo * np.float32(1 - opacity) + colours * np.float32(opacity) + np.float32(0.5)).astype(
+        picture = (photo * np.float32(1 - opacity) + colors * np.float32(opacity) + np.float32(0.5)).astype(
             np.uint8
         )
     if outline:

@@ -18,7 +18,7 @@ from ..core.options import Count, fit_option
 # %% ../../nbs/encoders/01_base.ipynb #5df24c93
 @dataclass
 class ImageFeatures:
-    "Features of a batch of images in the joint space, not normalised: `dense` B x d x h x w, `pooled` B x d."
+    "Features of a batch of images in the joint space, not normalized: `dense` B x d x h x w, `pooled` B x d."
 
     dense: torch.Tensor  # one vector per location, B x d x h x w
     pooled: torch.Tensor  # one vector per image, B x d
@@ -32,7 +32,7 @@ def loda_pool(
     tokens: torch.Tensor,  # B x m x d token features
     k: int,  # how many tokens per channel to average: 5 for images, 1 for text
     mask: torch.Tensor | None = None,  # B x m, true for real tokens
-) -> torch.Tensor:  # B x d, not normalised
+) -> torch.Tensor:  # B x d, not normalized
     "LoDA pooling: per channel the mean of the `k` largest values (SimSeg; equations LS-2 and LS-5)."
     if mask is not None:
         mask = mask.bool()
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
     resample = Image.Resampling.BICUBIC  # filter that brings an image to the input size
 
     def dense(self, images: torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to B x d x h x w, in the joint space, not normalised."
+        "B x 3 x H x W normalized images to B x d x h x w, in the joint space, not normalized."
         raise TypeError(f"{type(self).__name__} has no dense features")
 
     def layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
@@ -165,8 +165,8 @@ class Encoder(nn.Module):
         keep_aspect: bool = False,  # one number means the shorter side rather than both
         # limit of the longer side with `keep_aspect`; default: four times `size`, the papers' 2560 for 640
         longest: int | None = None,
-    ) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-        "Resize, scale and normalise one image."
+    ) -> torch.Tensor:  # 1 x 3 x H' x W', normalized; both sides multiples of the stride
+        "Resize, scale and normalize one image."
         size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
         height, width = image.shape[:2]
         if isinstance(size, int):

@@ -392,7 +392,7 @@ class BLIPMatcher(ImageTextMatcher):
 
     def prompts(self, texts, opening="A picture of"):
         """Sentences, or lists of class names, to tokens and spans, `[ENC]` first;
-        see `tokenise`; for lists of any length `split_prompts`.
+        see `tokenize`; for lists of any length `split_prompts`.
         """
 
         def glued(name):
@@ -406,7 +406,7 @@ class BLIPMatcher(ImageTextMatcher):
         )
 
     def image_tokens(self, images):
-        """B x 3 x H x W normalised images to B x (1 + h*w) x C, `[CLS]` first.
+        """B x 3 x H x W normalized images to B x (1 + h*w) x C, `[CLS]` first.
 
         `ValueError` for sides that are no multiples of the patch.
         """

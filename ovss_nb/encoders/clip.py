@@ -57,14 +57,14 @@ def vv_attention(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor
 # %% ../../nbs/encoders/03_clip.ipynb #abc336f8
 # numbers that OpenAI's archives keep among their weights
 MARKS = ("input_resolution", "context_length", "vocab_size")
-MEANS = {  # mean and standard deviation that pictures are normalised with
+MEANS = {  # mean and standard deviation that pictures are normalized with
     "openai-mean": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
     "imagenet-mean": (open_clip.constants.IMAGENET_MEAN, open_clip.constants.IMAGENET_STD),
     "inception-mean": (open_clip.constants.INCEPTION_MEAN, open_clip.constants.INCEPTION_STD),
 }
 
 
-def _normalisation(cfg: dict) -> tuple:
+def _normalization(cfg: dict) -> tuple:
     "Mean, standard deviation and filter of a configuration."
     mean, std = (tuple(cfg.get(name) or usual) for name, usual in zip(("mean", "std"), MEANS["openai-mean"]))
     return mean, std, cfg.get("interpolation") or "bicubic"
@@ -78,7 +78,7 @@ def tag_settings(
     for name in (base, f"{base}-quickgelu"):
         for tag in open_clip.list_pretrained_tags_by_model(name):
             cfg = open_clip.get_pretrained_cfg(name, tag)
-            found[tag] = bool(cfg.get("quick_gelu")), _normalisation(cfg)
+            found[tag] = bool(cfg.get("quick_gelu")), _normalization(cfg)
     return found
 
 
@@ -123,10 +123,10 @@ def _wrapped(path: Path, tensors: dict) -> bool:
     return {o.removeprefix("module.") for o in found} != set(tensors)
 
 # %% ../../nbs/encoders/03_clip.ipynb #ea8119d1
-def _kind(quick: bool, normalisation: tuple) -> str:
+def _kind(quick: bool, normalization: tuple) -> str:
     means = {both: name.partition("-")[0] for name, both in MEANS.items()}
-    mean = means.get(normalisation[:2], " ".join(map(str, normalisation[0])))
-    return f"{'QuickGELU' if quick else 'exact GELU'}, {mean} mean, {normalisation[2]}"
+    mean = means.get(normalization[:2], " ".join(map(str, normalization[0])))
+    return f"{'QuickGELU' if quick else 'exact GELU'}, {mean} mean, {normalization[2]}"
 
 
 def _proof(model: str, path: Path, tensors: dict, tags: dict) -> tuple[str, tuple] | None:
@@ -159,7 +159,7 @@ def _beside(path: Path, config: dict) -> tuple[bool, tuple | None] | None:
             return None
         cfg = found.get("preprocess_cfg") or {}
         return bool(found["model_cfg"].get("quick_gelu")), (
-            _normalisation(cfg) if {"mean", "std"} <= cfg.keys() else None
+            _normalization(cfg) if {"mean", "std"} <= cfg.keys() else None
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -197,16 +197,16 @@ def file_settings(
         )
     agreed = [next(iter(o)) if len(o) == 1 else None for o in map(set, zip(*own.values()))] or [False, None]
     sources = said, proof[1] if proof else None, _beside(path, config), agreed
-    quick, normalisation = (next((o[i] for o in sources if o and o[i] is not None), None) for i in (0, 1))
-    if not own and normalisation is None:
-        normalisation = *MEANS["openai-mean"], "bicubic"
+    quick, normalization = (next((o[i] for o in sources if o and o[i] is not None), None) for i in (0, 1))
+    if not own and normalization is None:
+        normalization = *MEANS["openai-mean"], "bicubic"
         warnings.warn(
-            f"no published weights tell how {model} wants pictures normalised, so {path} gets OpenAI's mean"
+            f"no published weights tell how {model} wants pictures normalized, so {path} gets OpenAI's mean"
             f" and deviation, open_clip's default. Say it: clip:{model}/openai-mean={path} (or imagenet-mean,"
             " inception-mean), in Python like='openai-mean'"
         )
-    if quick is not None and normalisation is not None:
-        return quick, normalisation
+    if quick is not None and normalization is not None:
+        return quick, normalization
     groups = {kind: [tag for tag in own if own[tag] == kind] for kind in dict.fromkeys(own.values())}
     listed = "; ".join(f"{_kind(*kind)}: {', '.join(names)}" for kind, names in groups.items())
     raise ValueError(
@@ -216,7 +216,7 @@ def file_settings(
     )
 
 # %% ../../nbs/encoders/03_clip.ipynb #c6174ab1
-def _hub_normalisation(model: str, like: str | None) -> tuple:
+def _hub_normalization(model: str, like: str | None) -> tuple:
     "What the configuration of `local-dir:` or `hf-hub:`, or `like`, says; empty if there is none to read."
     if like and like not in MEANS:
         raise ValueError(
@@ -236,9 +236,9 @@ def _hub_normalisation(model: str, like: str | None) -> tuple:
     except (OSError, RuntimeError, ValueError, AttributeError):
         return ()
     if {"mean", "std"} <= cfg.keys():
-        return _normalisation(cfg)
+        return _normalization(cfg)
     raise ValueError(
-        f"{file} does not say how pictures are normalised: give it a preprocess_cfg with mean and std, "
+        f"{file} does not say how pictures are normalized: give it a preprocess_cfg with mean and std, "
         f"or say like= one of {', '.join(MEANS)}"
     )
 
@@ -247,12 +247,12 @@ def _build(
     model: str,
     pretrained: str | None,  # for `open_clip.create_model`; "random" for None without complaint
     quick: bool,
-    normalisation: tuple,  # mean, standard deviation and filter, or empty
+    normalization: tuple,  # mean, standard deviation and filter, or empty
     tensors: dict[str, torch.Tensor] = {},  # of the file
 ) -> tuple[nn.Module, object]:  # see `load_clip`
     options = dict(force_quick_gelu=quick, pretrained_text=False, require_pretrained=pretrained != "random")
-    if normalisation:
-        options["force_preprocess_cfg"] = dict(zip(("mean", "std", "interpolation"), normalisation))
+    if normalization:
+        options["force_preprocess_cfg"] = dict(zip(("mean", "std", "interpolation"), normalization))
     table, context = (tensors.get(o) for o in ("visual.positional_embedding", "positional_embedding"))
     if (
         table is not None
@@ -300,7 +300,7 @@ def load_clip(
     pretrained: str | Path | None = None,
     like: str | None = None,  # how a file was trained, see `file_settings`
 ) -> tuple[nn.Module, object]:  # the model in fp32 on the CPU, and its tokenizer
-    """Build an open_clip model with a ViT image tower, with the activation, normalisation and sizes that its
+    """Build an open_clip model with a ViT image tower, with the activation, normalization and sizes that its
     weights were trained with.
 
     Raises `ValueError` when the name, the weights or the kind of tower do not fit, and when nothing tells
@@ -316,7 +316,7 @@ def load_clip(
                 raise ValueError(f"there is no folder {folder}. Check the path")
             model = f"local-dir:{folder}"
         # QuickGELU open_clip reads there itself
-        return _build(model, None, False, _hub_normalisation(model, like))
+        return _build(model, None, False, _hub_normalization(model, like))
     model = model.replace("/", "-")  # open_clip takes both ViT-B/16 and ViT-B-16
     config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if config is None:
@@ -449,7 +449,7 @@ class CLIPEncoder(Encoder):
     @property
     def fingerprint(self) -> str:
         """As every encoder's, with all that changes features and is no weight:
-        normalisation, and the way of reading.
+        normalization, and the way of reading.
         """
         said = self.mean, self.std, self.resample.name, self.way, self.residual, self.start
         return hashlib.sha256(f"{super().fingerprint}{said}".encode()).hexdigest()
@@ -485,7 +485,7 @@ class CLIPEncoder(Encoder):
         return images.shape[-2] // self.stride, images.shape[-1] // self.stride
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to the first block's input, B x (1 + h*w) x C, class token first."
+        "B x 3 x H x W normalized images to the first block's input, B x (1 + h*w) x C, class token first."
         positions = resize_positions(
             self.visual.positional_embedding, self.visual.grid_size, self.grid(images)
         )
@@ -518,8 +518,8 @@ def pool(self: CLIPEncoder, tokens: torch.Tensor) -> torch.Tensor:
 
 @patch
 def encode(self: CLIPEncoder, images: torch.Tensor) -> ImageFeatures:
-    """B x 3 x H x W normalised images to dense features B x d x h x w (h = H/patch) and pooled features B x
-    d, both fp32 and not normalised.
+    """B x 3 x H x W normalized images to dense features B x d x h x w (h = H/patch) and pooled features B x
+    d, both fp32 and not normalized.
     """
     grid, x, branch = self.grid(images), self.embed(images), None
     for i, block in enumerate(self.blocks):

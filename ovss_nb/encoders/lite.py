@@ -135,7 +135,7 @@ class ConSEEncoder(Encoder):
     def conse(self, logits: torch.Tensor) -> torch.Tensor:
         """...
 
-        x 1000 class logits to ... x 384, the probability-weighted mean of the likeliest classes' embeddings.
+        x 1000 class logits to ... x 384, the probability-weighted mean of the topk_classes classes' embeddings.
         """
         values, indices = (logits.float() / self.temperature).topk(self.top, dim=-1)
         weights = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, indices, values.softmax(-1))
@@ -230,14 +230,14 @@ class LiteTower(nn.Module):
         self.visual.conv1 = nn.Conv2d(768, width, 1, bias=False)
         nn.init.normal_(self.visual.conv1.weight, std=768**-0.5)
 
-    def normalised(self, tokens: torch.Tensor) -> torch.Tensor:
+    def normalized(self, tokens: torch.Tensor) -> torch.Tensor:
         "Tokens by their mean and deviation; with noise and dropout while training."
         x = ((tokens.float() - self.mean) / self.deviation).clamp(-6, 6)
         return self.dropout(x + self.noise * torch.randn_like(x)) if self.training else x
 
     def see(self, tokens: torch.Tensor) -> torch.Tensor:
         "The local head: ... x 768 to unit vectors ... x 384."
-        return F.normalize(self.local(self.normalised(tokens)), dim=-1)
+        return F.normalize(self.local(self.normalized(tokens)), dim=-1)
 
     def stuff_share(self, seen: torch.Tensor) -> torch.Tensor:
         "How sure the local head is that it sees stuff rather than a thing: ... x 384 to ..., from 0 to 1."
@@ -263,11 +263,11 @@ class LiteTower(nn.Module):
         else:
             rows = (torch.arange(grid[0])[:, None] + corner[0]) * size[1] + torch.arange(grid[1]) + corner[1]
             positions = positions[torch.cat([torch.zeros(1, dtype=torch.long), 1 + rows.flatten()])]
-        x = visual.conv1(self.normalised(tokens).movedim(-1, 1)).flatten(2).mT
+        x = visual.conv1(self.normalized(tokens).movedim(-1, 1)).flatten(2).mT
         return visual.ln_pre(torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        "Tokens after the last block, ... x width, to ... x 384, not normalised."
+        "Tokens after the last block, ... x width, to ... x 384, not normalized."
         return self.visual.ln_post(x) @ self.visual.proj
 
     def forward(self, tokens: torch.Tensor, corner: tuple[int, int] | None = None) -> torch.Tensor:
@@ -338,7 +338,7 @@ class LiteEncoder(ConSEEncoder):
         return list(self.tower.visual.transformer.resblocks)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to the first block's input, B x (1 + h*w) x C, class token first."
+        "B x 3 x H x W normalized images to the first block's input, B x (1 + h*w) x C, class token first."
         return self.tower.embed(self.stem(images)[0])
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:

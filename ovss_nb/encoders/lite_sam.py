@@ -24,7 +24,7 @@ from ..core.options import Count, checked_arguments, fit_option
 # %% ../../nbs/encoders/07_lite_sam.ipynb #2a616333
 def affinity_auc(
     features: torch.Tensor,  # C x h x w, any scale
-    labels: np.ndarray,  # h x w integers: the class at the centre of each cell
+    labels: np.ndarray,  # h x w integers: the class at the center of each cell
     distance: int = 1,  # between the two places, cells
     ignore: int = 255,  # pairs with this label are left out
 ) -> float:  # 0 to 1; NaN where the pairs are all of one kind
@@ -57,7 +57,7 @@ def edge_strength(
     features: torch.Tensor,  # B x C x h x w, any scale
 ) -> torch.Tensor:  # B x h x w, 0 to 4
     """How much features turn at each place:
-    1 - cosine of the left and right neighbours plus the same of upper and lower ones; the border repeats
+    1 - cosine of the left and right neighbors plus the same of upper and lower ones; the border repeats
     itself.
     """
     padded = F.pad(F.normalize(features.float(), dim=1), (1, 1, 1, 1), mode="replicate")
@@ -114,7 +114,7 @@ CHANNELS = (16, 24, 40, 112, 320)  # of the stem's stages, at strides 2, 4, 8, 1
 
 
 def details(
-    images: torch.Tensor,  # B x 3 x H x W, normalised, H and W multiples of 32
+    images: torch.Tensor,  # B x 3 x H x W, normalized, H and W multiples of 32
     stages: list[torch.Tensor],  # five maps B x CHANNELS x ..., standardised
 ) -> list[torch.Tensor]:  # at strides 4, 8, 16, 32: B x 100, 140, 252, 572 x h x w
     "What is known at each level: its own stage, and everything finer, unfolded or averaged."
@@ -166,7 +166,7 @@ class LiteNeck(nn.Module):
         return [(o - getattr(self, f"mean{k}")) / getattr(self, f"std{k}") for k, o in enumerate(stages)]
 
     def forward(self, images: torch.Tensor, stages: list[torch.Tensor]) -> list[torch.Tensor]:
-        "Normalised images and the stem's five maps to four maps, fine to coarse; sides are multiples of 32."
+        "Normalized images and the stem's five maps to four maps, fine to coarse; sides are multiples of 32."
         levels = []
         for block, known in zip(self.blocks[::-1], details(images, self.standardise(stages))[::-1]):
             levels.append(block(known, levels[-1] if levels else None))
@@ -269,7 +269,7 @@ class LiteSAMEncoder(Encoder):
         return tuple(range(len(self.blocks)))
 
     def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """B x 3 x H x W normalised images to four maps at strides 4, 8, 16, 32, of H and W filled up to
+        """B x 3 x H x W normalized images to four maps at strides 4, 8, 16, 32, of H and W filled up to
         multiples of 32 with zeros; raises `ValueError` for no multiples of 16.
         """
         if (
@@ -320,8 +320,8 @@ def preprocess(
     longest: int | None = None,  # limit of the longer side with `keep_aspect`; default: four times `size`
     # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
     pad: bool = True,
-) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-    """Normalise one image as `SAMEncoder.preprocess` does:
+) -> torch.Tensor:  # 1 x 3 x H' x W', normalized; both sides multiples of the stride
+    """Normalize one image as `SAMEncoder.preprocess` does:
     longer side `size`, zeros at the right and bottom up to a square; squashed; or as other encoders do.
     """
     size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
@@ -352,7 +352,7 @@ def layers(self: LiteSAMEncoder, images: torch.Tensor, indices: list[int]) -> li
 
 @patch
 def dense(self: LiteSAMEncoder, images: torch.Tensor) -> torch.Tensor:
-    "B x 3 x H x W normalised images to B x 256 x H/16 x W/16, fp32: all four levels in one map."
+    "B x 3 x H x W normalized images to B x 256 x H/16 x W/16, fp32: all four levels in one map."
     return self.neck.project(torch.cat(self.layers(images, list(self.global_blocks)), 1))
 
 
@@ -361,7 +361,7 @@ def pyramid(self: LiteSAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
     """`res2` to `res5` as EBSeg takes them: B x `width` x H/stride x W/stride at strides 4, 8, 16 and 32,
     each computed at its stride, fp32.
 
-    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does.
+    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalizing, as EBSeg does.
     """
     coarsest = 2 * self.stride
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:

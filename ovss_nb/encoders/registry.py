@@ -63,7 +63,7 @@ def _look_up(name: str, table: dict, kind: str) -> tuple:
 def create_encoder(
     spec: str = "lite",  # "lite", "conse", "clip:MODEL/PRETRAINED" or "simseg:CHECKPOINT"
     device: str = "auto",  # the first accelerator there is, or the one named
-    **knobs,  # passed on, e.g. dense="value" for clip
+    **options,  # passed on, e.g. dense="value" for clip
 ):
     """Build an encoder from a short description.
 
@@ -77,25 +77,25 @@ def create_encoder(
     )
     known = inspect.signature(getattr(built, "from_checkpoint", built)).parameters
     check_names(
-        knobs,
+        options,
         [o for o in known if o not in ("weights", "model", "pretrained", "path", "device")],
         f"the {kind} encoder",
     )
     if kind == "lite":
-        return module.LiteEncoder(rest or None, device=device, **knobs)
+        return module.LiteEncoder(rest or None, device=device, **options)
     if kind == "conse":
         if rest:
             raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not {spec!r}")
-        return module.ConSEEncoder(device=device, **knobs)
+        return module.ConSEEncoder(device=device, **options)
     if not rest:
         raise ValueError(f"say which {kind} model: {ENCODERS[kind][1]}")
     if kind == "clip":
         if rest.startswith(("local-dir:", "hf-hub:")):
-            return module.CLIPEncoder(rest, device=device, **knobs)
+            return module.CLIPEncoder(rest, device=device, **options)
         model, _, pretrained = rest.partition("/")
         like, equals, file = pretrained.partition("=")
         if equals and "/" not in like and not Path(pretrained).is_file():
-            pretrained, knobs["like"] = file, like
-        return module.CLIPEncoder(model, pretrained or None, device=device, **knobs)
-    encoder = module.SimSegEncoder.from_checkpoint(rest, **knobs)
+            pretrained, options["like"] = file, like
+        return module.CLIPEncoder(model, pretrained or None, device=device, **options)
+    encoder = module.SimSegEncoder.from_checkpoint(rest, **options)
     return encoder.to(import_module("ovss_nb.encoders.base").choose_device(device))

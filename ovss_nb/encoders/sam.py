@@ -193,7 +193,7 @@ class SAMEncoder(Encoder):
         return self._positions[grid][2]
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W normalised images to the first block's input, B x h x w x C;
+        """B x 3 x H x W normalized images to the first block's input, B x h x w x C;
         raises `ValueError` if H or W is no multiple of the stride.
         """
         if (
@@ -235,8 +235,8 @@ def preprocess(
     longest: int | None = None,  # limit of the longer side with `keep_aspect`; default: four times `size`
     # SAM's frame; False squashes to a square. A (height, width) and `keep_aspect` leave nothing to pad
     pad: bool = True,
-) -> torch.Tensor:  # 1 x 3 x H' x W', normalised; both sides multiples of the stride
-    """Normalise one image in SAM's way (longer side `size`, zeros at the right and bottom up to a square),
+) -> torch.Tensor:  # 1 x 3 x H' x W', normalized; both sides multiples of the stride
+    """Normalize one image in SAM's way (longer side `size`, zeros at the right and bottom up to a square),
     squashed, or as other encoders do.
     """
     size = self.size if size is None else fit_option("size", size, Count | tuple[Count, Count])
@@ -258,7 +258,7 @@ def preprocess(
 # %% ../../nbs/encoders/06_sam.ipynb #0ef56239
 @patch
 def dense(self: SAMEncoder, images: torch.Tensor) -> torch.Tensor:
-    """B x 3 x H x W normalised images to the neck's output, B x 256 x H/16 x W/16, fp32:
+    """B x 3 x H x W normalized images to the neck's output, B x 256 x H/16 x W/16, fp32:
     what SAM calls the image embedding.
     """
     x = self.embed(images)
@@ -298,7 +298,7 @@ def pyramid(self: SAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
     """EBSeg's `res2` to `res5`: outputs of the four global blocks at strides 4, 8, 16 and 32, B x C x
     H/stride x W/stride each, fp32.
 
-    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalising, as EBSeg does.
+    H and W must be multiples of 32, else `ValueError`; pad with zeros after normalizing, as EBSeg does.
     """
     coarsest, scales = 2 * self.stride, (4, 2, 1, 0.5)
     if images.shape[-2] % coarsest or images.shape[-1] % coarsest:

@@ -109,13 +109,13 @@ class SimSegEncoder(Encoder):
         )
 
     def patch_tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W normalised images to the ViT's patch tokens after its final norm, B x (h*w) x C,
+        """B x 3 x H x W normalized images to the ViT's patch tokens after its final norm, B x (h*w) x C,
         without the class token.
         """
         return self.vision.norm(self.vision.blocks(self.embed(images)))[:, 1:]
 
     def dense(self, images: torch.Tensor) -> torch.Tensor:
-        "B x 3 x H x W normalised images to projected patches B x d x h x w, not normalised (LS-3)."
+        "B x 3 x H x W normalized images to projected patches B x d x h x w, not normalized (LS-3)."
         return self._as_map(self.image_projection(self.patch_tokens(images)), images)
 
     def layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
@@ -175,7 +175,7 @@ def token_features(
     ids: torch.Tensor,  # N x m word piece ids
     mask: torch.Tensor,  # N x m, true for real tokens
 ) -> torch.Tensor:  # N x m x d
-    "Every token of a tokenised prompt in the joint space, not normalised (LS-1)."
+    "Every token of a tokenized prompt in the joint space, not normalized (LS-1)."
     return self.text_projection(self.language(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
 
 

@@ -70,7 +70,7 @@ def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]
 
 
 class _Look(nn.Module):
-    "Normalising and encoding."
+    "Normalizing and encoding."
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -82,11 +82,11 @@ class _Look(nn.Module):
                 persistent=False,
             )
 
-    def normalised(self, pixels):
+    def normalized(self, pixels):
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels):
-        features = self.encoder.encode(self.normalised(pixels))
+        features = self.encoder.encode(self.normalized(pixels))
         return features.dense, features.pooled
 
 
@@ -97,7 +97,7 @@ def export_encoder(
     size: int | tuple[int, int] | None = None,
 ):
     """Write pixels 1 x 3 x H x W, from 0 to 1, to `dense` 1 x d x h x w and `pooled` 1 x d, neither
-    normalised. Needs the extra `onnx`. Raises `ValueError` for an impossible size.
+    normalized. Needs the extra `onnx`. Raises `ValueError` for an impossible size.
     """
     size = size or encoder.size
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -156,10 +156,10 @@ class _CATSegGraph(_Look):
     def __init__(self, system: CATSeg):
         super().__init__(system.encoder)
         c = system.config
-        if c.background_threshold is not None or c.prompt_channels > 1 or c.centre_text:
+        if c.background_threshold is not None or c.prompt_channels > 1 or c.center_text:
             raise ValueError(
                 "the graph has no background_threshold, one prompt channel and no centring of texts: export"
-                " the system without these knobs"
+                " the system without these options"
             )
         self.system, self.network, self.pooling, self.most = (
             system,
@@ -191,7 +191,7 @@ class _CATSegGraph(_Look):
         c, a = self.system.config, self.network.aggregation
         views, corners = cut_views(pixels[0], self.side, c.window, c.overlap) if c.windows else (pixels, [])
         seen = F.interpolate(
-            self.normalised(views), (self.seen, self.seen), mode="bilinear", align_corners=False
+            self.normalized(views), (self.seen, self.seen), mode="bilinear", align_corners=False
         )
         features, layers = encode_with_layers(self.encoder, seen, self.system.blocks)
         dense, guides = (
@@ -246,7 +246,7 @@ class _LMSegGraph(_CATSegGraph):
         if not more:
             return dense
         fusion, c = self.network.fusion, self.system.config
-        second = self.second.encoder.dense(self.second.normalised(more["second"]))
+        second = self.second.encoder.dense(self.second.normalized(more["second"]))
         if hasattr(fusion, "project"):
             second = fusion.norm(fusion.project(second).movedim(1, -1)).movedim(-1, 1)
         regions = torch.tensor(
@@ -277,9 +277,9 @@ class _LMSegGraph(_CATSegGraph):
         second = F.grid_sample(
             second.expand(points.shape[0], -1, -1, -1), points, fusion.resize, "border", align_corners=False
         )
-        if fusion.normalise == "match":
+        if fusion.normalize == "match":
             second = F.normalize(second, dim=1) * dense.norm(dim=1, keepdim=True)
-        elif fusion.normalise == "unit":
+        elif fusion.normalize == "unit":
             dense, second = F.normalize(dense, dim=1), F.normalize(second, dim=1)
         return fusion.weight * dense + (1 - fusion.weight) * second
 
@@ -321,7 +321,7 @@ class _QueryGraph(_Look):
 
 class _SANGraph(_QueryGraph):
     def forward(self, pixels, text):
-        x = self.normalised(pixels)
+        x = self.normalized(pixels)
         layers, cls = self.system.read(x)
         ((logits, masks),) = self.system.predict(
             [SideImage(None, None, None, x, layers, cls, (self.system.config.size,) * 2)], _bank(text)
@@ -332,7 +332,7 @@ class _SANGraph(_QueryGraph):
 class _MROVSegGraph(_QueryGraph):
     def forward(self, pixels, text):
         size = (self.system.config.size,) * 2
-        (views,) = self.system._views(self.normalised(pixels))
+        (views,) = self.system._views(self.normalized(pixels))
         embeddings, masks, _ = self.system.outputs([SlicedImage(None, None, None, views, size, size)])[-1]
         return mask_scores(self.system.class_logits(embeddings, _bank(text)).float(), self.enlarged(masks))
 
@@ -406,7 +406,7 @@ def export_system(
     inputs=(),  # files that are read, such as an encoder's weights: they are not written over
 ) -> Path:  # the graph
     """Write a system as an ONNX graph with the vocabulary as input, banks of texts, and a card that lists
-    them. Needs the extra `onnx`. Raises `ValueError` for a system or knobs that cannot be a graph, with
+    them. Needs the extra `onnx`. Raises `ValueError` for a system or options that cannot be a graph, with
     the reason.
     """
     inner, folder = type(system), Path(folder)
@@ -429,7 +429,7 @@ def export_system(
         for o, stem in zip_longest(vocabularies, stems)
     ]
     banks = _banks(folder, [Vocabulary.of(o) for o in vocabularies], stems)
-    knobs = [
+    options = [
         o
         for value in system.config.to_dict().values()
         for o in (value if isinstance(value, (list, tuple)) else [value])
@@ -437,7 +437,7 @@ def export_system(
     refuse_overwrite(
         [folder / o for o in (f"{name}.onnx", "encoder.onnx", "card.json", *banks)],
         *vocabularies,
-        *knobs,
+        *options,
         *inputs,
     )
     seen = getattr(graph, "asks_seen", False)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..core.images import ImageError, load_image
 from ..core.segmentation import Segmentation
 from ..core.vocabulary import Vocabulary
-from ..systems.registry import create, has_knob
+from ..systems.registry import create, has_option
 
 # %% ../../nbs/inference/01_predict.ipynb #eb5ecd26
 DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the README
@@ -24,7 +24,7 @@ DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the READ
 def _system(name: str, encoder: str):
     from ovss_nb.components.crf import crf_available  # brings torch, which listing systems does not need
 
-    return create(name, encoder, **(dict(crf=crf_available()) if has_knob(name, "crf") else {}))
+    return create(name, encoder, **(dict(crf=crf_available()) if has_option(name, "crf") else {}))
 
 
 def segment(

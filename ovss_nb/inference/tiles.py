@@ -296,7 +296,7 @@ def _write_tiff(
         ) as file:
             if points:
                 file.gcps = points, place["crs"]
-            file.write_colormap(1, {k: (*map(int, colour), 255) for k, colour in enumerate(palette)})
+            file.write_colormap(1, {k: (*map(int, color), 255) for k, color in enumerate(palette)})
             file.update_tags(ovss_nb=json.dumps({"names": vocabulary.names, "palette": palette.tolist()}))
             file.update_tags(1, **{f"class_{k}": name for k, name in enumerate(vocabulary.names)})
             for top in range(0, height, 256):

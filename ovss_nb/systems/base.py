@@ -25,7 +25,7 @@ from ..core.vocabulary import Vocabulary, VocabularyWarning
 # %% ../../nbs/systems/01_base.ipynb #0ebcca8d
 @dataclass(frozen=True)
 class Config:
-    """The knobs that every system has;
+    """The options that every system has;
     each system adds its own. Frozen, so that a result can be traced to one configuration.
     """
 
@@ -66,17 +66,17 @@ class Config:
             )
 
     def to_dict(self) -> dict:
-        "All knobs and their values, ready for JSON."
+        "All options and their values, ready for JSON."
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, knobs: dict):
+    def from_dict(cls, options: dict):
         """Build from a dict;
-        raises `OptionError` for an unknown knob, with the nearest known name, and for a value of another
+        raises `OptionError` for an unknown option, with the nearest known name, and for a value of another
         type.
         """
-        check_names(knobs, option_kinds(cls), cls.__name__)
-        return cls(**knobs)
+        check_names(options, option_kinds(cls), cls.__name__)
+        return cls(**options)
 
 # %% ../../nbs/systems/01_base.ipynb #29ed9869
 @dataclass
@@ -106,15 +106,15 @@ class System:
     def __init__(
         self,
         encoder: Encoder,  # where features and text embeddings come from
-        config: Config | None = None,  # all knobs at once, or ...
+        config: Config | None = None,  # all options at once, or ...
         cache: Cache | bool | None = None,  # disk cache for text embeddings; True for the default place
-        **knobs,  # ... single knobs by name
+        **options,  # ... single options by name
     ):
-        if config is not None and knobs:
-            raise ValueError("give a config or single knobs, not both")
+        if config is not None and options:
+            raise ValueError("give a config or single options, not both")
         if config is not None and not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, not {type(config).__name__}")
-        self.config = config or self.config_class.from_dict(knobs)
+        self.config = config or self.config_class.from_dict(options)
         self.encoder, self.cache, self._banks, self._noted = (
             encoder,
             fit_option("cache", cache, Cache | bool | None),
@@ -154,7 +154,7 @@ class System:
         threshold = hasattr(self.config, "background_threshold")
         advice = (
             "Add the name 'background'"
-            + threshold * "; with it, the knob background_threshold says how probable a name must be"
+            + threshold * "; with it, the option background_threshold says how probable a name must be"
         )
         advice = "Add" if vocabulary.background else f"{advice}. Or add"
         warnings.warn(
@@ -166,7 +166,7 @@ class System:
 
     @torch.inference_mode()
     def encode_text(self, words) -> TextBank:
-        """Text bank of `words` by the knobs `prompts` and `templates`, kept in memory, and on disk if the
+        """Text bank of `words` by the options `prompts` and `templates`, kept in memory, and on disk if the
         system has a cache. Raises as `ovss_nb.text.text_bank.encode_text`.
         """
         vocabulary = Vocabulary.of(words)
@@ -190,7 +190,7 @@ class System:
 
     def describe(self) -> dict:
         """What a score must be printed with, ready for JSON:
-        the system, its encoder's weights, every knob, and which texts there were if not names alone.
+        the system, its encoder's weights, every option, and which texts there were if not names alone.
         """
         digest = prompts_digest(self.config.prompts)
         return dict(

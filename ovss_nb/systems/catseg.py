@@ -27,7 +27,7 @@ from ..text.text_bank import TextBank
 # %% ../../nbs/systems/09_catseg.ipynb #86763fc4
 @dataclass(frozen=True)
 class CATSegConfig(TrainedConfig):
-    "Knobs of CAT-Seg; the defaults are those of the released B/16 and L/14 (SYSTEMS 2.2)."
+    "Options of CAT-Seg; the defaults are those of the released B/16 and L/14 (SYSTEMS 2.2)."
 
     # with windows: the image is squashed to this square, or its shorter side becomes so long (`keep_aspect`)
     size: Count = 640
@@ -36,7 +36,7 @@ class CATSegConfig(TrainedConfig):
     shortest: Count | None = 640
     windows: bool = True  # see the image through windows and as a whole; false: as a whole, once
     window: Count = 384  # pixels of a window
-    overlap: Annotated[float, Range(0, 1, "high")] = 0.333  # of neighbouring windows, as a share
+    overlap: Annotated[float, Range(0, 1, "high")] = 0.333  # of neighboring windows, as a share
     grid: Count = 24  # places per side of a view: the encoder sees grid*stride pixels
     # encoder blocks (0-based) that guide the decoder; default: a third and two thirds up
     guidance_layers: tuple[Index, Index] | None = None
@@ -51,7 +51,7 @@ class CATSegConfig(TrainedConfig):
     decoder: tuple[Count, Count] = (64, 32)
     decoder_guidance: tuple[Count, Count] = (32, 16)
     length: Index = 256
-    # of more classes than `length` only the likeliest go through; the others score 0
+    # of more classes than `length` only the topk_classes go through; the others score 0
     limit_classes: bool = True
     class_pool_train: Count = 2
     class_pool_eval: Count = 1
@@ -60,7 +60,7 @@ class CATSegConfig(TrainedConfig):
     spatial_stage: bool = True  # false leaves the spatial enhancement out
     class_stage: bool = True  # false leaves the class enhancement out
     # compare with words less the mean of the vocabulary's words; not in the paper, see below
-    centre_text: bool = False
+    center_text: bool = False
     background_threshold: Share | None = None  # probability that a background has at least
 
     def check_sizes(self):
@@ -95,7 +95,7 @@ def guidance_blocks(
 
 def encode_with_layers(
     encoder: Encoder,
-    images: torch.Tensor,  # B x 3 x H x W, normalised
+    images: torch.Tensor,  # B x 3 x H x W, normalized
     indices: tuple[int, ...],  # blocks, 0-based
 ) -> tuple[ImageFeatures, list[torch.Tensor]]:  # and per block B x C x h x w
     "The features of `encoder.encode` and the blocks of `encoder.layers`, in one pass."
@@ -352,7 +352,7 @@ class CATSeg(TrainedSystem):
         return tuple(max(least, round(o * scale / step) * step) for o in (height, width))
 
     def look(self, image: np.ndarray) -> tuple[torch.Tensor, list[tuple[int, int]], tuple[int, int]]:
-        "Normalised views V x 3 x H x W at the encoder's input size, corners of windows, and the frame."
+        "Normalized views V x 3 x H x W at the encoder's input size, corners of windows, and the frame."
         c, encoder, frame = self.config, self.encoder, self.frame(image)
         if c.shortest and c.windows and not c.keep_aspect:
             scale = min(
@@ -416,16 +416,16 @@ class CATSeg(TrainedSystem):
                     f"a class has {text.embeddings.shape[1]} texts, but the network has"
                     f" {self.config.prompt_channels} prompt channels: give fewer, or prompt_channels=1"
                 )
-            return F.pad(self._centred(text.embeddings.float()), (0, 0, 0, missing)), "channels"
+            return F.pad(self._centerd(text.embeddings.float()), (0, 0, 0, missing)), "channels"
         if self.config.pooling == "mean":
-            return self._centred(text.mean()[:, None].float()), "channels"
-        return self._centred(text.embeddings.float()), "max"
+            return self._centerd(text.mean()[:, None].float()), "channels"
+        return self._centerd(text.embeddings.float()), "max"
 
-    def _centred(self, features: torch.Tensor) -> torch.Tensor:
-        """With `centre_text`, K x P x d less the mean over all texts;
+    def _centerd(self, features: torch.Tensor) -> torch.Tensor:
+        """With `center_text`, K x P x d less the mean over all texts;
         a word alone, and places without a text, stay as they are.
         """
-        if not self.config.centre_text or len(features) < 2:
+        if not self.config.center_text or len(features) < 2:
             return features
         real = features.any(-1, keepdim=True)
         return (features - features.sum((0, 1)) / real.sum()) * real
@@ -444,7 +444,7 @@ class CATSeg(TrainedSystem):
         """
         if not all(isinstance(o, GuidedImage) for o in images):
             raise ValueError(
-                f"{type(self).__name__} brings its own windows: leave the resize rule away, and use the knobs"
+                f"{type(self).__name__} brings its own windows: leave the resize rule away, and use the options"
                 " windows, size, window and overlap"
             )
         features, pooling = self.text_features(text)
@@ -505,7 +505,7 @@ class CATSeg(TrainedSystem):
         if self.config.windows or self.config.keep_aspect:
             raise ValueError(
                 "stored features are of whole pictures, squashed: say windows=false and keep_aspect=false in"
-                " the knobs, or give an augmentation"
+                " the options, or give an augmentation"
             )
         return dict(dense=image.views.dense[0], pooled=image.views.pooled[0]) | {
             f"guide{k}": o[0] for k, o in enumerate(image.layers)
@@ -524,7 +524,7 @@ class CATSeg(TrainedSystem):
 
     def see(self, images: torch.Tensor) -> list[GuidedImage]:
         "One view of each picture, squashed."
-        features, layers = encode_with_layers(self.encoder, self.normalised(images, self.side), self.blocks)
+        features, layers = encode_with_layers(self.encoder, self.normalized(images, self.side), self.blocks)
         views = [
             ImageFeatures(dense[None], pooled[None]) for dense, pooled in zip(features.dense, features.pooled)
         ]

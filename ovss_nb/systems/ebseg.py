@@ -48,7 +48,7 @@ RELEASED = {  # what differs between the released models, of B/16 and of L/14 (S
 
 @dataclass(frozen=True)
 class EBSegConfig(TrainedConfig):
-    "Knobs of EBSeg; the defaults are those of the released B/16 or L/14 (SYSTEMS section 3)."
+    "Options of EBSeg; the defaults are those of the released B/16 or L/14 (SYSTEMS section 3)."
 
     size: Annotated[int, Range(32)] = 640  # pixels of the shorter side; or of both, without `keep_aspect`
     keep_aspect: bool = True  # false squashes to a square, which stored features need
@@ -92,7 +92,7 @@ class EBSegConfig(TrainedConfig):
     full_resolution: bool = True
     class_weight: NotNegative = 1.5  # in the loss, of each of A and B
     ssc: NotNegative = 10.0  # weight of the SSC loss; 0: none
-    ssc_normalise: bool = False  # compare cosines, not products
+    ssc_normalize: bool = False  # compare cosines, not products
     loss_points: Count = 12544  # per mask
 
     def __post_init__(self):
@@ -437,13 +437,13 @@ class EBSeg(TrainedSystem):
         # an encoder already built, or its description in place of the configuration's; None or "none": no
         # second encoder
         second: Encoder | str | None = "",
-        **knobs,
+        **options,
     ):
         self.second = second if isinstance(second, Encoder) else None
         if self.second is None and second != "":
-            knobs["second"] = second or "none"
+            options["second"] = second or "none"
         self._words, self._trained, self._arrived = {}, None, {}
-        super().__init__(encoder, config, cache, **knobs)
+        super().__init__(encoder, config, cache, **options)
 
     def build(self) -> EBSegNetwork:
         c, blocks = self.config, getattr(self.encoder, "blocks", ())
@@ -510,7 +510,7 @@ class EBSeg(TrainedSystem):
         frozen: bool = True,  # compute the dense map for D too
     ) -> list[TwiceSeenImage]:  # without pictures
         """Pictures through both encoders, padded with zeros to multiples of 32 (64 for `lite` at half size)
-        after normalising.
+        after normalizing.
         """
         c, encoder, filled = self.config, self.encoder, tuple(pixels.shape[-2:])
         frame = tuple(-(-o // self.multiple) * self.multiple for o in filled)
@@ -647,7 +647,7 @@ class EBSeg(TrainedSystem):
     @property
     def trained_words(self) -> frozenset[str]:
         """The words that count as seen:
-        of the last training (`learns`), of the weights' file, or of the knob `seen`.
+        of the last training (`learns`), of the weights' file, or of the option `seen`.
         """
         if self._trained is None:
             known = self.config.seen
@@ -697,7 +697,7 @@ class EBSeg(TrainedSystem):
         )
 
     def stages(self, image: TwiceSeenImage, text: TextBank) -> dict[str, torch.Tensor]:
-        "Scores by each opinion alone, and balanced; what the knob `use` says comes last."
+        "Scores by each opinion alone, and balanced; what the option `use` says comes last."
         order = [o for o in ("A", "B", "D", "balanced") if o != self.config.use] + [self.config.use]
         return {use: self.scores(image, text, use) for use in order}
 
@@ -723,7 +723,7 @@ class EBSeg(TrainedSystem):
 
     @property
     def module(self) -> nn.ModuleDict:
-        "Network and encoders as one module, for an optimiser."
+        "Network and encoders as one module, for an optimizer."
         return nn.ModuleDict(
             dict(network=self.network, encoder=self.encoder)
             | (dict(second=self.second) if self.second else {})
@@ -767,7 +767,7 @@ class EBSeg(TrainedSystem):
     def pack(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
         if self.config.keep_aspect:
             raise ValueError(
-                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the options, or"
                 " give an augmentation"
             )
         kept = {f"layer{i}": o for i, o in zip(self.fused, image.layers) if i != self.first} | {
@@ -831,7 +831,7 @@ class EBSeg(TrainedSystem):
         # of the last answer
         numbers = {dict(class0="class_A", class1="class_B").get(name, name): o for name, o in numbers.items()}
         if c.ssc:
-            structure = ssc_loss(answers.A, text.mean(), matches, targets, c.ssc_normalise)
+            structure = ssc_loss(answers.A, text.mean(), matches, targets, c.ssc_normalize)
             total, numbers = total + c.ssc * structure, numbers | dict(ssc=float(structure.detach()))
         return total, numbers
 

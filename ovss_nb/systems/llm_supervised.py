@@ -20,7 +20,7 @@ from ..core.vocabulary import Vocabulary
 # %% ../../nbs/systems/07_llm_supervised.ipynb #d04ce145
 @dataclass(frozen=True)
 class LLMSupervisedConfig(SimSegConfig):
-    "Knobs of LLM-supervised segmentation; n, ensemble and what follows from the paper (SYSTEMS 5)."
+    "Options of LLM-supervised segmentation; n, ensemble and what follows from the paper (SYSTEMS 5)."
 
     n: Count = 10  # subclasses per class; the released code ships 5
     include_superclass: bool = False  # count the class itself among its subclasses
@@ -39,7 +39,7 @@ class LLMSupervisedConfig(SimSegConfig):
             )
         if self.pooling != "mean":
             raise ValueError(
-                "this system pools its subclasses by the knob 'ensemble'; leave pooling at 'mean'"
+                "this system pools its subclasses by the option 'ensemble'; leave pooling at 'mean'"
             )
 
 # %% ../../nbs/systems/07_llm_supervised.ipynb #c2c69391

@@ -24,7 +24,7 @@ from ..core.vocabulary import Vocabulary
 # %% ../../nbs/systems/10_lmseg.ipynb #640c8c2a
 @dataclass(frozen=True)
 class LMSegConfig(CATSegConfig):
-    "Knobs of LMSeg: those of CAT-Seg, descriptions, and fusion (SYSTEMS 2.3)."
+    "Options of LMSeg: those of CAT-Seg, descriptions, and fusion (SYSTEMS 2.3)."
 
     # see `ovss_nb.text.text_bank.prompt_sources`; "names" is CAT-Seg's template
     prompts: str | tuple[str, ...] = "descriptions"
@@ -39,7 +39,7 @@ class LMSegConfig(CATSegConfig):
     fusion_weight: Literal["scalar", "channel"] | Share = "scalar"
     fusion_initial: Share = 0.5  # where a learned w starts; 0.88 if training is unstable
     fusion_project: bool = True  # see `FeatureFusion` for this and the next two
-    fusion_normalise: Literal["match", "unit", "none"] = "match"
+    fusion_normalize: Literal["match", "unit", "none"] = "match"
     fusion_resize: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
 
 # %% ../../nbs/systems/10_lmseg.ipynb #b24e0d32
@@ -60,7 +60,7 @@ class LMSegNetwork(CATSegNetwork):
             config.fusion_weight,
             config.fusion_initial,
             config.fusion_project,
-            config.fusion_normalise,
+            config.fusion_normalize,
             config.fusion_resize,
         )
 
@@ -90,12 +90,12 @@ class LMSeg(CATSeg):
         cache=None,
         # an encoder already built, or its description in place of the configuration's
         second: Encoder | str | None = None,
-        **knobs,
+        **options,
     ):
         if isinstance(second, str):
-            knobs["second"], second = second, None
+            options["second"], second = second, None
         self.second = second
-        super().__init__(encoder, config, cache, **knobs)
+        super().__init__(encoder, config, cache, **options)
 
     def build(self) -> LMSegNetwork:
         if self.config.fusion_weight == 1:

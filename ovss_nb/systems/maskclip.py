@@ -21,7 +21,7 @@ from ..core.vocabulary import Vocabulary
 # %% ../../nbs/systems/05_maskclip.ipynb #82668591
 @dataclass(frozen=True)
 class MaskCLIPConfig(Config):
-    "Knobs of MaskCLIP."
+    "Options of MaskCLIP."
 
     # pixels of the encoder's input: the shorter side, or both (see `keep_aspect`), or height and width
     size: Count | tuple[Count, Count] = 448

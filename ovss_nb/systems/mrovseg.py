@@ -35,7 +35,7 @@ from ..text.text_bank import TextBank
 # %% ../../nbs/systems/13_mrovseg.ipynb #7e886599
 @dataclass(frozen=True)
 class MROVSegConfig(TrainedConfig):
-    "Knobs of MROVSeg; the defaults are the paper's for B/16, or those of SYSTEMS 4."
+    "Options of MROVSeg; the defaults are the paper's for B/16, or those of SYSTEMS 4."
 
     size: Count = 640  # pixels of the shorter side: a multiple of the encoder's stride; 672 for L/14
     keep_aspect: bool = True
@@ -57,7 +57,7 @@ class MROVSegConfig(TrainedConfig):
     multi_grained: bool = True
     # how the two views become one: see `MultiResFusion`, as for the next
     fusion: Literal["scale", "add", "concat"] = "scale"
-    normalise: bool = True
+    normalize: bool = True
     width: Count = 768  # from here on: see `MultiResAdapter`
     depth: Count = 6
     heads: Count = 12
@@ -124,7 +124,7 @@ class MROVSegNetwork(nn.Module):
             grid,
             c.reduction,
             c.fusion if c.multi_resolution else "low",
-            c.normalise,
+            c.normalize,
             c.inject,
             c.positions,
             c.supervised,
@@ -249,7 +249,7 @@ class MROVSeg(TrainedSystem):
     # ---- images
 
     def look(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
-        """A picture H x W x 3 uint8, normalised and filled up, 1 x 3 x H' x W';
+        """A picture H x W x 3 uint8, normalized and filled up, 1 x 3 x H' x W';
         its frame, and the frame with what was filled up.
         """
         c, (height, width) = self.config, image.shape[:2]
@@ -266,7 +266,7 @@ class MROVSeg(TrainedSystem):
             np.asarray(Image.fromarray(image).resize(frame[::-1], Image.Resampling.BILINEAR)).copy()
         ).permute(2, 0, 1)[None]
         return (
-            self.normalised(
+            self.normalized(
                 F.pad(resized, (0, filled[1] - frame[1], 0, filled[0] - frame[0]), value=c.pad_value), filled
             ),
             frame,
@@ -274,7 +274,7 @@ class MROVSeg(TrainedSystem):
         )
 
     def _views(self, images: torch.Tensor) -> list[Views]:
-        "What the encoder sees of normalised images of one size, one by one."
+        "What the encoder sees of normalized images of one size, one by one."
         views = see_views(
             self.encoder, images, self.slice if self.sliced else None, self.kept, self.config.reduction
         )
@@ -316,7 +316,7 @@ class MROVSeg(TrainedSystem):
         "What the network makes of images whose filled frames are of one size: see `MROVSegNetwork`."
         if not all(isinstance(o, SlicedImage) for o in images):
             raise ValueError(
-                f"{type(self).__name__} brings its own slices: leave the resize rule away, and use the knobs"
+                f"{type(self).__name__} brings its own slices: leave the resize rule away, and use the options"
                 " size, slice_ratio and keep_aspect"
             )
         return self.network(
@@ -386,7 +386,7 @@ class MROVSeg(TrainedSystem):
         """
         if self.config.keep_aspect:
             raise ValueError(
-                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the options, or"
                 " give an augmentation"
             )
         views = image.views
@@ -414,7 +414,7 @@ class MROVSeg(TrainedSystem):
         side = (self.config.size,) * 2
         return [
             SlicedImage(picture.permute(1, 2, 0).cpu().numpy(), None, None, views, side, side)
-            for picture, views in zip(images, self._views(self.normalised(images, side)))
+            for picture, views in zip(images, self._views(self.normalized(images, side)))
         ]
 
     def loss(self, images, labels, text, generator) -> tuple[torch.Tensor, dict[str, float]]:

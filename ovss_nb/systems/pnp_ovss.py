@@ -46,7 +46,7 @@ DATASETS = {  # title of a vocabulary -> what its script does otherwise (SYSTEMS
 
 @dataclass(frozen=True)
 class PnPOVSSConfig(SalienceConfig, Config):
-    "Knobs of PnP-OVSS; None means what suits the matcher or the data set (`MATCHERS`, `DATASETS`)."
+    "Options of PnP-OVSS; None means what suits the matcher or the data set (`MATCHERS`, `DATASETS`)."
 
     # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
     size: Count | None = None
@@ -80,7 +80,7 @@ class PnPOVSSConfig(SalienceConfig, Config):
         self.salience()
 
     def salience(self, vocabulary: Vocabulary | None = None) -> SalienceConfig:
-        """The knobs of the salience with nothing left open, for the words of `vocabulary`.
+        """The options of the salience with nothing left open, for the words of `vocabulary`.
 
         Raises as `SalienceConfig`.
         """
@@ -88,7 +88,7 @@ class PnPOVSSConfig(SalienceConfig, Config):
             vocabulary.title if vocabulary else "", {}
         )
         own = {o.name: getattr(self, o.name) for o in fields(SalienceConfig)}
-        return SalienceConfig(**suits | {knob: value for knob, value in own.items() if value is not None})
+        return SalienceConfig(**suits | {option: value for option, value in own.items() if value is not None})
 
 # %% ../../nbs/systems/08_pnp_ovss.ipynb #37a6bd83
 def create_matcher(
@@ -121,7 +121,7 @@ class MatchedImage(EncodedImage):
     what `PnPOVSS.encode_image` returns. It has no features of an encoder.
     """
 
-    pixels: torch.Tensor | None = None  # 1 x 3 x h x w, normalised
+    pixels: torch.Tensor | None = None  # 1 x 3 x h x w, normalized
     tokens: ImageTokens | None = None  # of the whole image
     # vocabulary -> indices of its names, without background
     selected: dict[Vocabulary, list[int]] = field(default_factory=dict)
@@ -139,13 +139,13 @@ class PnPOVSS(System):
         encoder: Encoder | None,  # selects the classes, where the selection is "clip"
         config: PnPOVSSConfig | None = None,
         cache: Cache | bool | None = None,
-        # one that was built from the knob `matcher` before; default: build it
+        # one that was built from the option `matcher` before; default: build it
         model: ImageTextMatcher | None = None,
-        # an object with `select(image, vocabulary)`; default: built from the knob `selection`
+        # an object with `select(image, vocabulary)`; default: built from the option `selection`
         selector=None,
-        **knobs,
+        **options,
     ):
-        super().__init__(encoder, config, cache, **knobs)
+        super().__init__(encoder, config, cache, **options)
         self.matcher, self._selector = model or create_matcher(self.config.matcher, encoder), selector
 
     @property

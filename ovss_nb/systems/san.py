@@ -28,12 +28,12 @@ from ..text.text_bank import TextBank
 # %% ../../nbs/systems/11_san.ipynb #2872ad9a
 @dataclass(frozen=True)
 class SANConfig(TrainedConfig):
-    "Knobs of SAN; the defaults are those of the released B/16 and L/14 (SYSTEMS 1.4 and 1.6)."
+    "Options of SAN; the defaults are those of the released B/16 and L/14 (SYSTEMS 1.4 and 1.6)."
 
     size: Count = 640  # pixels of the shorter side, as the side network sees it
     keep_aspect: bool = True
     templates: str = "vild14"
-    pad_to: Count = 32  # sides are filled up to multiples of so many pixels, with zeros after normalising
+    pad_to: Count = 32  # sides are filled up to multiples of so many pixels, with zeros after normalizing
     # the encoder sees the picture so many times as large; default: 0.5, for L/14 0.7
     encoder_scale: Positive | None = None
     # of the encoder, that are fused: 0 is the stem; default: the stem and every quarter but the last
@@ -126,7 +126,7 @@ class SideNetwork(nn.Module):
 
     def forward(
         self,
-        pictures: torch.Tensor,  # B x 3 x H x W, normalised, sides multiples of the patch
+        pictures: torch.Tensor,  # B x 3 x H x W, normalized, sides multiples of the patch
         layers: list[torch.Tensor],  # of the encoder, B x C x h x w each
         every: bool = False,  # outputs of all supervised blocks, not of the last alone
         # per output: mask logits B x N x h' x w', biases B x biases x N x h' x w'
@@ -217,7 +217,7 @@ def translate(
 class SideImage(EncodedImage):
     "An image with what SAN's two networks are given; `features` stay empty."
 
-    picture: torch.Tensor | None = None  # 1 x 3 x H x W, normalised and filled up
+    picture: torch.Tensor | None = None  # 1 x 3 x H x W, normalized and filled up
     # after so many blocks of the encoder: 1 x C x h x w
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
     cls: torch.Tensor | None = None  # the class token where the proposals start, 1 x C
@@ -284,11 +284,11 @@ class SAN(TrainedSystem):
             else (c.size, c.size)
         )
         resized = np.asarray(Image.fromarray(image).resize(frame[::-1], Image.Resampling.BILINEAR)).copy()
-        picture = self.normalised(torch.from_numpy(resized).permute(2, 0, 1)[None], frame)
+        picture = self.normalized(torch.from_numpy(resized).permute(2, 0, 1)[None], frame)
         return F.pad(picture, (0, -frame[1] % c.pad_to, 0, -frame[0] % c.pad_to)), frame
 
     def read(self, pictures: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        """What the encoder's layers hold of normalised pictures B x 3 x H x W, {after so many blocks:
+        """What the encoder's layers hold of normalized pictures B x 3 x H x W, {after so many blocks:
         B x C x h x w}, and the class token at the start of the proposals.
         """
         x, stride = pictures, self.encoder.stride
@@ -345,7 +345,7 @@ class SAN(TrainedSystem):
         "Masks, and what the encoder says about each."
         if not all(isinstance(o, SideImage) for o in images):
             raise ValueError(
-                f"{type(self).__name__} resizes for itself: leave the resize rule away, and use the knobs"
+                f"{type(self).__name__} resizes for itself: leave the resize rule away, and use the options"
                 " size and keep_aspect"
             )
         layers = {k: torch.cat([o.layers[k] for o in images]) for k in images[0].layers}
@@ -407,7 +407,7 @@ class SAN(TrainedSystem):
         "The picture, the encoder's layers and the class token. Raises `ValueError` with `keep_aspect`."
         if self.config.keep_aspect:
             raise ValueError(
-                "stored features are of pictures squashed to a square: say keep_aspect=false in the knobs, or"
+                "stored features are of pictures squashed to a square: say keep_aspect=false in the options, or"
                 " give an augmentation"
             )
         return dict(picture=image.picture[0], cls=image.cls[0]) | {
@@ -430,7 +430,7 @@ class SAN(TrainedSystem):
         "B x 3 x H x W uint8 pictures, squashed to a square, through the encoder."
         side = (self.config.size,) * 2
         return self._images(
-            [o.permute(1, 2, 0).cpu().numpy() for o in images], self.normalised(images, side), side
+            [o.permute(1, 2, 0).cpu().numpy() for o in images], self.normalized(images, side), side
         )
 
     def loss(self, images, labels, text, generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -473,5 +473,7 @@ class SAN(TrainedSystem):
                 f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nPass {self.authors}"
             )
         if start != self.start:
-            raise ValueError(f"{path} was trained with start={start}, not {self.start}: leave the knob away")
+            raise ValueError(
+                f"{path} was trained with start={start}, not {self.start}: leave the option away"
+            )
         return network, {f"model.{name}": o for name, o in clip.items()}

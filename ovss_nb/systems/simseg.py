@@ -24,7 +24,7 @@ from ..core.vocabulary import Vocabulary
 # %% ../../nbs/systems/06_simseg.ipynb #780b14b8
 @dataclass(frozen=True)
 class SimSegConfig(Config):
-    "Knobs of SimSeg's inference; defaults are its evaluation script's, except where marked as ours."
+    "Options of SimSeg's inference; defaults are its evaluation script's, except where marked as ours."
 
     templates: str = "imagenet80"  # the 80 ImageNet templates
     # classes whose scores give the threshold: 10; 30 for Pascal Context
@@ -72,7 +72,7 @@ class SimSeg(System):
         )
 
     def class_scores(self, image: EncodedImage, text) -> torch.Tensor:
-        "K image-level scores: cosine of the pooled image embedding with every class, by the knob `pooling`."
+        "K image-level scores: cosine of the pooled image embedding with every class, by the option `pooling`."
         pooled, bank = image.features.pooled[0].float(), self.class_bank(text)
         return (
             superclass_scores(pooled, bank.mean().float())

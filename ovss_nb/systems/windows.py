@@ -19,7 +19,7 @@ from ..text.text_bank import TextBank
 def window_offsets(
     length: int,  # pixels to cover
     window: int,  # pixels of one window, at most `length`
-    overlap: float,  # share of a window that its neighbour covers too, 0 to 1 (excluded)
+    overlap: float,  # share of a window that its neighbor covers too, 0 to 1 (excluded)
 ) -> list[int]:  # first pixel of each window
     """Offsets of windows that cover `length` pixels.
 

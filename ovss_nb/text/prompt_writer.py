@@ -127,7 +127,7 @@ DESCRIPTION_SCHEMA = {
 GUIDANCE_QUESTION = (
     "A vision-language model compares a short text about a category with every pixel of a photograph and"
     " marks the pixels that fit. How should such a text be written, and which information does it need, so"
-    " that the model finds the pixels of the category and leaves its neighbours alone? Answer in general"
+    " that the model finds the pixels of the category and leaves its neighbors alone? Answer in general"
     " terms, in a few sentences, without naming categories."
 )
 

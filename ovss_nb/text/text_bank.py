@@ -150,7 +150,7 @@ class TextBank:
         return len(self.names)
 
     def mean(self) -> torch.Tensor:
-        "One unit vector per class, K x d: the mean over its texts, re-normalised (LM-4)."
+        "One unit vector per class, K x d: the mean over its texts, re-normalized (LM-4)."
         # unused places are zero, and length does not matter
         return F.normalize(self.embeddings.sum(1), dim=-1)
 
@@ -324,7 +324,7 @@ def encode_text(
     instead: dict | None = None,  # {name: words} in place of some names' own: see `class_prompts`
 ) -> TextBank:  # on the encoder's device, in the vocabulary's order
     """Embed all words or texts of a vocabulary: per word the mean over templates of unit vectors,
-    re-normalised; each is encoded once.
+    re-normalized; each is encoded once.
 
     Raises `ValueError` for an empty vocabulary (from `Vocabulary.of`), unknown templates or prompts, or a
     prompt the encoder cannot read, as `class_prompts` does, and

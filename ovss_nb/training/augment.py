@@ -30,7 +30,7 @@ def _saturated(x: torch.Tensor, amount: float) -> torch.Tensor:
     return _rounded(top - (top - x.float()) * factor)
 
 
-_RECOLOURS = {  # (3 x H x W uint8, amount) -> the same
+_RECOLORS = {  # (3 x H x W uint8, amount) -> the same
     "brightness": lambda x, amount: _rounded(x.float() + 255 * amount),
     "contrast": lambda x, amount: _rounded(x.float() * (1 + amount)),
     "saturation": _saturated,
@@ -55,7 +55,7 @@ class Augmentation:
     brightness: Share = 32 / 255  # share of white that is added or taken away at most
     contrast: Share = 0.5  # factors of all pixels are drawn from 1 - this to 1 + this
     saturation: Share = 0.5  # likewise, of the distance from grey (in HSV)
-    hue: Annotated[float, Range(0, 0.5)] = 0.1  # turn of the colour circle at most, as a share of it
+    hue: Annotated[float, Range(0, 0.5)] = 0.1  # turn of the color circle at most, as a share of it
     flip: Share = 0.5  # probability
     fill: Annotated[int, Range(0, 255)] = 128  # grey beside a picture that is smaller than the square
     ignore: Index = 255  # label there
@@ -71,20 +71,18 @@ class Augmentation:
                 f"scale={self.scale} must be the least and the greatest factor of a picture's size"
             )
 
-    def recolour(
+    def recolor(
         self,
         picture: torch.Tensor,  # 3 x H x W uint8
         draw,  # (low, high) -> a number between
     ) -> torch.Tensor:  # the same shape and type
         "SSD's photometric distortion: brightness, then contrast before saturation and hue, or after them."
         # All is drawn even if nothing changes: what follows stays the same.
-        amounts = {
-            name: (draw(0, 1) < self.jitter) * draw(-1, 1) * getattr(self, name) for name in _RECOLOURS
-        }
+        amounts = {name: (draw(0, 1) < self.jitter) * draw(-1, 1) * getattr(self, name) for name in _RECOLORS}
         first = ("contrast",) if draw(0, 1) < 0.5 else ()
         for name in ("brightness", *first, "saturation", "hue", *(() if first else ("contrast",))):
             if amounts[name]:
-                picture = _RECOLOURS[name](picture, amounts[name])
+                picture = _RECOLORS[name](picture, amounts[name])
         return picture
 
     def __call__(
@@ -113,7 +111,7 @@ class Augmentation:
         scale = min(wanted, longest / max(labels.shape))
         size = [max(1, round(o * scale)) for o in labels.shape]
         picture, mask = V.resize(picture, size, antialias=True), V.resize(mask, size)
-        picture = self.recolour(picture.as_subclass(torch.Tensor), draw)
+        picture = self.recolor(picture.as_subclass(torch.Tensor), draw)
         top, left = (int(draw(0, max(0, o - self.crop) + 0.999)) for o in size)
         mirrored = draw(0, 1) < self.flip
         right, below = (max(0, self.crop - o) for o in size[::-1])

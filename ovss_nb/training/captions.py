@@ -152,7 +152,7 @@ def held_back(
     of: int,  # how many there are, in the order of their names
     start: float = 0.45,  # where the run begins, as a share of `of`
 ) -> np.ndarray:  # `of` booleans, true for those kept back
-    """A run of neighbours to test on, since neighbouring names are near duplicates.
+    """A run of neighbors to test on, since neighboring names are near duplicates.
 
     Raises `DatasetError` if it does not fit.
     """

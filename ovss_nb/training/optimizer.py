@@ -18,7 +18,7 @@ def parameter_groups(
     # regular expression found in a parameter's name -> factor of its learning rate; the first that fits
     # counts
     groups: dict[str, float] | None = None,
-) -> list[dict]:  # for an optimiser: params, names, factor, weight_decay
+) -> list[dict]:  # for an optimizer: params, names, factor, weight_decay
     """Sort trainable parameters by learning rate and weight decay (none on norms, biases, embeddings,
     positions and queries: SYSTEMS 1.6).
 

@@ -164,21 +164,21 @@ class Tuner:
             )
         self._maps, self._measured, self.passes = {}, {}, 0  # `passes`: images whose maps were computed
 
-    def config(self, knobs: dict):
-        """The system's configuration with `knobs` in it.
+    def config(self, options: dict):
+        """The system's configuration with `options` in it.
 
-        Raises `TuningError` for a knob that cannot be tuned, `ValueError` for a value that means nothing.
+        Raises `TuningError` for a option that cannot be tuned, `ValueError` for a value that means nothing.
         """
         known = [o.name for o in fields(SalienceConfig) if o.name != "rows"]
-        for key in knobs:
+        for key in options:
             if key not in known:
                 near = get_close_matches(key, known, 1)
                 raise TuningError(
-                    f"there is no knob {key!r} to tune"
+                    f"there is no option {key!r} to tune"
                     + (f"; did you mean {near[0]!r}?" if near else "")
                     + f" Known: {', '.join(known)}"
                 )
-        config, matcher = replace(self.system.config, **knobs), self.system.matcher
+        config, matcher = replace(self.system.config, **options), self.system.matcher
         salience = config.salience(self.vocabulary)
         if not (0 <= salience.layer < matcher.depth and 0 <= salience.head < matcher.heads):
             raise TuningError(
@@ -188,12 +188,12 @@ class Tuner:
         # Without a second iteration neither rule has anything to say.
         return replace(config, drop_rule="fixed10", double_first=False) if salience.drop_iter == 1 else config
 
-    def _key(self, knobs: dict) -> SalienceConfig:
-        return self.config(knobs).salience(self.vocabulary)
+    def _key(self, options: dict) -> SalienceConfig:
+        return self.config(options).salience(self.vocabulary)
 
-    def labels(self, knobs: dict) -> Iterator[np.ndarray]:  # per image, H x W indices into the vocabulary
+    def labels(self, options: dict) -> Iterator[np.ndarray]:  # per image, H x W indices into the vocabulary
         "Label maps of all images under a setting; its maps are computed once."
-        config = self.config(knobs)
+        config = self.config(options)
         key = tuple(getattr(config.salience(self.vocabulary), o) for o in MAP_KNOBS)
         kept, system = (
             self._maps.setdefault(key, {}),
@@ -207,16 +207,16 @@ class Tuner:
             scores[own] = kept[i]
             yield system.labels(image, self.vocabulary, scores, self.vocabulary)
 
-    def measure(self, knobs: dict) -> dict[str, float]:  # `count` and `contrast`, 0 to 1
+    def measure(self, options: dict) -> dict[str, float]:  # `count` and `contrast`, 0 to 1
         """Both rewards of a setting:
         the share of classes that win, and the same with each image's wins times one minus its token contrast.
         Raises as `config`.
         """
-        key = self._key(knobs)
+        key = self._key(options)
         if key not in self._measured:
             found = [
                 self.reward(image.image, labels, own)
-                for image, labels, own in zip(self.images, self.labels(knobs), self.classes)
+                for image, labels, own in zip(self.images, self.labels(options), self.classes)
             ]
             asked = sum(map(len, self.classes))
             self._measured[key] = dict(
@@ -239,7 +239,7 @@ class Tuner:
         )
 
 # %% ../../nbs/training/07_weak_reward.ipynb #47222e1b
-def search_space(matcher) -> dict[str, list]:  # knob -> values
+def search_space(matcher) -> dict[str, list]:  # option -> values
     """The search space of PnP-OVSS for a matcher, layers x heads x thresholds (SYSTEMS 6.6), with blur, drop
     rule, and Salience DropOut or none.
     """
@@ -259,7 +259,7 @@ class Trial:
     `reward` is the one that was searched for, `count` and `contrast` are both.
     """
 
-    knobs: dict
+    options: dict
     reward: float
     count: float
     contrast: float
@@ -268,10 +268,10 @@ class Trial:
 def _check_search(tuner: Tuner, space: dict, trials: int, objective: str, sampler: str):
     "Refuse what cannot work before anything is measured."
     if not space or not all(isinstance(o, (list, tuple)) and len(o) for o in space.values()):
-        raise TuningError(f"the space must give each knob a list of values, not {space!r}")
-    for knob, values in space.items():
+        raise TuningError(f"the space must give each option a list of values, not {space!r}")
+    for option, values in space.items():
         for value in values:
-            tuner.config({knob: value})
+            tuner.config({option: value})
     if trials < 1:
         raise TuningError(f"trials must be at least 1, not {trials}")
     for name, value, choices in (
@@ -286,7 +286,7 @@ def search(
     tuner: Tuner,
     run_dir: str | Path,  # search.sqlite3 goes here; a search that stopped goes on
     trials: int = 34,  # in all, those of an earlier call counted; the paper's number
-    # knob -> values; default: `search_space` of the system's matcher
+    # option -> values; default: `search_space` of the system's matcher
     space: dict[str, list] | None = None,
     objective: str = "count",  # "count" (published) or "contrast"
     sampler: str = "tpe",  # "tpe" or "random"
@@ -295,7 +295,7 @@ def search(
 ) -> list[Trial]:  # in the order they were tried
     """Search for the setting that a dual encoder likes best; `max(trials, key=lambda o: o.reward)` is it.
 
-    Raises `TuningError` for a knob, value or objective that is not there, or a `run_dir` that holds
+    Raises `TuningError` for a option, value or objective that is not there, or a `run_dir` that holds
     another search or is in use; `MissingExtra` without the extra `tune`.
     """
     optuna = require("optuna", "tune")
@@ -348,7 +348,7 @@ def search(
                 )
                 trial = study.ask()
                 found = tuner.measure(
-                    {knob: trial.suggest_categorical(knob, values) for knob, values in space.items()}
+                    {option: trial.suggest_categorical(option, values) for option, values in space.items()}
                 )
                 for key, value in found.items():
                     trial.set_user_attr(key, value)
