@@ -19,6 +19,7 @@ from PIL import Image
 
 SKIPPED = re.compile(r"^#\|\s*(slow|notest|gpu)\b", re.M)
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # plots are outputs
 QUALITY = 82  # of JPEGs: lettering of plots stays readable
 
 
@@ -66,7 +67,7 @@ def refresh(path: Path):
 
 
 if __name__ == "__main__":
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | INLINE)
     every = [path for found in chapters().values() for path, *_ in found]
     every += sorted((NOTEBOOKS / "tutorials").glob("*.ipynb"))
     for path in [Path(name).resolve() for name in sys.argv[1:]] or every:
