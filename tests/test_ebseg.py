@@ -16,7 +16,7 @@ from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import SAMEncoder
 from ovss_nb.components.mask_losses import ssc_loss
 from ovss_nb.components.mask_decoder import Prediction
-from ovss_nb.components.mask_classification import propose, sos_bias
+from ovss_nb.encoders.attention import propose, sos_bias
 from ovss_nb.systems import ebseg
 from ovss_nb.systems.ebseg import (
     Answers,

@@ -13,16 +13,8 @@ from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.text.text_bank import TextBank
-from ovss_nb.components.mask_classification import (
-    TextClassifier,
-    block_attention,
-    carry,
-    mask_pool,
-    mask_scores,
-    propose,
-    sine_positions,
-    sos_bias,
-)
+from ovss_nb.encoders.attention import block_attention, carry, propose, sos_bias
+from ovss_nb.components.mask_classification import TextClassifier, mask_pool, mask_scores, sine_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 SPLIT = 4  # of six blocks

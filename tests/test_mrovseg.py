@@ -304,7 +304,7 @@ def test_san_style_proposals_see_the_small_view_alone(clip):
     """Proposals without multi-grained attention:
     the embeddings of `propose` with the global mask, and no word of slices.
     """
-    from ovss_nb.components.mask_classification import propose
+    from ovss_nb.encoders.attention import propose
 
     system = MROVSeg(clip, size=64, **(TINY | dict(multi_grained=False)))
     image = system.encode_image(picture(64, 64))

@@ -12,6 +12,7 @@ from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.components.mask_classification import mlp
+from ovss_nb.encoders.attention import multi_grained_attention
 from ovss_nb.components.multi_resolution import (
     AttentionMasks,
     MaskPyramid,
@@ -19,7 +20,6 @@ from ovss_nb.components.multi_resolution import (
     MultiResFusion,
     Views,
     cut_slices,
-    multi_grained_attention,
     resize,
     merge_slices,
     see_views,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'slice_offsets', 'cut_slices', 'merge_slices', 'Views', 'small_grid', 'see_views', 'separable', 'resize',
-           'MultiResFusion', 'MultiResAdapter', 'MaskPyramid', 'AttentionMasks', 'multi_grained_attention']
+           'MultiResFusion', 'MultiResAdapter', 'MaskPyramid', 'AttentionMasks']
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #d5c49188
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 from ..encoders.base import Encoder
-from .mask_classification import block_attention, mlp
+from .mask_classification import mlp
 
 # %% ../../nbs/components/12_multi_resolution.ipynb #6e055603
 def slice_offsets(
@@ -366,29 +366,3 @@ class AttentionMasks(nn.Module):
         if hasattr(self, "fine"):
             found.append(self.masks(self.fine, queries, tokens))
         return torch.cat([scale * o + shift for o, scale, shift in zip(found, self.scale, self.shift)], -1)
-
-# %% ../../nbs/components/12_multi_resolution.ipynb #820bedc8
-def multi_grained_attention(
-    blocks,  # the encoder's remaining blocks
-    # what enters each of them, B x P x C, without class token; see `Views.tokens`
-    tokens: list[torch.Tensor],
-    cls: torch.Tensor,  # B x C, the class token that enters the first
-    positions: torch.Tensor,  # N x C, one for each proposal
-    masks: torch.Tensor,  # B x heads x N x P, added before the softmax
-    # B x N x C: what leaves the last block; `encoder.project` brings it to the joint space
-) -> torch.Tensor:
-    """Copies of the class token look at patches of several views through frozen blocks (MR-9).
-
-    Raises `ValueError` unless there are tokens for every block.
-    """
-    if len(tokens) != len(blocks):
-        raise ValueError(
-            f"there are {len(blocks)} blocks, but tokens for {len(tokens)}: keep every layer from the one"
-            " that proposals start from"
-        )
-    precision = blocks[0].ln_1.weight.dtype  # the frozen blocks may be in half precision
-    x = (cls[:, None] + positions).to(precision)
-    for block, seen in zip(blocks, tokens):
-        x = x + block_attention(block, x, seen.to(precision), masks)
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return x

@@ -25,14 +25,8 @@ from ..encoders.lite_sam import create_second
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets, match_masks, ssc_loss
 from ..components.mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
-from ovss_nb.components.mask_classification import (
-    TextClassifier,
-    carry,
-    mask_pool,
-    mask_scores,
-    propose,
-    sos_bias,
-)
+from ..encoders.attention import carry, propose, sos_bias
+from ..components.mask_classification import TextClassifier, mask_pool, mask_scores
 from ..core.options import Count, Index, NotNegative, Positive, Range, Share
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, alike, difference, logit_scale

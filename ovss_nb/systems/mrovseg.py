@@ -17,13 +17,14 @@ from ..encoders.base import Encoder
 from ..components.fusion import sample_regions
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets
-from ..components.mask_classification import TextClassifier, mask_scores, mlp, propose
+from ..encoders.attention import propose
+from ..components.mask_classification import TextClassifier, mask_scores, mlp
+from ..encoders.attention import multi_grained_attention
 from ovss_nb.components.multi_resolution import (
     AttentionMasks,
     MaskPyramid,
     MultiResAdapter,
     Views,
-    multi_grained_attention,
     see_views,
     small_grid,
 )

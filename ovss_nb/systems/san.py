@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ..components.fusion import sample_regions
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets
-from ..components.mask_classification import TextClassifier, mask_scores, mlp, propose, sos_bias
+from ..encoders.attention import propose, sos_bias
+from ..components.mask_classification import TextClassifier, mask_scores, mlp
 from ..core.options import Count, Index, NotNegative, Positive
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, difference, logit_scale
