@@ -542,9 +542,9 @@ def test_list_shows_them(capsys):
 
 @pytest.mark.parametrize("first", ["mess", "protocols"])
 def test_imports(first):
-    "Neither room needs the other to have been imported, nor torch."
+    "Neither module needs the other to have been imported, nor torch."
     code = (
-        f"import sys, ovss_nb.{first}; from ovss_nb.benchmarks.protocols import protocol;"
+        f"import sys, ovss_nb.benchmarks.{first}; from ovss_nb.benchmarks.protocols import protocol;"
         " print(protocol('MESS-SUIM').classes, 'torch' in sys.modules)"
     )
     assert subprocess.run(
