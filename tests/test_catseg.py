@@ -27,7 +27,7 @@ from ovss_nb.systems.catseg import (
 )
 from ovss_nb.encoders.lite_sam import create_second
 from ovss_nb.systems.lmseg import LMSeg
-from ovss_nb.systems.trained import difference, read_weights, tune_queries_values
+from ovss_nb.systems.trained import state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.text.text_bank import TextBank
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -130,8 +130,8 @@ def test_checkpoint_names(released):
     state = {name: torch.zeros(shape) for name, shape in names.items()}
     network, clip, masks = translate(state)
     assert (
-        difference(network, released.network.state_dict()) == ""
-        and difference(clip, released.encoder.model.state_dict()) == ""
+        state_dict_difference(network, released.network.state_dict()) == ""
+        and state_dict_difference(clip, released.encoder.model.state_dict()) == ""
     )
     qkv = sum(o.endswith(("q_proj_weight", "k_proj_weight")) for o in names)
     assert len(names) == 204 and len(network) + len(clip) + len(masks) == 204 - qkv and len(masks) == 2

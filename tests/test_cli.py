@@ -124,7 +124,7 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["segment", "x.jpg", "--classes", "VOC-12"], "Did you mean 'VOC-21'"),
+        (["segment", "x.jpg", "--classes", "VOC-12"], "did you mean 'VOC-21'"),
         (["segment", "x.jpg", "--classes", "cat,,dog"], "empty"),
         (["segment", "x.jpg", "--classes", "cat", "--system", "maskclipp"], "did you mean 'maskclip'"),
         (["segment", "x.jpg", "--classes", "cat", "--set", "sise=3"], "did you mean 'size'"),

@@ -754,7 +754,7 @@ def test_offline_names_the_fix(tmp_path):
     [
         (dict(model="RN50", pretrained="random"), "no ViT image tower"),
         (dict(model="ViT-B-16-SigLIP", pretrained="random"), "no ViT image tower"),
-        (dict(model="ViT-B-61", pretrained="random"), "Close names: ViT-B-16"),
+        (dict(model="ViT-B-61", pretrained="random"), "did you mean 'ViT-B-16'"),
         (dict(model="ViT-B-16", pretrained="opneai"), "neither a file nor a tag.*openai"),
         (dict(dense="values"), "'tokens', 'value', 'vv' or 'loda'"),
         (dict(residual="none"), "'cls' or 'token'"),

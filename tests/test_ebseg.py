@@ -30,7 +30,7 @@ from ovss_nb.systems.ebseg import (
     spoken,
     translate,
 )
-from ovss_nb.systems.trained import difference
+from ovss_nb.systems.trained import state_dict_difference
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -374,7 +374,7 @@ def test_authors_checkpoint(released):
     first = system.segment(photo(), WORDS)
     loaded = EBSeg(encoder, second=second, **(SMALL | dict(weights=str(path))))
     for ours, theirs in ((loaded.network, system.network), (loaded.encoder, system.encoder)):
-        assert difference(ours.state_dict(), theirs.state_dict()) == "" and all(
+        assert state_dict_difference(ours.state_dict(), theirs.state_dict()) == "" and all(
             torch.equal(o, theirs.state_dict()[name]) for name, o in ours.state_dict().items()
         )
     own = {name: o for name, o in loaded.second.state_dict().items() if ".neck." not in name}

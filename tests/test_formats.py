@@ -219,7 +219,7 @@ def test_polygons_keep_holes_and_parts():
     [
         (load_coco, '{"images": []}', "no 'annotations'"),
         (load_coco, "nonsense", "not a readable COCO"),
-        (load_panoptic, "[]", "no 'images'"),
+        (load_panoptic, "[]", "it holds no object"),
         (load_geojson, '{"features": []}', "no 'ovss_nb'"),
         (load_labelme, '{"shapes": [], "imageHeight": 2}', "no 'imageWidth'"),
         (
@@ -425,7 +425,7 @@ def test_coco_annotations_without_a_mask(segmentation, tmp_path):
         (coco_file(images={}), "'images' is not a list"),
         (coco_file(annotations={}), "'annotations' is not a list"),
         (coco_file(annotations=[None]), "annotation 0 is 'None', not an object"),
-        (coco_file()["annotations"], "no 'images'"),
+        (coco_file()["annotations"], "it holds no object"),
     ],
 )
 def test_coco_contradictions_are_named(content, message, tmp_path):

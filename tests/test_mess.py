@@ -446,7 +446,7 @@ def test_names():
         and protocol("MESS CHASE DB1").classes == 2
     )
     # without MESS in front it may be another way to score
-    with pytest.raises(DatasetError, match="Did you mean 'MESS-FoodSeg103'"):
+    with pytest.raises(DatasetError, match="did you mean 'MESS-FoodSeg103'"):
         protocol("FoodSeg103")
     with pytest.raises(
         DatasetError,

@@ -426,5 +426,5 @@ def test_what_no_system_is_called_is_told():
 
 
 def test_a_misspelt_system_of_a_notebook_is_told():
-    with pytest.raises(ExperimentError, match="no system 'maskclp'. Did you mean `maskclip`"):
+    with pytest.raises(ExperimentError, match="no system 'maskclp'; did you mean 'maskclip'"):
         check_parameters(NOTEBOOKS / "evaluate.ipynb", dict(system="maskclp"))

@@ -612,7 +612,7 @@ def test_bare_names(asked, candidates):
 
 
 def test_unknown_names():
-    with pytest.raises(DatasetError, match="Did you mean 'Cityscapes-19'"):
+    with pytest.raises(DatasetError, match="did you mean 'Cityscapes'"):
         protocol("citiscapes")
     with pytest.raises(DatasetError, match="Known: VOC-20"):
         protocol("kitchen")

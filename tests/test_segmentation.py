@@ -89,7 +89,7 @@ def test_mask_areas_repr():
     seg = Segmentation([[0, 0, 0, 2]], ["sky", "Tree", "cow"])
     assert seg.mask("cow").tolist() == [[False, False, False, True]] and not seg.mask("Tree").any()
     assert seg.areas() == {"sky": 0.75, "Tree": 0.0, "cow": 0.25}
-    with pytest.raises(ValueError, match="Did you mean 'Tree'"):
+    with pytest.raises(ValueError, match="did you mean 'Tree'"):
         seg.mask("Trees")
     with pytest.raises(ValueError, match="sky, Tree, cow"):
         seg.mask("qqqqq")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.systems.trained import TrainedSystem, difference, read_weights, tune_queries_values
+from ovss_nb.systems.trained import TrainedSystem, state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.training.fit import fit
 from ovss_nb.core.vocabulary import Vocabulary
 
@@ -211,7 +211,7 @@ def test_training_through_the_contract(tmp_path):
 
 
 def test_differences_are_short():
-    text = difference(
+    text = state_dict_difference(
         {f"b{i}": torch.zeros(2) for i in range(9)}, {"a": torch.zeros(()), "b0": torch.zeros(3)}
     )
     assert (

@@ -215,7 +215,7 @@ def test_where_the_doors_differ(tmp_path):
         ("Cityscapes", "Cityscapes-19"),
         ("pascal voc 2012", "VOC-21"),
         ("imagenet", "The lists that ship"),
-        ("VOC-12", "Did you mean 'VOC-21'"),
+        ("VOC-12", "did you mean 'VOC-21'"),
         ("my_classes.csv", "No such file"),
         ("classes/my", "No such file"),
         ("cat,my_classes.txt", "No such file"),
@@ -322,7 +322,7 @@ def test_lists_in_python_are_asked_back_too():
         ("cat, dog", r"pass a list: \['cat', 'dog'\]"),
         ("cat; dog", "'cat, dog'"),
         ("my.csv", "No such file"),
-        ("voc21", "Did you mean 'VOC-21'"),
+        ("voc21", "did you mean 'VOC-21'"),
     ):
         with pytest.raises(VocabularyError, match=advice):
             Vocabulary.of(wrong)

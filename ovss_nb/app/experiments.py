@@ -12,7 +12,6 @@ import ast, hashlib, itertools, json, math, os, platform, re, shutil, site, subp
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -20,8 +19,8 @@ from loky import cpu_count
 from tqdm.auto import tqdm
 import ovss_nb
 from ..core.cache import Cache
-from ..core.files import atomic_path, file_digest, refuse_overwrite
-from ..core.optional import require
+from ..core.files import atomic_path, file_digest, read_json, refuse_overwrite, write_json
+from ..core.optional import require, suggest
 from ..core.fonts import plot_families
 from ..core.options import Count, OptionError, argument, fitted, guess, read_option
 from ..systems.registry import SYSTEMS, system_options, resize_rule
@@ -45,11 +44,6 @@ class Parameter:
 
 _TYPES = {o.__name__: o for o in (bool, int, float, str, list, dict, object)}
 _TYPES |= {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union", "List", "Dict")}
-
-
-def _near(name: str, known) -> str:
-    "A hint for a misspelt name, or nothing."
-    return "".join(f" Did you mean `{o}`?" for o in get_close_matches(str(name), known, 1))
 
 
 def _is_json(value) -> bool:
@@ -191,7 +185,7 @@ def check_parameters(path, parameters: dict) -> dict:
             raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
         if name not in known:
             raise ExperimentError(
-                f"{path} has no parameter `{name}`.{_near(name, known)} It has:"
+                f"{path} has no parameter `{name}`{suggest(name, known)} It has:"
                 f" {', '.join(o for o in known if o != 'run_dir')}"
             )
     values = {
@@ -210,7 +204,7 @@ def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
         return {}
     try:
         if (name := values["system"]) not in SYSTEMS:
-            raise ValueError(f"no system {name!r}.{_near(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
+            raise ValueError(f"no system {name!r}{suggest(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
         if values.get("resize", "protocol") != "protocol":
             resize_rule(values["resize"])
         options = values.get("options") or {}
@@ -372,33 +366,25 @@ def run_hash(path, parameters: dict) -> str:
     ).hexdigest()
 
 
-def _write_json(path: Path, content: dict):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict | None:
-    "The dict in a JSON file, None if there is no file."
+def _record(path: Path) -> dict | None:
+    "The object in a JSON file, None if there is no file."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as e:
         raise ExperimentError(f"{path} is damaged ({e}): remove it") from None
-    if not isinstance(content, dict):
-        raise ExperimentError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 # content of run.json, with `folder`, and `metrics` if it is finished
 def read_run(folder) -> dict | None:
     "The record of the run in a folder, or None if there is none. Raises ExperimentError for damaged files."
     folder = Path(folder)
-    if (record := _read_json(folder / "run.json")) is None:
+    if (record := _record(folder / "run.json")) is None:
         return None
     if not {"notebook", "parameters", "hash", "state"} <= set(record):
         raise ExperimentError(f"{folder / 'run.json'} is not the record of a run: choose another folder")
-    metrics = _read_json(folder / "metrics.json") if record["state"] == "finished" else {}
+    metrics = _record(folder / "metrics.json") if record["state"] == "finished" else {}
     if metrics is None:
         record |= dict(state="failed", error="metrics.json has been removed")
     return record | dict(folder=str(folder), metrics=metrics or {})
@@ -438,7 +424,7 @@ def _is_done(folder: Path, path: Path, digest: str, parameters: dict) -> bool:
 
 def _clear(folder: Path, record: dict):
     "Empty the folder of a run. If this is stopped, run.json tells the next one to go on with it."
-    _write_json(folder / "run.json", record | dict(state="clearing"))
+    write_json(folder / "run.json", record | dict(state="clearing"))
     for file in folder.iterdir():
         if file.name not in ("run.json", ".lock"):
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
@@ -490,7 +476,7 @@ def _execute(path: Path, values: dict, folder: Path, progress: bool) -> str | No
     os.replace(folder / "running.ipynb", folder / "notebook.ipynb")
     if error is None:
         try:
-            if _read_json(folder / "metrics.json") is None:
+            if _record(folder / "metrics.json") is None:
                 error = "it has written no metrics.json to its run_dir"
         except ExperimentError as e:
             error = str(e)
@@ -528,7 +514,7 @@ def run_notebook(
         # by whoever had the lock before
         if not force and _is_done(folder, path, digest, values):
             return read_run(folder)
-        record = _read_json(folder / "run.json")
+        record = _record(folder / "run.json")
         if record and (force or record["state"] == "clearing"):
             _clear(folder, record)
         (folder / "metrics.json").unlink(missing_ok=True)  # of a run that was stopped: not a result
@@ -544,8 +530,8 @@ def run_notebook(
             inputs=run_inputs(values),
             library=_library(),
         )
-        _write_json(folder / "run.json", record)
-        _write_json(folder / "environment.json", environment(path))
+        write_json(folder / "run.json", record)
+        write_json(folder / "environment.json", environment(path))
         start = time.perf_counter()
         try:
             error = _execute(path, values, folder, progress)
@@ -557,7 +543,7 @@ def run_notebook(
             seconds=round(time.perf_counter() - start, 3),
             error=error,
         )
-        _write_json(folder / "run.json", record)
+        write_json(folder / "run.json", record)
     if error:
         raise RunFailed(f"{path.name} failed: {error}. The traceback is in {folder / 'notebook.ipynb'}")
     return read_run(folder)
@@ -605,7 +591,7 @@ def read_sweep(
     for key, value in content.items():
         if key not in kinds:
             raise ExperimentError(
-                f"{path} has the key `{key}`.{_near(key, kinds)} A sweep knows {', '.join(kinds)}"
+                f"{path} has the key `{key}`{suggest(key, kinds)} A sweep knows {', '.join(kinds)}"
             )
         if not isinstance(value, kinds[key][0]):
             raise ExperimentError(f"{path}: `{key}` must be {kinds[key][1]}")
@@ -730,7 +716,7 @@ def results_table(
 def _known_metric(name: str, known: list[str]):
     if name not in known:
         raise ExperimentError(
-            f"No run has the metric `{name}`.{_near(name, known)} There are: {', '.join(known)}"
+            f"No run has the metric `{name}`{suggest(name, known)} There are: {', '.join(known)}"
         )
 
 
@@ -772,8 +758,8 @@ def plot_results(
 # %% ../../nbs/app/01_experiments.ipynb #34e4d14d
 def _mark_failed(folder: Path, error: str):
     "Record the failure of a run whose process could not do so itself."
-    if record := _read_json(folder / "run.json"):
-        _write_json(folder / "run.json", record | dict(state="failed", error=error))
+    if record := _record(folder / "run.json"):
+        write_json(folder / "run.json", record | dict(state="failed", error=error))
 
 
 def sweep(

@@ -21,7 +21,7 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 from ..core.cache import Cache
-from ..core.files import Journal, atomic_path, difference, file_digest, refuse_overwrite
+from ..core.files import Journal, atomic_path, difference, file_digest, refuse_overwrite, write_json
 from .metrics import Confusion, boundary_counts, boundary_iou, mean_iou
 from ..core.options import Count, Index, Share, checked_arguments
 from ..core.segmentation import Segmentation
@@ -591,8 +591,7 @@ def evaluate(
                 f" allows. Mend them, or allow more. The first: {named}"
             )
         if run_dir:
-            with atomic_path(run_dir / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(found.metrics(), indent=1, allow_nan=False), encoding="utf-8")
+            write_json(run_dir / "metrics.json", found.metrics())
             shutil.rmtree(pending)
         found.warn_of_one_class()
         return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from ..core.files import OverwriteError, atomic_path, refuse_overwrite
+from ..core.files import OverwriteError, atomic_path, read_json, refuse_overwrite, write_json
 from ..core.images import ImageError, is_system_file, load_image
 from .label_files import read_index_mask
 from ..core.vocabulary import quoted
@@ -170,11 +170,9 @@ def _claim(dataset, target: Path, facts: dict, names: list[tuple[str, str]]):
         )
     if mark:
         try:
-            before = json.loads(mark.read_text(encoding="utf-8"))
+            before = read_json(mark)
         except (OSError, ValueError) as e:
             raise PrepareError(f"{mark} cannot be read ({e}): choose another target, or remove it") from None
-        if not isinstance(before, dict):
-            raise PrepareError(f"{mark} describes no data set: choose another target, or remove it")
         differ = sorted(
             key for key in before | facts if key not in _MAY_DIFFER and before.get(key) != facts.get(key)
         )
@@ -194,18 +192,12 @@ def _claim(dataset, target: Path, facts: dict, names: list[tuple[str, str]]):
             )
     target.mkdir(parents=True, exist_ok=True)
     # before anything else: without a mark, the next call would refuse the folder
-    _write_json(facts, marks[0])
+    write_json(marks[0], facts)
     for part in (target, target / "images", target / "masks"):
         part.mkdir(exist_ok=True)
         for path in part.iterdir():
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-
-
-def _write_json(facts: dict, path: Path):
-    "Write `facts` as JSON, readable for people."
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../../nbs/benchmarks/06_prepare.ipynb #c649cbab
 def prepare(
@@ -250,7 +242,7 @@ def prepare(
             f"none of the {len(skipped)} items can be read:"
             f" {next(iter(skipped.values()), 'the data set is empty')}. Check the download"
         )
-    _write_json(facts | dict(prepared=dict(images=written + kept, skipped=skipped)), target / "dataset.json")
+    write_json(target / "dataset.json", facts | dict(prepared=dict(images=written + kept, skipped=skipped)))
     with atomic_path(target / "classes.txt") as temporary:
         temporary.write_text(lines, encoding="utf-8")
     (target / "unfinished.json").unlink(missing_ok=True)

@@ -10,7 +10,6 @@ __all__ = ['PROTOCOLS', 'AMBIGUOUS', 'Protocol', 'list_protocols', 'system_facts
 import json, re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib.resources import files
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from .datasets import FOLDER, DatasetError, FolderDataset, Layout, LayoutDataset
 from .datasets import folder_facts, is_folder
 from ..core.images import ImageError, image_size, is_system_file
+from ..core.optional import suggest
 from .label_files import coco_instance_labels, read_ade20k_full, read_camvid_colors
 from .label_files import read_matlab_labels
 from .mess import mess_records
@@ -231,9 +231,8 @@ def protocol(
         if plain in map(_plain, names):
             choice = f"{', '.join(candidates[:-1])} or {candidates[-1]}"
             raise DatasetError(f"{name!r} is not one benchmark: say {choice}; {why}")
-    near = get_close_matches(plain, known, n=1)
-    hint = f" Did you mean {known[near[0]].name!r}?" if near else ""
-    raise DatasetError(f"unknown protocol {name!r}.{hint} Known: {', '.join(PROTOCOLS)}")
+    names = [*PROTOCOLS, *(alias for p in PROTOCOLS.values() for alias in p.aliases)]
+    raise DatasetError(f"unknown protocol {name!r}{suggest(name, names)} Known: {', '.join(PROTOCOLS)}")
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #f736a6a4
 def _fits(names: list[str], vocabulary: Vocabulary) -> bool:

@@ -14,36 +14,34 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from .files import atomic_path, refuse_overwrite
+from .files import atomic_path, read_json, refuse_overwrite, write_json
 from .optional import require
 from .images import MAX_PIXELS, PILLOW_ERRORS, ImageError, image_size
 from .segmentation import Segmentation, SegmentationError, _object_mask, _rle_size, _whole
 from .vocabulary import composed, find_background
 
 # %% ../../nbs/core/11_formats.ipynb #2bdad49d
-def _read_json(path, keys: tuple[str, ...], kind: str) -> dict:
+def _read_labels(path, keys: tuple[str, ...], kind: str) -> dict:
     """The object in a JSON file.
 
     Raises `SegmentationError` for another kind of file, or one without all of `keys`.
     """
     try:
-        found = json.loads(Path(path).read_bytes())  # of bytes, it knows UTF-8, UTF-16 and their marks
-    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        content = read_json(path)
+    except (OSError, ValueError) as e:
         raise SegmentationError(f"{path} is not a readable {kind} file ({e})") from e
-    missing = [o for o in keys if not isinstance(found, dict) or found.get(o) is None]
-    if missing:
+    if missing := [key for key in keys if content.get(key) is None]:
         raise SegmentationError(f"{path} is not a {kind} file: it has no {missing[0]!r}")
-    return found
+    return content
 
 
-# `sources`: files of the pictures, which are not written over
-def _write_json(path, content, sources=()):
+def _write_labels(
+    path,
+    content: dict,
+    sources=(),  # files of the images, which are not written over
+):
     refuse_overwrite(path, *sources)
-    with atomic_path(path) as temporary:
-        # a name that is not UTF-8
-        temporary.write_text(
-            json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
-        )
+    write_json(path, content, indent=None)
 
 
 _KINDS = {
@@ -197,7 +195,7 @@ def save_coco(
             }
         )
         annotations += result.to_coco(number)
-    _write_json(
+    _write_labels(
         path,
         {
             "info": {"description": "label maps of ovss_nb"},
@@ -253,7 +251,7 @@ def load_coco(
     the end if no category has it. Raises `SegmentationError`, which names the entry at fault, and warns of
     annotations without a mask.
     """
-    stored = _read_json(path, ("images", "annotations", "categories"), "COCO")
+    stored = _read_labels(path, ("images", "annotations", "categories"), "COCO")
     names, palette, index = _vocabulary(path, stored["categories"])
     images, annotations = _images(path, stored["images"]), stored["annotations"]
     if not isinstance(annotations, list):
@@ -315,7 +313,7 @@ def save_panoptic(
         ]
         images.append({"id": number, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
         annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
-    _write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+    _write_labels(path, {"images": images, "annotations": annotations, "categories": categories})
 
 
 # H x W numbers of segments
@@ -346,7 +344,7 @@ def load_panoptic(
     that is added at the end if no category has it. Raises `SegmentationError`, which names the entry at
     fault.
     """
-    stored = _read_json(path, ("images", "annotations", "categories"), "panoptic")
+    stored = _read_labels(path, ("images", "annotations", "categories"), "panoptic")
     names, palette, index = _vocabulary(path, stored["categories"])
     images, maps = _images(path, stored["images"]), {}
     if not isinstance(stored["annotations"], list):
@@ -452,7 +450,7 @@ def save_geojson(
         if crs
         else {}
     )
-    _write_json(
+    _write_labels(
         path,
         {"type": "FeatureCollection", **reference, "features": features, "ovss_nb": own},
         [segmentation.source],
@@ -502,7 +500,7 @@ def load_geojson(
     features are drawn in their order. Raises `SegmentationError` for other files, unknown names, or uncovered
     pixels without a `background`.
     """
-    stored = _read_json(path, ("features", "ovss_nb"), "GeoJSON")
+    stored = _read_labels(path, ("features", "ovss_nb"), "GeoJSON")
     (names, palette), own, features = (
         _own_member(stored, path),
         stored["ovss_nb"],
@@ -600,7 +598,7 @@ def _refuse_to_replace(path: Path):
     if not path.exists():
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         same = stored["ovss_nb"]["drawn"] == _drawn(stored["shapes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         same = False
@@ -654,7 +652,7 @@ def save_labelme(
         _seen_from(path.parent, place) if place else Path(image).as_posix() if image else f"{path.stem}.jpg"
     )
     own = {"names": segmentation.names, "palette": segmentation.palette.tolist(), "drawn": _drawn(shapes)}
-    _write_json(
+    _write_labels(
         path,
         {
             "version": "5.5.0",
@@ -765,7 +763,7 @@ def load_labelme(
     Raises `SegmentationError` for other shapes, unknown labels, or uncovered pixels without a `background`.
     """
     path = Path(path)
-    stored = _read_json(path, ("shapes",), "labelme")
+    stored = _read_labels(path, ("shapes",), "labelme")
     size = _labelme_size(stored, path)
     shapes = [
         (*_labelme_shape(o, f"{path}: shape {n}", size), o, f"{path}: shape {n}")

@@ -11,12 +11,12 @@ __all__ = ['Count', 'Index', 'Positive', 'NotNegative', 'Share', 'OptionError', 
 import argparse, inspect, json, math, os, re, tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import lru_cache, wraps
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
+from .optional import suggest
 
 # %% ../../nbs/core/02_options.ipynb #6b10de5a
 class OptionError(ValueError):
@@ -174,10 +174,10 @@ def check_names(
     "Raises `OptionError` for a name that is not known, with the nearest one that is."
     known = list(known)
     for name in names:
-        if name in known:
-            continue
-        near = "".join(f"; did you mean {o!r}?" for o in get_close_matches(str(name), known, 1)) or "."
-        raise OptionError(f"{owner} has no option {name!r}{near} Known: {', '.join(known)}")
+        if name not in known:
+            raise OptionError(
+                f"{owner} has no option {name!r}{suggest(name, known)} Known: {', '.join(known)}"
+            )
 
 # %% ../../nbs/core/02_options.ipynb #e51d912e
 _PLAIN = (bool, int, float, str, NoneType)

@@ -9,7 +9,6 @@ __all__ = ['default_palette', 'SegmentationError', 'Segmentation', 'NotebookImag
 import json
 from collections import Counter
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from io import BytesIO
 import numpy as np
@@ -19,6 +18,7 @@ from pycocotools import mask as coco_mask
 from .files import atomic_path, refuse_overwrite
 from .fonts import draw_text, text_length
 from .images import MAX_PIXELS, PILLOW_ERRORS, load_image
+from .optional import suggest
 from .vocabulary import composed, find_background, is_background
 
 # %% ../../nbs/core/10_segmentation.ipynb #aff60117
@@ -170,10 +170,9 @@ def mask(
     "The pixels of one class. Raises `SegmentationError` for an unknown name and suggests a close one."
     name = composed(name) if isinstance(name, str) else name
     if name not in self.names:
-        close = get_close_matches(str(name), self.names, n=1)
         raise SegmentationError(
-            f"There is no class {name!r}. "
-            + (f"Did you mean {close[0]!r}?" if close else f"The classes are: {', '.join(self.names[:20])}")
+            f"There is no class {name!r}{suggest(name, self.names)}"
+            f" The classes are: {', '.join(self.names[:20])}"
         )
     return self.labels == self.names.index(name)
 

@@ -16,6 +16,7 @@ from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
 from fastcore.basics import patch
+from .optional import suggest
 
 # %% ../../nbs/core/07_vocabulary.ipynb #d2d8f897
 class VocabularyError(ValueError):
@@ -28,15 +29,9 @@ class VocabularyWarning(UserWarning):
 
 def _unknown(kind: str, name, known) -> VocabularyError:
     "The error for a `name` that is not among the `known` ones; it lists them and hints at the nearest."
-    plain = {o.casefold(): o for o in known}
-    near = get_close_matches(str(name).casefold(), plain, n=1)
-    hint = f" Did you mean {plain[near[0]]!r}?" if near else ""
-    listed = (
-        ", ".join(plain.values())
-        if len(plain) <= 25
-        else f"{', '.join(list(plain.values())[:25])}, ... ({len(plain)} in all)"
-    )
-    return VocabularyError(f"unknown {kind} {name!r}.{hint} Known: {listed}")
+    known = list(known)
+    listed = ", ".join(known[:25]) + (f", ... ({len(known)} in all)" if len(known) > 25 else "")
+    return VocabularyError(f"unknown {kind} {name!r}{suggest(name, known)} Known: {listed}")
 
 # %% ../../nbs/core/07_vocabulary.ipynb #c71be0ec
 # they show nothing, and joiners that shape letters are not among them
@@ -199,12 +194,11 @@ def _doubt(name: str) -> str | None:
     if _SUFFIX.search(name):
         return f"{name!r} looks like a file, which is given alone"
     if _names_a_list(name):
-        plain = {o.casefold(): o for o in _shipped_names()}
-        near = get_close_matches(name.casefold(), plain, n=1)
-        hint = f" Did you mean {plain[near[0]]!r}?" if near and plain[near[0]] != name else ""
+        known = _shipped_names()
+        hint = "." if name in known else suggest(name, known)
         return (
-            f"{name!r} looks like a class list, not a class.{hint} The lists that ship, each to be given"
-            f" alone: {', '.join(_shipped_names())}"
+            f"{name!r} looks like a class list, not a class{hint} The lists that ship, each to be given"
+            f" alone: {', '.join(known)}"
         )
     return _doubt_text(name)
 

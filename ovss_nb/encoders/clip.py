@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'MEANS', 'tag_settings', 'peek', 'file_settings', 'load_clip', 'CLIPEncoder', 'count_tokens']
 
 # %% ../../nbs/encoders/03_clip.ipynb #4d5ddb9f
-import difflib, hashlib, json, tempfile, warnings, zipfile
+import hashlib, json, tempfile, warnings, zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from ..core.optional import suggest
 from ..core.files import file_digest
 from ..core.checkpoints import is_safetensors, read_weights, unwrapped
 from .attention import value_block, vv_attention
@@ -292,8 +293,8 @@ def load_clip(
     model = model.replace("/", "-")  # open_clip takes both ViT-B/16 and ViT-B-16
     config, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if config is None:
-        close = difflib.get_close_matches(model, open_clip.list_models()) or ["see open_clip.list_models()"]
-        raise ValueError(f"open_clip has no model {model!r}. Close names: {', '.join(close)}")
+        hint = suggest(model, open_clip.list_models())
+        raise ValueError(f"open_clip has no model {model!r}{hint} open_clip.list_models() names them all")
     if "timm_model_name" in config["vision_cfg"] or not isinstance(
         config["vision_cfg"].get("layers", 12), int
     ):

@@ -7,9 +7,9 @@ __all__ = ['ENCODERS', 'list_encoders', 'create_encoder']
 
 # %% ../../nbs/encoders/10_registry.ipynb #f64bc2cc
 import inspect
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from ..core.optional import suggest
 from ..core.options import check_names, fit_option
 
 # %% ../../nbs/encoders/10_registry.ipynb #7f484e55
@@ -52,12 +52,7 @@ def _look_up(name: str, table: dict, kind: str) -> tuple:
     "The entry of `table`, or ValueError that lists the names and the nearest one."
     if name in table:
         return table[name]
-    near = get_close_matches(name, table, 1)
-    raise ValueError(
-        f"no {kind} {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f" There are: {', '.join(table)}"
-    )
+    raise ValueError(f"no {kind} {name!r}{suggest(name, table)} There are: {', '.join(table)}")
 
 
 def create_encoder(

@@ -20,7 +20,13 @@ from ..encoders.base import Encoder, ImageFeatures
 from ..core.images import load_image
 from ..core.options import Count, Index, Range, Share
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, alike, difference, tune_queries_values
+from ovss_nb.systems.trained import (
+    TrainedConfig,
+    TrainedSystem,
+    alike,
+    state_dict_difference,
+    tune_queries_values,
+)
 from .windows import window_offsets
 from ..text.text_bank import TextBank
 
@@ -573,7 +579,7 @@ class CATSeg(TrainedSystem):
                 f"{path} holds a CLIP with QuickGELU, but {encoder.name} has another activation: take"
                 " clip:ViT-B-16-quickgelu/random, or clip:ViT-L-14-336-quickgelu/random"
             )
-        if wrong := difference(clip, encoder.model.state_dict()):
+        if wrong := state_dict_difference(clip, encoder.model.state_dict()):
             raise ValueError(
                 f"{path} holds another CLIP than {encoder.name}.\n{wrong}\nmodel_base.pth is"
                 " ViT-B-16-quickgelu, model_large.pth ViT-L-14-336-quickgelu"

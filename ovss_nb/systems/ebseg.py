@@ -29,7 +29,7 @@ from ..encoders.attention import carry, propose, sos_bias
 from ..components.mask_classification import TextClassifier, mask_pool, mask_scores
 from ..core.options import Count, Index, NotNegative, Positive, Range, Share
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, alike, difference, logit_scale
+from .trained import TrainedConfig, TrainedSystem, alike, state_dict_difference, logit_scale
 from ..text.text_bank import TextBank
 from ..benchmarks.protocols import system_facts
 from ..core.vocabulary import Vocabulary, load_vocabulary
@@ -831,7 +831,7 @@ class EBSeg(TrainedSystem):
                     f"{path} is a checkpoint of EBSeg's authors, with a CLIP that has QuickGELU, unlike"
                     f" {self.encoder.name}. Take {self.authors}"
                 )
-            if wrong := difference(clip, model.state_dict()):
+            if wrong := state_dict_difference(clip, model.state_dict()):
                 raise ValueError(
                     f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nTake {self.authors}"
                 )
@@ -844,7 +844,7 @@ class EBSeg(TrainedSystem):
             expected = {
                 name: o for name, o in self.second.model.state_dict().items() if not name.startswith("neck.")
             }
-            if wrong := difference(sam, expected):
+            if wrong := state_dict_difference(sam, expected):
                 raise ValueError(
                     f"{path} holds another image encoder than {self.second.name}.\n{wrong}\nTake"
                     f" {self.authors}"
@@ -855,7 +855,7 @@ class EBSeg(TrainedSystem):
         arrived = {name.removeprefix(prefix): o for name, o in state.items() if name.startswith(prefix)}
         if arrived:
             own = self.second.state_dict() if self.second else {}
-            if wrong := difference(arrived, {name: own[name] for name in arrived if name in own}):
+            if wrong := state_dict_difference(arrived, {name: own[name] for name in arrived if name in own}):
                 raise ValueError(
                     f"{path} brings parts of another second encoder.\n{wrong}\nUse the one that it was"
                     " trained with"

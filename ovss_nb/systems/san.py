@@ -23,7 +23,7 @@ from ..encoders.attention import propose, sos_bias
 from ..components.mask_classification import TextClassifier, mask_scores, mlp
 from ..core.options import Count, Index, NotNegative, Positive
 from .base import EncodedImage
-from .trained import TrainedConfig, TrainedSystem, difference, logit_scale
+from .trained import TrainedConfig, TrainedSystem, state_dict_difference, logit_scale
 from ..text.text_bank import TextBank
 
 # %% ../../nbs/systems/11_san.ipynb #2872ad9a
@@ -469,7 +469,7 @@ class SAN(TrainedSystem):
             raise ValueError(
                 f"{path} holds a CLIP with QuickGELU, which {self.encoder.name} is not. Pass {self.authors}"
             )
-        if wrong := difference(clip, self.encoder.model.state_dict()):
+        if wrong := state_dict_difference(clip, self.encoder.model.state_dict()):
             raise ValueError(
                 f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nPass {self.authors}"
             )

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from ..core.files import atomic_path
-from ..core.checkpoints import difference, read_weights
+from ..core.checkpoints import state_dict_difference, read_weights
 from ..encoders.base import Encoder, ImageFeatures
 from .base import Config, EncodedImage, System
 from ..text.text_bank import TextBank
@@ -307,13 +307,13 @@ class TrainedSystem(System):
                 for part in ("network.", "encoder.")
             ]
         network, encoder = found
-        if wrong := difference(network, self.network.state_dict()):
+        if wrong := state_dict_difference(network, self.network.state_dict()):
             raise ValueError(
                 f"{path} does not fit this configuration of {type(self).__name__} with"
                 f" {self.encoder.name}.\n{wrong}\nUse the encoder and the options that it was trained with"
             )
         state = self.encoder_state()
-        if wrong := difference(encoder, {name: state[name] for name in encoder if name in state}):
+        if wrong := state_dict_difference(encoder, {name: state[name] for name in encoder if name in state}):
             raise ValueError(
                 f"{path} brings parts of another encoder than {self.encoder.name}.\n{wrong}\nUse the encoder"
                 " that it was trained with"

@@ -8,12 +8,12 @@ __all__ = ['Augmentation', 'merge_vocabularies', 'TrainingSets', 'SetBatches', '
 # %% ../../nbs/training/05_augment.ipynb #19304268
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Annotated
 import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
+from ..core.optional import suggest
 from ..core.options import Count, Index, Positive, Range, Share, check_options
 from .fit import Batches
 from ..core.vocabulary import Vocabulary
@@ -199,11 +199,9 @@ class TrainingSets:
             )
         known = {_plain(word): k for k, own in enumerate(self.vocabulary.words) for word in own}
         if wrong := [o for o in unseen if _plain(o) not in known]:
-            near = get_close_matches(_plain(wrong[0]), known, 1)
             raise ValueError(
-                f"no set has the class {wrong[0]!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + " Held-back classes are named by a word of a set"
+                f"no set has the class {wrong[0]!r}{suggest(_plain(wrong[0]), known)}"
+                " Held-back classes are named by a word of a set"
             )
         self.unseen = sorted({known[_plain(o)] for o in unseen})
         self.tables = [

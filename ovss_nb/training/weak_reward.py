@@ -9,7 +9,6 @@ __all__ = ['MAP_KNOBS', 'TuningError', 'WeakReward', 'Tuner', 'search_space', 'T
 import hashlib, json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from ..encoders.base import Encoder
-from ..core.optional import require
+from ..core.optional import require, suggest
 from ..components.salience import SalienceConfig
 from ..systems.pnp_ovss import PnPOVSS
 from ..text.text_bank import encode_text
@@ -172,11 +171,8 @@ class Tuner:
         known = [o.name for o in fields(SalienceConfig) if o.name != "rows"]
         for key in options:
             if key not in known:
-                near = get_close_matches(key, known, 1)
                 raise TuningError(
-                    f"there is no option {key!r} to tune"
-                    + (f"; did you mean {near[0]!r}?" if near else "")
-                    + f" Known: {', '.join(known)}"
+                    f"there is no option {key!r} to tune{suggest(key, known)} Known: {', '.join(known)}"
                 )
         config, matcher = replace(self.system.config, **options), self.system.matcher
         salience = config.salience(self.vocabulary)
