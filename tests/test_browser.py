@@ -37,7 +37,7 @@ if not CHROMIUM:
         allow_module_level=True,
     )
 
-PHOTO = Path(data.__file__).parent / "coffee.png"
+IMAGE = Path(data.__file__).parent / "coffee.png"
 BIN = Path(sys.executable).parent
 FLAGS = [
     "--no-sandbox",
@@ -97,8 +97,8 @@ def server(command, port, folder):
         family = (
             [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
         )
-        for o in family[::-1]:
-            o.kill()
+        for child in family[::-1]:
+            child.kill()
         process.wait()
 
 
@@ -126,7 +126,10 @@ class Screen:
 
     def at(self, x, y):
         "Where a pixel of the canvas lies on the page."
-        box, (width, height) = self.canvas.bounding_box(), self.canvas.evaluate("o => [o.width, o.height]")
+        box, (width, height) = (
+            self.canvas.bounding_box(),
+            self.canvas.evaluate("canvas => [canvas.width, canvas.height]"),
+        )
         return dict(position=dict(x=(x + 0.5) * box["width"] / width, y=(y + 0.5) * box["height"] / height))
 
     def hover(self, x, y):
@@ -141,7 +144,9 @@ class Screen:
 
     def opacity(self, value):
         self.page.locator(".ovss-tools input").evaluate(
-            "(o, value) => { o.value = value; o.dispatchEvent(new Event('input', {bubbles: true})) }", value
+            "(slider, value) => {"
+            " slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})) }",
+            value,
         )
 
     def classes(self, text):
@@ -165,11 +170,8 @@ STARTED = "[...document.querySelectorAll('.jp-InputPrompt')].some(prompt => /[*\
 
 
 def kernels(process):
-    return [
-        o
-        for o in psutil.Process(process.pid).children(recursive=True)
-        if "ipykernel_launcher" in " ".join(o.cmdline())
-    ]
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
 
 
 def use(screen, process, name):
@@ -197,8 +199,8 @@ def use(screen, process, name):
     # With the kernel standing still: opacity, hide, show, this one alone. All of it is done by the browser.
     asleep = kernels(process)
     assert asleep
-    for o in asleep:
-        o.suspend()
+    for kernel in asleep:
+        kernel.suspend()
     try:
         mixed = screen.pixel(*cup)
         screen.opacity(0)
@@ -223,21 +225,21 @@ def use(screen, process, name):
         screen.opacity(0.5)
         assert screen.pixel(*cup) == mixed
     finally:
-        for o in asleep:
-            o.resume()
+        for kernel in asleep:
+            kernel.resume()
 
     screen.canvas.click(**screen.at(*cup))
-    page.locator(".ovss-bar").first.wait_for(timeout=PATIENCE)
+    page.locator(".ovss-score").first.wait_for(timeout=PATIENCE)
     assert (
-        page.locator(".ovss-bar").first.inner_text().split("\n")[0].strip() == "cup"
-        and page.locator(".ovss-bar").count() == 3
+        page.locator(".ovss-score").first.inner_text().split("\n")[0].strip() == "cup"
+        and page.locator(".ovss-score").count() == 3
     )
-    page.locator(".ovss-bar", has_text="wooden table").click()
+    page.locator(".ovss-score", has_text="wooden table").click()
     screen.wait(
         "document.querySelector('.ovss-map')?.alt === 'score map of wooden table' &&"
         " document.querySelector('.ovss-map').naturalWidth > 300"
     )
-    page.locator(".ovss-bar", has_text="cup").click()
+    page.locator(".ovss-score", has_text="cup").click()
     screen.wait("document.querySelector('.ovss-map')?.alt === 'score map of cup'")
     page.mouse.move(2, 2)
     screen.picture(f"viewer_{name}.png")
@@ -248,7 +250,10 @@ def use(screen, process, name):
         " document.querySelector('.ovss-legend').innerText.includes('drink')"
     )
     # what was clicked is said again, for the new words
-    assert page.locator(".ovss-bar").count() == 3 and "cup" not in page.locator(".ovss-told").inner_text()
+    assert (
+        page.locator(".ovss-score").count() == 3
+        and "cup" not in page.locator(".ovss-explanation").inner_text()
+    )
     before = screen.pixel(*cup)
     screen.classes("")
     screen.wait("document.querySelector('.ovss-message').innerText.includes('at least one class')")
@@ -281,7 +286,7 @@ def test_voila(browser, tmp_path):
         [
             BIN / "ovss-nb",
             "app",
-            PHOTO,
+            IMAGE,
             "--classes",
             "cup,wooden table,spoon",
             "--no-browser",
@@ -315,7 +320,7 @@ def run_all(page):
 def test_jupyterlab(browser, tmp_path):
     "The same cell in a notebook."
     port = free_port()
-    (tmp_path / "viewer.ipynb").write_text(json.dumps(app_notebook(PHOTO, ["cup", "wooden table", "spoon"])))
+    (tmp_path / "viewer.ipynb").write_text(json.dumps(app_notebook(IMAGE, ["cup", "wooden table", "spoon"])))
     (tmp_path / "config/labconfig").mkdir(parents=True)  # no question about news over the page
     (tmp_path / "config/labconfig/page_config.json").write_text(
         json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})

@@ -182,7 +182,9 @@ def test_wheel_carries_its_data(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-        metadata = archive.read(next(o for o in archive.namelist() if o.endswith("METADATA"))).decode()
+        members = archive.namelist()
+        metadata = archive.read(next(name for name in members if name.endswith("METADATA"))).decode()
+    assert {"ovss_nb/py.typed", "ovss_nb/data/app/viewer.js", "ovss_nb/data/app/viewer.css"} <= set(members)
     assert (
         "Provides-Extra: crf" in metadata and "Provides-Extra: all" in metadata and "Apache-2.0" in metadata
     )

@@ -19,7 +19,7 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 from pycocotools.coco import COCO
 
-import ovss_nb.app.viewer as room
+import ovss_nb.app.viewer as viewer_module
 from ovss_nb.app.viewer import REFINED, Viewer, app_notebook, read_lines, score_at, serve, write_lines
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.core.formats import load_coco
@@ -41,7 +41,7 @@ class Counting(Colors):
         return super().encode(images)
 
 
-def picture(height=60, width=90):
+def stripes(height=60, width=90):
     "Three stripes: red, green, blue."
     return (
         np.eye(3, dtype=np.uint8)[np.minimum(np.arange(width) * 3 // width, 2)][None].repeat(height, 0) * 255
@@ -56,7 +56,7 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def viewer():
     return Viewer(
-        picture(),
+        stripes(),
         WORDS,
         encoder=Counting(),
         systems=dict(
@@ -75,7 +75,7 @@ def test_the_image_is_encoded_once(viewer, monkeypatch):
     """Words, stages and systems that see alike share the encoded image;
     another encoder and another photo do not.
     """
-    encoder, form, other = viewer._encoders["colors"], viewer.form, Counting("others")
+    encoder, form, other = viewer.systems.encoders["colors"], viewer.form, Counting("others")
     form.classes.value = "red\nrest: green, blue"
     form.apply.click()
     form.system.value = "simseg"
@@ -83,14 +83,14 @@ def test_the_image_is_encoded_once(viewer, monkeypatch):
     form.system.value = "maskclip"
     form.stage.value = "scores"
     form.canvas.point = [5, 5]
-    form.canvas.asked = "rest"
+    form.canvas.selected_class = "rest"
     assert encoder.calls == 1 and form.canvas.message == "" and viewer.system == "maskclip"
-    monkeypatch.setattr(room, "create_encoder", lambda spec: other)
+    monkeypatch.setattr(viewer_module, "create_encoder", lambda spec: other)
     viewer.change(encoder="others")
     viewer.change(encoder="colors")
     viewer.change(encoder="others")
     assert (encoder.calls, other.calls) == (1, 1)
-    viewer.change(image=picture(30, 40))
+    viewer.change(image=stripes(30, 40))
     assert (encoder.calls, other.calls) == (1, 2) and viewer.result.labels.shape == (30, 40)
 
 
@@ -99,13 +99,15 @@ def test_what_the_browser_gets(viewer):
     assert (labels(canvas) == viewer.result.labels).all() and [
         labels(canvas)[30, x] for x in (15, 45, 75)
     ] == [0, 1, 2]
-    assert [(o["name"], round(o["share"], 1)) for o in canvas.classes] == [
+    assert [(entry["name"], round(entry["share"], 1)) for entry in canvas.classes] == [
         ("red", 0.3),
         ("green", 0.3),
         ("blue", 0.3),
     ]
-    assert [tuple(o["color"]) for o in canvas.classes] == [tuple(o) for o in viewer.result.palette.tolist()]
-    photo = np.asarray(Image.open(room.BytesIO(canvas.photo)))
+    assert [tuple(entry["color"]) for entry in canvas.classes] == [
+        tuple(color) for color in viewer.result.palette.tolist()
+    ]
+    photo = np.asarray(Image.open(viewer_module.BytesIO(canvas.image)))
     assert photo.shape == (60, 90, 3) and abs(photo[30, (15, 45, 75)].astype(int) - 255 * np.eye(3)).max() < 8
     shown = np.frombuffer(zlib.decompress(canvas.scores), "<f2").reshape(60, 90)
     assert np.allclose(
@@ -121,30 +123,30 @@ def test_what_the_browser_gets(viewer):
 def test_a_click_is_answered_and_answered_again_after_an_edit(viewer):
     form, canvas = viewer.form, viewer.form.canvas
     canvas.point = [75, 30]
-    assert [o[0] for o in canvas.told["bars"]][0] == canvas.told["mapped"] == "blue" and canvas.told["bars"][
-        0
-    ][2] == 1
-    canvas.asked = "red"
-    assert canvas.told["mapped"] == "red"
-    heat = np.asarray(Image.open(room.BytesIO(canvas.heat)))
+    assert [entry[0] for entry in canvas.explanation["top_scores"]][0] == canvas.explanation[
+        "mapped_class"
+    ] == "blue" and canvas.explanation["top_scores"][0][2] == 1
+    canvas.selected_class = "red"
+    assert canvas.explanation["mapped_class"] == "red"
+    heat = np.asarray(Image.open(viewer_module.BytesIO(canvas.score_map)))
     assert (
         heat.shape == (60, 90, 3)
-        and (heat[30, 2] == room._RAMP[-1]).all()
-        and (heat[30, 87] == room._RAMP[0]).all()
+        and (heat[30, 2] == viewer_module._RAMP[-1]).all()
+        and (heat[30, 87] == viewer_module._RAMP[0]).all()
     )
     canvas.point = [15, 30]
-    assert canvas.told["mapped"] == "red" == canvas.told["bars"][0][0]
+    assert canvas.explanation["mapped_class"] == "red" == canvas.explanation["top_scores"][0][0]
     form.classes.value = "grass: green\nsky: blue"
     form.apply.click()
     assert (
-        {o[0] for o in canvas.told["bars"]} == {"grass", "sky"}
-        and canvas.told["mapped"] in ("grass", "sky")
-        and canvas.told["point"] == [15, 30]
+        {entry[0] for entry in canvas.explanation["top_scores"]} == {"grass", "sky"}
+        and canvas.explanation["mapped_class"] in ("grass", "sky")
+        and canvas.explanation["point"] == [15, 30]
     )
-    viewer.change(image=picture(30, 30))
-    assert canvas.told == {} and canvas.point == []  # the point belonged to another photo
+    viewer.change(image=stripes(30, 30))
+    assert canvas.explanation == {} and canvas.point == []  # the point belonged to another photo
     with pytest.raises(ValueError, match="outside the photo"):
-        viewer.bars(30, 0)
+        viewer.top_scores(30, 0)
 
 
 def test_classes_stay_hidden_while_words_change(viewer):
@@ -155,13 +157,13 @@ def test_classes_stay_hidden_while_words_change(viewer):
     assert canvas.hidden == ["blue"] and viewer.hidden == {"blue"}
     shown = np.asarray(viewer.show())[:60, -90:]
     hidden = viewer.result.mask("blue") if viewer.result.areas()["blue"] else viewer.result.labels < 0
-    assert (shown[hidden] == viewer.photo[hidden]).all() and (shown[30, 2] == viewer.result.palette[2]).all()
+    assert (shown[hidden] == viewer.image[hidden]).all() and (shown[30, 2] == viewer.result.palette[2]).all()
 
 
 @pytest.mark.parametrize(
     "act, message",
     [
-        (lambda form: setattr(form.photo, "value", "nowhere.jpg"), "nowhere.jpg does not exist"),
+        (lambda form: setattr(form.image, "value", "nowhere.jpg"), "nowhere.jpg does not exist"),
         (lambda form: (setattr(form.classes, "value", " \n "), form.apply.click()), "at least one class"),
         (lambda form: (setattr(form.classes, "value", "cat\ncat"), form.apply.click()), "named already"),
         (
@@ -177,23 +179,23 @@ def test_classes_stay_hidden_while_words_change(viewer):
 def test_an_error_is_one_message_and_nothing_is_lost(act, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     viewer = Viewer(
-        picture(), WORDS, encoder=Counting(), systems=dict(catseg={}), encoders=("clip",), size=96
+        stripes(), WORDS, encoder=Counting(), systems=dict(catseg={}), encoders=("clip",), size=96
     )
     form, canvas = viewer.form, viewer.form.canvas
     canvas.point, canvas.hidden = [15, 30], ["green"]
     form.stage.value = "scores"
     before = {
         name: getattr(canvas, name)
-        for name in ("photo", "labels", "classes", "told", "heat", "point", "hidden", "code")
+        for name in ("image", "labels", "classes", "explanation", "score_map", "point", "hidden", "code")
     }
     state = {
-        name: vars(viewer)[name] for name in ("photo", "vocabulary", "system", "encoder", "crf", "stage")
+        name: vars(viewer)[name] for name in ("image", "vocabulary", "system", "encoder", "crf", "stage")
     }
     act(form)
-    typed = form.classes.value, form.photo.value
+    typed = form.classes.value, form.image.value
     assert message in canvas.message and "\n" not in canvas.message and not canvas.busy
     assert {name: getattr(canvas, name) for name in before} == before and all(
-        vars(viewer)[name] is o for name, o in state.items()
+        vars(viewer)[name] is value for name, value in state.items()
     )
     assert (form.system.value, form.encoder.value, form.crf.value, form.stage.value) == (
         "maskclip",
@@ -202,15 +204,15 @@ def test_an_error_is_one_message_and_nothing_is_lost(act, message, monkeypatch):
         "scores",
     )
     form.stage.value = REFINED
-    assert (form.classes.value, form.photo.value) == typed and canvas.message == ""  # to be mended
+    assert (form.classes.value, form.image.value) == typed and canvas.message == ""  # to be mended
     form.classes.value = "blue\nred"
     form.apply.click()
-    assert canvas.message == "" and [o["name"] for o in canvas.classes] == ["blue", "red"]
+    assert canvas.message == "" and [entry["name"] for entry in canvas.classes] == ["blue", "red"]
 
 
 def test_stages_are_shown_as_labels(viewer, monkeypatch):
     monkeypatch.setattr(
-        type(viewer._recipe("maskclip", "colors", False)),
+        type(viewer.systems.get("maskclip", "colors", False)),
         "stages",
         lambda self, image, text: {
             "upside down": -self.scores(image, text),
@@ -233,7 +235,7 @@ def test_stages_are_shown_as_labels(viewer, monkeypatch):
 
 @pytest.mark.skipif(not crf_available(), reason="needs the extra `crf`")
 def test_the_crf_is_switched_on_and_off(viewer):
-    form, encoder = viewer.form, viewer._encoders["colors"]
+    form, encoder = viewer.form, viewer.systems.encoders["colors"]
     form.crf.value = True
     assert viewer.crf and "crf=True" in form.canvas.code and form.canvas.message == "" and encoder.calls == 1
     form.crf.value = False
@@ -250,7 +252,7 @@ def test_more_than_256_classes(viewer):
 
 
 def test_a_large_photo_is_drawn_smaller_and_counted_whole():
-    viewer = Viewer(picture(100, 2500), WORDS, encoder=Counting(), size=96)
+    viewer = Viewer(stripes(100, 2500), WORDS, encoder=Counting(), size=96)
     canvas = viewer.form.canvas
     assert (
         canvas.step == 3
@@ -259,19 +261,19 @@ def test_a_large_photo_is_drawn_smaller_and_counted_whole():
         and viewer.result.labels.shape == (100, 2500)
     )
     assert (labels(canvas) == viewer.result.labels[::3, ::3]).all() and abs(
-        sum(o["share"] for o in canvas.classes) - 1
+        sum(entry["share"] for entry in canvas.classes) - 1
     ) < 1e-9
     canvas.point = [2400, 99]
-    assert canvas.told["mapped"] == "blue" and canvas.told["size"] == [2500, 100]
+    assert canvas.explanation["mapped_class"] == "blue" and canvas.explanation["size"] == [2500, 100]
 
 
 def test_a_class_that_is_switched_off_leaves_no_nan():
     scores = np.array([[[0.5, 1.0]], [[-np.inf, -np.inf]]], np.float32)
     assert np.isfinite(score_at(scores, (4, 9), np.arange(4)[:, None], np.arange(9))).all()
-    viewer = Viewer(picture(), ["red", "blue"], encoder=Counting(), size=96)
+    viewer = Viewer(stripes(), ["red", "blue"], encoder=Counting(), size=96)
     viewer.stages["scores"][1] = -np.inf
     viewer.form.canvas.point = [2, 2]
-    json.dumps(viewer.form.canvas.told, allow_nan=False)
+    json.dumps(viewer.form.canvas.explanation, allow_nan=False)
 
 
 def test_files_for_the_browser(viewer, tmp_path, monkeypatch):
@@ -298,8 +300,10 @@ def test_files_for_the_browser(viewer, tmp_path, monkeypatch):
     assert (load_coco(tmp_path / coco["file"])["photo.png"].labels == viewer.result.labels).all()
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = COCO(tmp_path / coco["file"])
-    assert [o["name"] for o in theirs.loadCats(theirs.getCatIds())] == WORDS and theirs.imgs[1]["width"] == 90
-    Image.fromarray(picture()).save(tmp_path / "a b.jpg")
+    assert [category["name"] for category in theirs.loadCats(theirs.getCatIds())] == WORDS and theirs.imgs[1][
+        "width"
+    ] == 90
+    Image.fromarray(stripes()).save(tmp_path / "a b.jpg")
     viewer.change(image=tmp_path / "a b.jpg")
     viewer.form.coco.click()
     assert (
@@ -315,15 +319,20 @@ def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
     """
     rng = np.random.default_rng(0)
     # noise, as a camera has, is what does not compress
-    noisy = (picture(3000, 4000) * 0.8 + rng.normal(0, 8, (3000, 4000, 1))).clip(0, 255).astype(np.uint8)
+    noisy = (stripes(3000, 4000) * 0.8 + rng.normal(0, 8, (3000, 4000, 1))).clip(0, 255).astype(np.uint8)
     viewer = Viewer(noisy, WORDS, encoder=Counting(), encoders=(), size=96)
     form, canvas, sent = viewer.form, viewer.form.canvas, []
     bundle = viewer._repr_mimebundle_()
     canvas.point = [3999, 2999]
-    state = sum(len(o) for o in (getattr(canvas, name) for name in canvas.keys) if isinstance(o, bytes))
-    assert sum(len(o) for o in bundle.values() if isinstance(o, str)) < 1_000_000 and state < 2_000_000, (
+    state = sum(
+        len(value) for value in (getattr(canvas, name) for name in canvas.keys) if isinstance(value, bytes)
+    )
+    assert (
+        sum(len(value) for value in bundle.values() if isinstance(value, str)) < 1_000_000
+        and state < 2_000_000
+    ), (
         state,
-        {key: len(o) for key, o in bundle.items()},
+        {key: len(value) for key, value in bundle.items()},
     )
     assert (
         "image/png" not in bundle
@@ -332,8 +341,8 @@ def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
     assert (
         canvas.shape == [750, 1000]
         and canvas.step == 4
-        and canvas.told["point"] == [3999, 2999]
-        and canvas.told["bars"][0][0] == "blue"
+        and canvas.explanation["point"] == [3999, 2999]
+        and canvas.explanation["top_scores"][0][0] == "blue"
     )
     monkeypatch.setattr(
         type(canvas), "send", lambda self, content, buffers=None: sent.append(buffers[0]), raising=False
@@ -347,18 +356,18 @@ def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
 
 
 def test_the_code_makes_what_is_shown(viewer, tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "a photo's.png")
+    Image.fromarray(stripes()).save(tmp_path / "a photo's.png")
     viewer.change(image=tmp_path / "a photo's.png", words={"warm": ["red"], "background": ["blue", "green"]})
     for stage in (REFINED, "scores"):
         viewer.choose_stage(stage)
-        done = dict(encoder=viewer._encoders["colors"])
+        done = dict(encoder=viewer.systems.encoders["colors"])
         exec(viewer.code(), done)
         assert (
             np.asarray(done["result"].labels if stage == REFINED else done["labels"]) == viewer.result.labels
         ).all()
-    viewer.change(image=picture(), words=Vocabulary(["red", "rest"], [["red"], ["green", "blue"]], ["rest"]))
+    viewer.change(image=stripes(), words=Vocabulary(["red", "rest"], [["red"], ["green", "blue"]], ["rest"]))
     viewer.choose_stage(REFINED)
-    done = dict(encoder=viewer._encoders["colors"], photo=picture())
+    done = dict(encoder=viewer.systems.encoders["colors"], photo=stripes())
     exec(viewer.code(), done)
     assert (done["result"].labels == viewer.result.labels).all()
 
@@ -410,7 +419,7 @@ def test_one_name_is_noted_as_long_as_it_is_alone(viewer):
     form.apply.click()
     assert "'blue' is the only name" in form.canvas.message  # said by the system before, shown again
     with pytest.warns(VocabularyWarning, match="only name"):
-        first = Viewer(picture(), ["green"], encoder=Counting(), size=96)
+        first = Viewer(stripes(), ["green"], encoder=Counting(), size=96)
     assert "'green' is the only name" in first.form.canvas.message
 
 
@@ -424,7 +433,7 @@ def test_a_background_of_another_name_outlives_an_edit(viewer):
 
 def test_without_widgets_the_pictures_are_left(viewer, monkeypatch):
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    room._canvas_class.cache_clear()
+    viewer_module._canvas_class.cache_clear()
     assert (
         viewer.show().size[0] >= 90
         and viewer.show_point(5, 5).size[0] == 90
@@ -439,7 +448,7 @@ def test_without_widgets_the_pictures_are_left(viewer, monkeypatch):
 def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(
-        room.subprocess,
+        viewer_module.subprocess,
         "run",
         lambda command: (
             started.append((command, json.loads(Path(command[3]).read_text())))
@@ -447,7 +456,7 @@ def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
         ),
     )
     monkeypatch.setitem(sys.modules, "voila", type(sys)("voila"))
-    Image.fromarray(picture()).save(tmp_path / "stripes.png")
+    Image.fromarray(stripes()).save(tmp_path / "stripes.png")
     with pytest.raises(ValueError, match="nowhere.jpg does not exist"):
         serve("nowhere.jpg", WORDS)
     assert started == []
@@ -473,13 +482,13 @@ def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
 
 def test_limits_and_bands_of_a_deep_photo(tmp_path):
     "Twelve bits, blue first: refused as it is, shown right when said, and the code says it too."
-    path, deep = tmp_path / "deep.ppm", (picture()[..., ::-1].astype(">u2") // 255 * 4095)
+    path, deep = tmp_path / "deep.ppm", (stripes()[..., ::-1].astype(">u2") // 255 * 4095)
     path.write_bytes(b"P6\n90 60\n65535\n" + deep.astype(">u2").tobytes())
     options = dict(encoder=Counting(), encoders=(), size=96)
     with pytest.raises(ValueError, match="limits="):
         Viewer(path, WORDS, **options)
     shown = Viewer(path, WORDS, limits=(0, 4095), bands=(3, 2, 1), **options)
-    assert (shown.photo == picture()).all()
+    assert (shown.image == stripes()).all()
     done = {"encoder": Counting()}
     exec(shown.code(), done)
     assert (done["result"].labels == shown.result.labels).all() and "load_image(" in shown.code()

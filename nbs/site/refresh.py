@@ -34,12 +34,13 @@ def small_picture(png: str) -> str:
 
 
 def kept(outputs: list) -> list:
-    "Outputs without what a machine wrote to stderr, with pictures as JPEGs and without addresses in memory."
+    "Outputs without stderr, widgets and addresses in memory, and with pictures as JPEGs."
     found = []
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
             continue
         data = output.get("data", {})
+        data.pop("application/vnd.jupyter.widget-view+json", None)  # of a kernel that is gone
         if "image/png" in data:
             data["image/jpeg"] = small_picture(data.pop("image/png"))
         for kind, text in data.items():
