@@ -25,7 +25,8 @@ from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.simseg import SimSeg
 from ovss_nb.systems.windows import SlidingWindows
-from ovss_nb.inference.tiles import label_rows, load_tiff, segment_tiles, tile_offsets, tile_weights
+from ovss_nb.components.sliding_window import window_offsets
+from ovss_nb.inference.tiles import label_rows, load_tiff, segment_tiles
 
 rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
 PHOTOS, WORDS = Path(data.__file__).parent, ["red", "green", "blue"]
@@ -83,25 +84,6 @@ def test_every_shape_is_covered(shape):
     pixels = mosaic(max(shape), max(shape))[: shape[0], : shape[1]]
     found = tiled(pixels, MaskCLIP(Colors(), size=96))
     assert found.shape == shape and found.dtype == np.uint8 and (max(shape) < 20 or len(np.unique(found)) > 1)
-
-
-def test_weights_add_up_for_any_grid():
-    for length, tile, overlap, step in (
-        (1000, 100, 0.3, 16),
-        (1000, 999, 0.5, 1),
-        (100, 7, 0.9, 1),
-        (513, 512, 0.0, 32),
-        (5000, 448, 0.25, 32),
-    ):
-        offsets, total = tile_offsets(length, tile, overlap, step), np.zeros(length)
-        for o, w in zip(offsets, tile_weights(length, offsets, tile)):
-            assert (w >= 0).all()
-            total[o : o + tile] += w
-        assert (
-            np.allclose(total, 1)
-            and offsets == sorted(set(offsets))
-            and all(o % step == 0 for o in offsets[:-1])
-        )
 
 
 def test_systems_that_decide_more_than_an_argmax_vote():
@@ -314,7 +296,7 @@ def test_a_killed_process_goes_on(tmp_path):
     segment_tiles(
         tmp_path / "big.png", WORDS, MaskCLIP(Counting(), size=48), tmp_path / "labels.png", progress=False
     )
-    every = len(tile_offsets(600, 48, 0.25, 16)) * len(tile_offsets(240, 48, 0.25, 16))
+    every = len(window_offsets(600, 48, 0.25, 16)) * len(window_offsets(240, 48, 0.25, 16))
     assert rows >= 96 and Counting.asked < every and not list(tmp_path.glob("*.partial*"))
     assert (
         Segmentation.from_png(tmp_path / "labels.png").labels
@@ -546,7 +528,7 @@ def test_strips_are_seen_at_the_usual_scale(shape, tmp_path):
     assert Segmentation.from_png(out).labels.shape == shape
     side = min(96, max(shape))
     assert {o.shape for o in scales.seen} == {(side, side, 3)} and len(scales.seen) == (
-        1 if max(shape) <= 96 else len(tile_offsets(max(shape), 96, 0.25, 16))
+        1 if max(shape) <= 96 else len(window_offsets(max(shape), 96, 0.25, 16))
     )
     # mirrored beyond its edge only
     assert all(

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from ..components.cost_aggregation import CostAggregation, cost_map, window_mask
+from ..components.sliding_window import cut_windows, merge_windows, window_corners, window_offsets
 from ..encoders.base import Encoder, ImageFeatures
 from ..core.images import load_image
 from ..core.options import Count, Index, Range, Share
@@ -27,7 +28,6 @@ from ovss_nb.systems.trained import (
     state_dict_difference,
     tune_queries_values,
 )
-from .windows import window_offsets
 from ..text.text_bank import TextBank
 
 # %% ../../nbs/systems/09_catseg.ipynb #86763fc4
@@ -238,19 +238,8 @@ def cut_views(
     def resize(size):
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False)
 
-    framed = resize(frame)
-    corners = [
-        (top, left)
-        for top in window_offsets(frame[0], window, overlap)
-        for left in window_offsets(frame[1], window, overlap)
-    ]
-    return (
-        torch.cat(
-            [framed[..., top : top + window, left : left + window] for top, left in corners]
-            + [resize((window, window))]
-        ),
-        corners,
-    )
+    corners = window_corners(*(window_offsets(side, window, overlap) for side in frame))
+    return torch.cat([*cut_windows(resize(frame), corners, window), resize((window, window))]), corners
 
 
 def merge_views(
@@ -265,15 +254,11 @@ def merge_views(
     def resize(x, size):
         return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
-    merged, count = logits.new_empty(logits.shape[1], *frame), logits.new_zeros(frame)
-    for top, left in corners:
-        count[top : top + window, left : left + window] += 1
+    merged = logits.new_empty(logits.shape[1], *frame)
     for k in range(0, logits.shape[1], chunk):
         views = resize(logits[:, k : k + chunk], (window, window)).sigmoid()
-        total = logits.new_zeros(views.shape[1], *frame)
-        for (top, left), view in zip(corners, views):
-            total[:, top : top + window, left : left + window] += view
-        merged[k : k + chunk] = (total / count + resize(views[-1:], frame)[0]) / 2
+        windows = merge_windows(views[:-1], corners, frame)
+        merged[k : k + chunk] = (windows + resize(views[-1:], frame)[0]) / 2
     return merged
 
 # %% ../../nbs/systems/09_catseg.ipynb #70641dd8
