@@ -23,7 +23,7 @@ from ovss_nb.systems.catseg import (
     cut_views,
     guidance_blocks,
     merge_views,
-    translate,
+    convert_checkpoint,
 )
 from ovss_nb.encoders.lite_sam import create_second
 from ovss_nb.systems.lmseg import LMSeg
@@ -128,7 +128,7 @@ def test_checkpoint_names(released):
     """
     names = json.loads((GOLDEN / "catseg_checkpoint_keys.json").read_text())["keys"]
     state = {name: torch.zeros(shape) for name, shape in names.items()}
-    network, clip, masks = translate(state)
+    network, clip, masks = convert_checkpoint(state)
     assert (
         state_dict_difference(network, released.network.state_dict()) == ""
         and state_dict_difference(clip, released.encoder.model.state_dict()) == ""
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     refused(lambda o: o.update({"upsample1.bias": torch.zeros(3)}), r"enlarge.0.bias: 3, expected 16")
     refused(lambda o: o.pop(f"{CLIP}visual.proj"), "another CLIP")
     refused(lambda o: None, "windows of 6", attention_window=6)
-    refused(lambda o: None, "does not fit this configuration", layers=3)
+    refused(lambda o: None, "does not fit this configuration", aggregation_layers=3)
     refused(lambda o: None, "quickgelu", encoder=small_clip(quick_gelu=False))
     refused(lambda o: None, "another CLIP", encoder=small_clip())
     refused(lambda o: o.update({"sam.x": torch.zeros(1)}), "1 unknown:\n  sam.x")
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="no weights.*weights='random'"):
         CATSeg(golden_clip())
     with pytest.raises(ValueError, match="no weights.*with fusion_weight=1.0 the authors'"):
-        LMSeg(golden_clip(), second=Edges())
+        LMSeg(golden_clip(), aux_encoder=Edges())
 
 
 def test_the_encoder_passed_stays_as_it_was(checkpoint):
@@ -193,7 +193,7 @@ def pixels(window, name="in.image"):
 
 def test_windows_of_the_fake_model(released, window):
     "Part a of the golden file: what enters the encoder, view by view, and what becomes of its logits."
-    views, corners, frame = released.look(pixels(window))
+    views, corners, frame = released.preprocess(pixels(window))
     assert corners == [(0, 0), (0, 256), (256, 0), (256, 256)] and frame == (640, 640)
     close(F.avg_pool2d(views, 16), window["mid.fake_encoder_input_avg24"])
     close(views[1, :, :16, :16], window["mid.fake_encoder_input_window1_corner"])
@@ -405,7 +405,7 @@ def test_training_moves_queries_values_and_the_network_alone():
     labels[:, :5] = 255
     losses = []
     for _ in range(8):
-        loss, _ = system.loss(system.see(crops()), labels, spoken(system))
+        loss, _ = system.loss(system.encode_batch(crops()), labels, spoken(system))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -474,12 +474,12 @@ def test_lmseg_with_weight_1_and_the_template_is_catseg(options, words, tmp_path
     catseg.save(tmp_path / "catseg.safetensors")
     lmseg = LMSeg(
         small_clip(),
-        second=Edges(),
+        aux_encoder=Edges(),
         prompts="names",
         fusion_weight=1.0,
         **(options | dict(weights=str(tmp_path / "catseg.safetensors"))),
     )
-    assert lmseg.second is None
+    assert lmseg.aux_encoder is None
     one, two = catseg.segment(PHOTO, words), lmseg.segment(PHOTO, words)
     assert np.array_equal(one.scores, two.scores) and np.array_equal(one.labels, two.labels)
 
@@ -496,13 +496,13 @@ def test_lmseg_with_the_authors_weights_is_catseg(checkpoint, window):
 
 
 def test_a_weight_that_becomes_1_makes_the_second_encoder_irrelevant():
-    catseg, lmseg = CATSeg(small_clip(), **SMALL), LMSeg(small_clip(), second=Edges(), **SMALL)
+    catseg, lmseg = CATSeg(small_clip(), **SMALL), LMSeg(small_clip(), aux_encoder=Edges(), **SMALL)
     lmseg.network.load_state_dict(catseg.network.state_dict(), strict=False)
     lmseg.network.requires_grad_(True)
     lmseg.network.fusion.theta.data += 50
     text = catseg.encode_text(["cat", "dog", "tree"]).select(range(3))
-    logits = lmseg.view_logits(lmseg.see(crops()), text)
-    assert torch.equal(logits, catseg.view_logits(catseg.see(crops()), text))
+    logits = lmseg.view_logits(lmseg.encode_batch(crops()), text)
+    assert torch.equal(logits, catseg.view_logits(catseg.encode_batch(crops()), text))
     logits.square().mean().backward()
     assert (
         not lmseg.network.fusion.project.weight.grad.any()
@@ -512,20 +512,20 @@ def test_a_weight_that_becomes_1_makes_the_second_encoder_irrelevant():
 
 def test_the_second_encoder_runs_once_per_image():
     second = Edges()
-    system = LMSeg(small_clip(), second=second, size=96, window=64, **SMALL)
+    system = LMSeg(small_clip(), aux_encoder=second, size=96, window=64, **SMALL)
     images = system.encode_images([PHOTO, PHOTO[:, :30]])
     for words in (["cat", "dog"], ["tree"]):
         text = system.encode_text(words)
         for one, scores in zip(images, system.batch_scores(images, text)):
             close(system.scores(one, text), scores, 1e-4)
-    assert second.asked == 2 and [o.second.shape[-2:] for o in images] == [(4, 4)] * 2
+    assert second.asked == 2 and [o.aux_features.shape[-2:] for o in images] == [(4, 4)] * 2
 
 
 def test_windows_see_their_own_share_of_the_second_map():
     """A map that holds its own coordinates:
     each view must get the coordinates of what it shows, in shares of the photo.
     """
-    system = LMSeg(small_clip(), second=Edges(), size=96, window=64, **SMALL)
+    system = LMSeg(small_clip(), aux_encoder=Edges(), size=96, window=64, **SMALL)
     image = system.encode_image(PHOTO)
     filled = np.array(fit_longest(40, 70, 64)) / 64
     axis = (torch.arange(64) + 0.5) / 64
@@ -538,29 +538,32 @@ def test_windows_see_their_own_share_of_the_second_map():
 
 
 def test_lmseg_trains_weight_and_projection():
-    system = LMSeg(small_clip(), second=Edges(), fusion_weight="channel", **SMALL)
+    system = LMSeg(small_clip(), aux_encoder=Edges(), fusion_weight="channel", **SMALL)
     system.network.requires_grad_(True).train()
-    seen = system.see(crops())
+    seen = system.encode_batch(crops())
     # a crop is fitted into the second encoder's square as every picture is
-    assert system.second.asked == 2 and seen[0].regions.allclose(torch.tensor([[0, 0, 43 / 64, 1]]))
+    assert system.aux_encoder.asked == 2 and seen[0].regions.allclose(torch.tensor([[0, 0, 43 / 64, 1]]))
     system.loss(seen, torch.randint(0, 3, (2, 64, 64)), spoken(system))[0].backward()
     fusion = system.network.fusion
     assert fusion.theta.shape == (24, 1, 1) and all(o.grad.any() for o in fusion.parameters())
 
 
 def test_lmseg_weights_round_trip(tmp_path):
-    system = LMSeg(small_clip(), second=Edges(), **SMALL)
+    system = LMSeg(small_clip(), aux_encoder=Edges(), **SMALL)
     for o in system.network.parameters():
         o.data += 0.02
     system.save(tmp_path / "lmseg.safetensors")
     again = LMSeg(
-        small_clip(), second=system.second, **(SMALL | dict(weights=str(tmp_path / "lmseg.safetensors")))
+        small_clip(),
+        aux_encoder=system.aux_encoder,
+        **(SMALL | dict(weights=str(tmp_path / "lmseg.safetensors"))),
     )
     assert np.array_equal(
         system.segment(PHOTO, ["cat", "dog"]).scores, again.segment(PHOTO, ["cat", "dog"]).scores
     )
     assert (
-        again.describe()["network"] == system.describe()["network"] and again.describe()["second"] == "edges"
+        again.describe()["network"] == system.describe()["network"]
+        and again.describe()["aux_encoder"] == "edges"
     )
     with pytest.raises(
         ValueError, match="a network of LMSeg, which has options that CATSegConfig lacks .*Create that system"
@@ -569,7 +572,7 @@ def test_lmseg_weights_round_trip(tmp_path):
     # the file knows the other options
     alone = LMSeg(
         small_clip(),
-        second=system.second,
+        aux_encoder=system.aux_encoder,
         weights=str(tmp_path / "lmseg.safetensors"),
         background_threshold=0.1,
     )
@@ -592,17 +595,17 @@ def test_what_is_packed_is_what_was_seen(options):
     """Scores and loss of stored features are those of the picture;
     half precision costs digits only; a part of a bank is a bank.
     """
-    system = LMSeg(small_clip(), second=Edges(), windows=False, **(SMALL | options))
+    system = LMSeg(small_clip(), aux_encoder=Edges(), windows=False, **(SMALL | options))
     images, bank = (
         system.encode_images([PHOTO, PHOTO[:, :30]]),
         system.encode_text(["cat", "dog", "tree", "car"]),
     )
-    packed = [system.pack(o) for o in images]
+    packed = [system.to_cache(o) for o in images]
     assert {name: o.shape for name, o in packed[0].items()} == {
         name: o.shape for name, o in packed[1].items()
-    } and ("second" in packed[0]) == system.network.fusion.asks
+    } and ("aux_features" in packed[0]) == system.network.fusion.asks
     again, halves = (
-        [system.unpack({name: kind(o) for name, o in row.items()}) for row in packed]
+        [system.from_cache({name: kind(o) for name, o in row.items()}) for row in packed]
         for kind in (torch.Tensor.float, torch.Tensor.half)
     )
     for one, two, half in zip(images, again, halves):
@@ -613,17 +616,17 @@ def test_what_is_packed_is_what_was_seen(options):
         close(system.scores(one, bank.select([0, 2])).flip(0), two)
     close(system.loss(again, labels, some)[0], system.loss(images, labels, some)[0])
     assert (
-        system.packed_by()
+        system.cache_key()
         == LMSeg(
-            small_clip(), second=Edges(), windows=False, **(SMALL | options | dict(layers=1))
-        ).packed_by()
+            small_clip(), aux_encoder=Edges(), windows=False, **(SMALL | options | dict(aggregation_layers=1))
+        ).cache_key()
     )
     with pytest.raises(ValueError, match="squashed"):
-        LMSeg(small_clip(), second=Edges(), **(SMALL | options)).pack(images[0])
+        LMSeg(small_clip(), aux_encoder=Edges(), **(SMALL | options)).to_cache(images[0])
 
 
 def test_descriptions_and_the_fallback():
-    system = LMSeg(small_clip(), second=Edges(), **SMALL)
+    system = LMSeg(small_clip(), aux_encoder=Edges(), **SMALL)
     assert system.encode_text("VOC-20").mask.sum(1).tolist() == [4] * 20
     text = system.encode_text(["cat", "quux"])
     assert text.mask.sum(1).tolist() == [4, 1] and text.words[1] == ("A photo of a quux in the scene",)
@@ -632,13 +635,13 @@ def test_descriptions_and_the_fallback():
     assert (text.mean()[0] - named.mean()[0]).abs().max() > 1e-3
     assert system.encode_text("VOC-21").words[0] == ("A photo of a background in the scene",)
     with pytest.raises(PromptError, match="No descriptions ship for quux"):
-        LMSeg(small_clip(), second=Edges(), fallback=False, **SMALL).encode_text(["cat", "quux"])
+        LMSeg(small_clip(), aux_encoder=Edges(), fallback=False, **SMALL).encode_text(["cat", "quux"])
 
 
 def test_second_encoders_by_name():
     pytest.importorskip("segment_anything", reason="needs the extra `sam`")
     with pytest.raises(ValueError, match="no second encoder"):
-        LMSeg(small_clip(), second="dino", **SMALL)
+        LMSeg(small_clip(), aux_encoder="dino", **SMALL)
     with pytest.raises(ValueError, match="Which weights for vit_b"):
         create_second("sam:vit_b")
 
@@ -658,7 +661,7 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
 
     def run(folder):
         torch.manual_seed(0)
-        system = LMSeg(small_clip(), second=Edges(), **SMALL)
+        system = LMSeg(small_clip(), aux_encoder=Edges(), **SMALL)
         tune_queries_values(system.encoder)
         system.network.requires_grad_(True).train()
 
@@ -670,7 +673,7 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
             )
 
         def step(module, batch):
-            return system.loss(system.see(batch[0]), batch[1], spoken(system), batch[2])
+            return system.loss(system.encode_batch(batch[0]), batch[1], spoken(system), batch[2])
 
         rows = fit(
             system.module,
@@ -696,7 +699,9 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
     system.network.eval()
     system.save(tmp_path / "trained.safetensors")
     fresh = LMSeg(
-        small_clip(), second=system.second, **(SMALL | dict(weights=str(tmp_path / "trained.safetensors")))
+        small_clip(),
+        aux_encoder=system.aux_encoder,
+        **(SMALL | dict(weights=str(tmp_path / "trained.safetensors"))),
     )
     assert (
         np.allclose(

@@ -20,15 +20,15 @@ from ovss_nb.components.mask_decoder import Prediction
 from ovss_nb.encoders.attention import propose, sos_bias
 from ovss_nb.systems import ebseg
 from ovss_nb.systems.ebseg import (
-    Answers,
+    BranchEmbeddings,
     EBSeg,
     LayerFusion,
-    balance,
-    paint,
+    adaptive_balance,
+    semantic_inference,
     published_flags,
     seen_classes,
     spoken,
-    translate,
+    convert_checkpoint,
 )
 from ovss_nb.systems.trained import state_dict_difference
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
@@ -44,7 +44,7 @@ SMALL = dict(
     encoder_hidden=16,
     groups=4,
     queries=5,
-    layers=3,
+    decoder_layers=3,
     heads=2,
     hidden=16,
     loss_points=32,
@@ -97,8 +97,12 @@ def small_sam(seed=0):
     return SAMEncoder(randomise(network, seed), size=64, device="cpu")
 
 
-def small(seed=0, second="sam", **options):
-    return EBSeg(small_clip(seed), second=small_sam(seed) if second == "sam" else second, **(SMALL | options))
+def small(seed=0, aux_encoder="sam", **options):
+    return EBSeg(
+        small_clip(seed),
+        aux_encoder=small_sam(seed) if aux_encoder == "sam" else aux_encoder,
+        **(SMALL | options),
+    )
 
 
 def photo(height=48, width=80, seed=0):
@@ -138,7 +142,7 @@ def golden_clip(file):
     )
     encoder = CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
     encoder.mean, encoder.std = (0, 0, 0), (1, 1, 1)  # the stored images are normalized
-    system = EBSeg(encoder, second=None, **(SMALL | dict(first=4)))
+    system = EBSeg(encoder, aux_encoder=None, **(SMALL | dict(proposal_start=4)))
     system.multiple = 16  # the stored images are no multiples of 32, and their masks come from elsewhere
     return system, tensors
 
@@ -146,7 +150,7 @@ def golden_clip(file):
 @pytest.mark.parametrize("case", ["native", "resized", "shared_bias"])
 def test_frozen_map(case):
     system, g = golden_clip("ebseg_surgery")
-    assert (system.first, system.start, system.fused) == (4, 1, (1, 3, 4))
+    assert (system.proposal_start, system.surgery_start, system.fused_layers) == (4, 1, (1, 3, 4))
     images = system.observe(g[f"in.{case}.image"])
     for i, o in enumerate(images):
         close(o.features.dense[0], g[f"out.{case}.dense_map"][i])
@@ -171,7 +175,7 @@ def test_mask_attention_embeddings(case, monkeypatch):
         "forward",
         lambda *inputs: [Prediction(stored.masks, stored.embeddings, -bias), stored],
     )
-    answers = system.answer(system.observe(g[f"in.{case}.image"]), every=True)
+    answers = system.branch_embeddings(system.observe(g[f"in.{case}.image"]), every=True)
     close(answers[1].B, g[f"out.{case}.sos_embed_max"])
     assert not torch.allclose(answers[0].B, answers[1].B, atol=1e-3) and answers[0].D is None
 
@@ -207,7 +211,7 @@ def test_balancing(golden, model, monkeypatch):
         (golden["in.balance.A"], golden["in.balance.B"], golden["out.balance.pooled_D"]), logits
     ):
         close(classifier.logits(found, golden["in.balance.text_embeddings"][:-1]), o)
-    p = balance(*logits, golden["in.balance.overlap"].bool(), **exponents)
+    p = adaptive_balance(*logits, golden["in.balance.overlap"].bool(), **exponents)
     close(p, golden[f"out.balance.{model}.class_probs"], 1e-5)
     # of probabilities near 1e-8
     close((p + 1e-8).log(), golden[f"out.balance.{model}.log_class_probs"], 2e-3)
@@ -216,7 +220,7 @@ def test_balancing(golden, model, monkeypatch):
         filled, size = (tuple(golden[f"in.balance.{o}"][i].tolist()) for o in ("image_sizes", "output_sizes"))
         masks = golden["in.balance.pred_masks"][i]
         close(
-            torch.cat([o for _, o in paint(p[i], masks, frame, filled, size, 10_000)], 1),
+            torch.cat([o for _, o in semantic_inference(p[i], masks, frame, filled, size, 10_000)], 1),
             golden[f"out.balance.{model}.sem_seg_{i}"],
         )
         rows, columns = (ebseg.resize_matrix(*o) for o in zip(masks.shape[1:], frame, filled, size))
@@ -359,7 +363,7 @@ def released(tmp_path_factory):
     path = tmp_path_factory.mktemp("released") / "EBSeg_small.pth"
     torch.save(
         {
-            "model": authors_state(system, system.encoder.model, system.second.model),
+            "model": authors_state(system, system.encoder.model, system.aux_encoder.model),
             "iteration": 119999,
             "optimizer": {},
         },
@@ -372,19 +376,19 @@ def test_authors_checkpoint(released):
     path, system = released
     encoder, second = small_clip(5), small_sam(5)
     first = system.segment(photo(), WORDS)
-    loaded = EBSeg(encoder, second=second, **(SMALL | dict(weights=str(path))))
+    loaded = EBSeg(encoder, aux_encoder=second, **(SMALL | dict(weights=str(path))))
     for ours, theirs in ((loaded.network, system.network), (loaded.encoder, system.encoder)):
         assert state_dict_difference(ours.state_dict(), theirs.state_dict()) == "" and all(
             torch.equal(o, theirs.state_dict()[name]) for name, o in ours.state_dict().items()
         )
-    own = {name: o for name, o in loaded.second.state_dict().items() if ".neck." not in name}
-    assert all(torch.equal(o, system.second.state_dict()[name]) for name, o in own.items()) and float(
+    own = {name: o for name, o in loaded.aux_encoder.state_dict().items() if ".neck." not in name}
+    assert all(torch.equal(o, system.aux_encoder.state_dict()[name]) for name, o in own.items()) and float(
         loaded.network.classifier.scale
     ) == pytest.approx(float(np.exp(2.5)))
     assert (
         loaded.encoder is not encoder
-        and loaded.second is not second
-        and loaded.second.fingerprint != second.fingerprint
+        and loaded.aux_encoder is not second
+        and loaded.aux_encoder.fingerprint != second.fingerprint
     )
     again = loaded.segment(photo(), WORDS)
     assert (
@@ -405,14 +409,17 @@ def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size
     counts for more.
     """
     options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
-    made = EBSeg(small_clip(1, layers=layers), second=small_sam(1), **options)
+    made = EBSeg(small_clip(1, layers=layers), aux_encoder=small_sam(1), **options)
     torch.save(
-        {"model": authors_state(made, made.encoder.model, made.second.model)}, path := tmp_path / "EBSeg.pth"
+        {"model": authors_state(made, made.encoder.model, made.aux_encoder.model)},
+        path := tmp_path / "EBSeg.pth",
     )
 
     def load(**more):
         return EBSeg(
-            small_clip(5, layers=layers), second=small_sam(5), **(options | dict(weights=str(path)) | more)
+            small_clip(5, layers=layers),
+            aux_encoder=small_sam(5),
+            **(options | dict(weights=str(path)) | more),
         )
 
     loaded = load()
@@ -440,26 +447,26 @@ def test_what_differs_by_size_follows_from_the_encoder():
     """
     options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
     for layers, first, start, fused in ((12, 9, 2, (3, 6, 9)), (24, 18, 4, (6, 12, 18))):
-        system = EBSeg(small_clip(layers=layers), second=None, **options)
-        assert (system.first, system.start, system.fused) == (
+        system = EBSeg(small_clip(layers=layers), aux_encoder=None, **options)
+        assert (system.proposal_start, system.surgery_start, system.fused_layers) == (
             first,
             start,
             fused,
         ) and system.config.alpha == (0.09 if layers == 12 else 0.12)
     # gamma is 0.7 here
     with pytest.raises(ValueError, match="may pass 1 - gamma"):
-        EBSeg(small_clip(), second=None, **options, beta=0.35)
+        EBSeg(small_clip(), aux_encoder=None, **options, beta=0.35)
 
 
 def test_authors_checkpoint_survives_our_own_file(released, tmp_path):
     path, system = released
-    loaded = EBSeg(small_clip(5), second=small_sam(5), **(SMALL | dict(weights=str(path))))
+    loaded = EBSeg(small_clip(5), aux_encoder=small_sam(5), **(SMALL | dict(weights=str(path))))
     loaded.save(tmp_path / "ours.safetensors")
     again = EBSeg(
-        small_clip(6), second=small_sam(6), **(SMALL | dict(weights=str(tmp_path / "ours.safetensors")))
+        small_clip(6), aux_encoder=small_sam(6), **(SMALL | dict(weights=str(tmp_path / "ours.safetensors")))
     )
     assert np.allclose(again.segment(photo(), WORDS).scores, system.segment(photo(), WORDS).scores, atol=1e-5)
-    assert "second.model.pos_embed" in again.own and again.trained_words == loaded.trained_words
+    assert "aux_encoder.model.pos_embed" in again.own and again.trained_words == loaded.trained_words
 
 
 @pytest.mark.parametrize(
@@ -481,7 +488,9 @@ def test_strict(released, tmp_path, change, message):
     change(state)
     torch.save({"model": state}, tmp_path / "changed.pth")
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        EBSeg(small_clip(5), second=small_sam(5), **(SMALL | dict(weights=str(tmp_path / "changed.pth"))))
+        EBSeg(
+            small_clip(5), aux_encoder=small_sam(5), **(SMALL | dict(weights=str(tmp_path / "changed.pth")))
+        )
 
 
 def test_authors_checkpoint_needs_its_encoders(released):
@@ -491,7 +500,7 @@ def test_authors_checkpoint_needs_its_encoders(released):
         (small_clip(5, layers=5), small_sam(5), "another CLIP"),
     ):
         with pytest.raises(ValueError, match=message):
-            EBSeg(encoder, second=second, **(SMALL | dict(weights=str(released[0]))))
+            EBSeg(encoder, aux_encoder=second, **(SMALL | dict(weights=str(released[0]))))
 
 
 def test_released_sizes():
@@ -501,7 +510,7 @@ def test_released_sizes():
             f"clip_visual_extractor.resblocks.{i}.attn.{'in_proj_bias' if i < start else 'qkv.bias'}"
             for i in range(first)
         ] + [f"clip_rec_head.resblocks.{i}.attn.qkv.bias" for i in range(count - first)]
-        assert list(translate(dict.fromkeys(names, torch.zeros(1)))[1]) == [
+        assert list(convert_checkpoint(dict.fromkeys(names, torch.zeros(1)))[1]) == [
             f"visual.transformer.resblocks.{i}.attn.in_proj_bias" for i in range(count)
         ]
 
@@ -509,10 +518,10 @@ def test_released_sizes():
 # ---- pictures
 
 
-@pytest.mark.parametrize("second", ["sam", None])
+@pytest.mark.parametrize("aux_encoder", ["sam", None])
 @pytest.mark.parametrize("size", [(48, 80), (90, 30), (64, 64), (7, 100)])
-def test_any_picture(second, size):
-    system = small(second=second)
+def test_any_picture(aux_encoder, size):
+    system = small(aux_encoder=aux_encoder)
     found = system.segment(photo(*size), WORDS)
     assert (
         found.labels.shape == size
@@ -535,32 +544,32 @@ def test_one_at_a_time_or_together():
     for a, b in zip(together, alone):
         close(a.tokens, b.tokens)
         close(a.features.dense, b.features.dense)
-    batch = system.answer(together[:3])[-1]
+    batch = system.branch_embeddings(together[:3])[-1]
     for i in range(3):
-        single = system.answer([alone[i]])[-1]
+        single = system.branch_embeddings([alone[i]])[-1]
         for name in ("masks", "A", "B", "D"):
             close(getattr(batch, name)[i], getattr(single, name)[0], 1e-3)
     with pytest.raises(ValueError, match="one size"):
-        system.answer(together)
+        system.branch_embeddings(together)
 
 
 def test_all_answers_together_equal_one_by_one():
     "The copies of the class token of all predictions share one walk; the public code walks once for each."
     system = small()
     images = [system.encode_image(photo())]
-    answers = system.answer(images, every=True)
+    answers = system.branch_embeddings(images, every=True)
     predictions = system.network(
         [o.float() for o in images[0].maps], images[0].layers, images[0].frame, every=True
     )
     assert len(answers) == len(predictions) == 4
     for answer, prediction in zip(answers, predictions):
         proposals, _ = propose(
-            system.encoder.blocks[system.first :],
+            system.encoder.blocks[system.proposal_start :],
             images[0].tokens,
             sos_bias(prediction.bias, images[0].layers[0].shape[-2:]),
         )
         close(answer.B, F.normalize(system.encoder.project(proposals), dim=-1), 1e-5)
-    close(system.answer(images)[-1].B, answers[-1].B, 1e-5)
+    close(system.branch_embeddings(images)[-1].B, answers[-1].B, 1e-5)
 
 
 def test_padding_is_zero_after_normalizing():
@@ -584,7 +593,7 @@ def test_scaled_clip():
 
 
 def test_full_resolution_and_quarter_agree_mostly():
-    fine, coarse = (small(full_resolution=o).segment(photo(64, 96), WORDS).labels for o in (True, False))
+    fine, coarse = (small(resolution=o).segment(photo(64, 96), WORDS).labels for o in ("image", "masks"))
     assert (fine == coarse).mean() > 0.8 and fine.dtype == coarse.dtype
 
 
@@ -594,7 +603,7 @@ def test_frozen_embedding_of_a_full_mask():
     system.network.forward = lambda *inputs: [
         Prediction(torch.ones(1, 5, 16, 24), torch.randn(1, 5, 24), torch.zeros(1, 2, 5, 16, 24))
     ]
-    found = system.answer([image])[-1]
+    found = system.branch_embeddings([image])[-1]
     close(found.D[0], image.features.dense.mean((2, 3)).expand(5, -1), 1e-5)
     close(found.B[0, 0], found.B[0, 4], 1e-6)  # with one bias all copies are one
 
@@ -612,7 +621,7 @@ def test_permuting_classes_permutes_scores():
 @pytest.mark.parametrize("use, exponents", [("A", (1, 0, 0)), ("B", (0, 0, 1)), ("D", (0, 1, 0))])
 def test_one_opinion(use, exponents):
     system = small(use=use)
-    answers, text = system.answers(system.encode_image(photo())), system.encode_text(WORDS)
+    answers, text = system.last_embeddings(system.encode_image(photo())), system.encode_text(WORDS)
     classifier, words = system.network.classifier, text.mean()
     p = system.class_probabilities(answers, text)
     chosen = dict(A=answers.A, B=answers.B, D=answers.D)[use]
@@ -624,7 +633,7 @@ def test_exponents_sum_to_one():
     for alpha, beta, gamma in ((0.09, 0.3, 0.7), (0.12, 0.4, 0.6)):
         logits = torch.randn(2, 3, 6)
         for flags in (torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)):
-            p = balance(logits, logits, logits, flags, alpha, beta, gamma)
+            p = adaptive_balance(logits, logits, logits, flags, alpha, beta, gamma)
             close(p[..., :-1] / (1 - p[..., -1:]), logits[..., :-1].softmax(-1), 1e-5)
             a, b, d = (torch.randn(1, 1, 3) for _ in range(3))
             x = alpha if flags.all() else beta
@@ -633,7 +642,7 @@ def test_exponents_sum_to_one():
                 + x * d[..., :-1].log_softmax(-1)
                 + gamma * b[..., :-1].log_softmax(-1)
             ).softmax(-1)
-            p = balance(a, b, d, flags[:2], alpha, beta, gamma)
+            p = adaptive_balance(a, b, d, flags[:2], alpha, beta, gamma)
             close(p[..., :-1] / (1 - p[..., -1:]), expected, 1e-5)
 
 
@@ -682,7 +691,11 @@ def batch(system, count=2, side=64):
 def test_loss_falls():
     system = small(keep_aspect=False)
     pixels, labels = batch(system)
-    images, text, generator = system.see(pixels), system.encode_text(WORDS), torch.Generator().manual_seed(0)
+    images, text, generator = (
+        system.encode_batch(pixels),
+        system.encode_text(WORDS),
+        torch.Generator().manual_seed(0),
+    )
     system.network.requires_grad_(True)
     optimizer, losses = torch.optim.AdamW(system.network.parameters(), 5e-3), []
     for _ in range(36):
@@ -699,7 +712,7 @@ def test_loss_falls():
 def test_words_of_the_training_are_remembered(tmp_path):
     system = small()
     assert "cat" in system.trained_words and "saxophone" not in system.trained_words
-    system.learns(Vocabulary.of({"horn": ["Saxophone", "trumpet"]}))
+    system.set_seen_classes(Vocabulary.of({"horn": ["Saxophone", "trumpet"]}))
     # says some words only
     system.loss(
         [system.encode_image(photo())], batch(system, 1)[1], system.encode_text(WORDS), torch.Generator()
@@ -715,9 +728,9 @@ def test_words_of_the_training_are_remembered(tmp_path):
 
 def test_loss_is_the_sum_of_its_parts():
     "One layer, so two answers; without points that chance could move, and with and without SSC."
-    system = small(keep_aspect=False, layers=1)
+    system = small(keep_aspect=False, decoder_layers=1)
     pixels, labels = batch(system)
-    images, text = system.see(pixels), system.encode_text(WORDS)
+    images, text = system.encode_batch(pixels), system.encode_text(WORDS)
 
     def value(**options):
         for name, o in options.items():
@@ -754,7 +767,7 @@ def test_structure_is_no_loss_when_it_agrees():
 def test_chance_comes_from_the_generator():
     system = small(keep_aspect=False)
     pixels, labels = batch(system)
-    images, text = system.see(pixels), system.encode_text(WORDS)
+    images, text = system.encode_batch(pixels), system.encode_text(WORDS)
     one, same, other = (
         system.loss(images, labels, text, torch.Generator().manual_seed(i))[0].item() for i in (1, 1, 2)
     )
@@ -764,9 +777,9 @@ def test_chance_comes_from_the_generator():
 def test_packed_features_say_the_same():
     system = small(keep_aspect=False)
     image, text = system.encode_image(photo()), system.encode_text(WORDS)
-    again = system.unpack(system.pack(image))
+    again = system.from_cache(system.to_cache(image))
     close(system.scores(again, text), system.scores(image, text), 1e-5)
-    assert set(system.pack(image)) == {
+    assert set(system.to_cache(image)) == {
         "tokens",
         "dense",
         "pooled",
@@ -778,18 +791,18 @@ def test_packed_features_say_the_same():
         "map3",
     }
     assert set(
-        small(second=None, keep_aspect=False).pack(
-            small(second=None, keep_aspect=False).encode_image(photo())
+        small(aux_encoder=None, keep_aspect=False).to_cache(
+            small(aux_encoder=None, keep_aspect=False).encode_image(photo())
         )
     ) == {"tokens", "dense", "pooled", "layer1", "layer3"}
     system.loss([again], batch(system, 1)[1], text, torch.Generator())
     assert (
-        system.packed_by()
-        == small(keep_aspect=False, gamma=0.5, width=32).packed_by()
-        != small(keep_aspect=False, first=3).packed_by()
+        system.cache_key()
+        == small(keep_aspect=False, gamma=0.5, width=32).cache_key()
+        != small(keep_aspect=False, proposal_start=3).cache_key()
     )
     with pytest.raises(ValueError, match="keep_aspect"):
-        small().pack(image)
+        small().to_cache(image)
 
 
 def test_positions_are_trained_and_kept(tmp_path):
@@ -798,7 +811,7 @@ def test_positions_are_trained_and_kept(tmp_path):
     assert len(positions) == 2 and small(train_positions=False).tune() == []
     pixels, labels = batch(system)
     value, _ = system.loss(
-        system.see(pixels), labels, system.encode_text(WORDS), torch.Generator().manual_seed(0)
+        system.encode_batch(pixels), labels, system.encode_text(WORDS), torch.Generator().manual_seed(0)
     )
     value.backward()
     assert (
@@ -812,10 +825,10 @@ def test_positions_are_trained_and_kept(tmp_path):
     encoder, second = small_clip(), small_sam()
     loaded = EBSeg(
         encoder,
-        second=second,
+        aux_encoder=second,
         **(SMALL | dict(weights=str(tmp_path / "tuned.safetensors"), keep_aspect=False)),
     )
-    assert sorted(loaded.own) == ["model.visual.positional_embedding", "second.model.pos_embed"]
+    assert sorted(loaded.own) == ["aux_encoder.model.pos_embed", "model.visual.positional_embedding"]
     assert np.allclose(
         loaded.segment(photo(), WORDS).scores, system.segment(photo(), WORDS).scores, atol=1e-5
     )
@@ -825,8 +838,8 @@ def test_positions_are_trained_and_kept(tmp_path):
         atol=1e-3,
     )
     assert torch.equal(
-        second.model.pos_embed, small_sam().model.pos_embed
-    ) and loaded.second.model.pos_embed.equal(system.second.model.pos_embed)
+        aux_encoder.model.pos_embed, small_sam().model.pos_embed
+    ) and loaded.aux_encoder.model.pos_embed.equal(system.aux_encoder.model.pos_embed)
 
 
 def test_answers_follow_the_network():
@@ -854,10 +867,10 @@ class Blind(Encoder):
     "make, message",
     [
         (lambda: EBSeg(Blind(), weights="random"), "no transformer blocks"),
-        (lambda: small(first=6), "numbers from 0 to 5"),
-        (lambda: small(fused=(1, 2)), "fused must be a list of 3"),
-        (lambda: small(surgery=-1), "surgery must be a whole number from 0 up"),
-        (lambda: small(second="dino"), "no second encoder"),
+        (lambda: small(proposal_start=6), "numbers from 0 to 5"),
+        (lambda: small(fused_layers=(1, 2)), "fused_layers must be a list of 3"),
+        (lambda: small(surgery_start=-1), "surgery_start must be a whole number from 0 up"),
+        (lambda: small(aux_encoder="dino"), "no second encoder"),
         (lambda: small(weights=None), "no weights"),
         (lambda: small(overlap="meaning"), "overlap must be"),
         (lambda: small().scores(photo(), small().encode_text(WORDS)), "encode_image"),
@@ -889,7 +902,7 @@ def test_file_with_another_second_encoder(tmp_path):
     with pytest.raises(ValueError, match="second encoder"):
         EBSeg(
             small_clip(),
-            second=SAMEncoder(randomise(other, 0), size=128, device="cpu"),
+            aux_encoder=SAMEncoder(randomise(other, 0), size=128, device="cpu"),
             **(SMALL | dict(weights=str(tmp_path / "tuned.safetensors"))),
         )
 

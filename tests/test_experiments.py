@@ -354,7 +354,7 @@ def test_train(tmp_path, monkeypatch):
         limit=28,
         evaluate_limit=16,
         unseen=["sofa", "sheep"],
-        options=dict(grid=6, attention_window=3, second_size=128, center_text=True),
+        options=dict(grid=6, attention_window=3, aux_size=128, center_text=True),
         changes=dict(
             train=[["voc2012-sbd-extra", "VOC-21", "all"]],
             test=[["voc2012-val-subset", "VOC-21", "all"]],

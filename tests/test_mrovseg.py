@@ -27,7 +27,7 @@ def small_clip(layers=4, patch=16):
 
 
 TINY = dict(
-    weights="random", width=32, depth=5, heads=4, queries=6, channels=16, templates="plain", points=256
+    weights="random", width=32, depth=5, heads=4, queries=6, channels=16, templates="plain", loss_points=256
 )
 WORDS = ["red", "green", "blue", "grey"]
 
@@ -98,7 +98,7 @@ def test_slice_ratios(clip, ratio, side, filled):
 
 
 def test_filling_up_is_grey_and_at_the_bottom_and_right(system):
-    shown, frame, filled = system.look(picture(64, 80))
+    shown, frame, filled = system.preprocess(picture(64, 80))
     mean, deviation = (torch.tensor(o).view(1, 3, 1, 1) for o in (system.encoder.mean, system.encoder.std))
     pixels = (shown * deviation + mean) * 255
     close(pixels[..., 80:], torch.full((1, 3, 64, 16), 128.0), 1e-2)
@@ -120,7 +120,7 @@ def test_a_picture_smaller_than_a_slice_is_filled_up_to_one(clip):
 )
 def test_layers_of_the_paper(blocks, layers, start, kept):
     system = MROVSeg(small_clip(blocks), size=64, **TINY)
-    assert (system.network.layers, system.network.start, system.kept) == (layers, start, kept)
+    assert (system.network.fused_layers, system.network.proposal_start, system.kept) == (layers, start, kept)
     assert system.segment(picture(40, 64), WORDS).labels.shape == (40, 64)
 
 
@@ -144,8 +144,8 @@ def test_patches_of_14_at_672():
         (dict(slice_pixels=40), "multiple of 16"),
         (dict(slice_pixels=80), "at most size"),
         (dict(pad_to=24), "stride"),
-        (dict(layers=(0, 5, 1)), "from 0 to 4"),
-        (dict(start=4), "start=4"),
+        (dict(fused_layers=(0, 5, 1)), "from 0 to 4"),
+        (dict(proposal_start=4), "proposal_start=4"),
         (dict(pyramid=(0, 1, 5)), "fused layers"),
         (dict(inject=(0, 1)), "inject"),
     ],
@@ -280,7 +280,7 @@ def test_every_switch(clip, switches):
     system.network.requires_grad_(True)
     labels = torch.randint(4, (1, 64, 64), generator=torch.Generator().manual_seed(0))
     loss, parts = system.loss(
-        [system.unpack(system.pack(image))], labels, text, torch.Generator().manual_seed(0)
+        [system.from_cache(system.to_cache(image))], labels, text, torch.Generator().manual_seed(0)
     )
     loss.backward()
     idle = [
@@ -322,8 +322,8 @@ def test_san_style_proposals_see_the_small_view_alone(clip):
         dict(positions="once"),
         dict(normalize=False),
         dict(inject=(0, 0, 1, 2, 4)),
-        dict(layers=(0, 2, 4), pyramid=(2, 1, 0)),
-        dict(start=2),
+        dict(fused_layers=(0, 2, 4), pyramid=(2, 1, 0)),
+        dict(proposal_start=2),
         dict(reduction=1),
         dict(reduction=4),
         dict(supervised=1),
@@ -341,14 +341,14 @@ def test_every_option(clip, options):
 
 STEMS = [
     dict(),
-    dict(layers=(0, 3, 6, 9, 12)),
-    dict(layers=(3, 6, 9)),
-    dict(layers=(3, 6, 9, 12)),
-    dict(layers=(9, 0, 3, 6)),
-    dict(layers=(3, 6, 9), multi_resolution=False),
-    dict(layers=(3, 6, 9), multi_resolution=False, multi_grained=False),
-    dict(layers=(6,), hierarchical=False),
-    dict(layers=(1, 3, 4), pyramid=(2, 1, 0), start=1),
+    dict(fused_layers=(0, 3, 6, 9, 12)),
+    dict(fused_layers=(3, 6, 9)),
+    dict(fused_layers=(3, 6, 9, 12)),
+    dict(fused_layers=(9, 0, 3, 6)),
+    dict(fused_layers=(3, 6, 9), multi_resolution=False),
+    dict(fused_layers=(3, 6, 9), multi_resolution=False, multi_grained=False),
+    dict(fused_layers=(6,), hierarchical=False),
+    dict(fused_layers=(1, 3, 4), pyramid=(2, 1, 0), proposal_start=1),
 ]
 
 
@@ -365,7 +365,7 @@ def test_the_stem_enters_the_adapter_whatever_is_fused(options):
     with torch.no_grad():
         system.outputs([image])
     handle.remove()
-    shown = system.look(picture(64, 64))[0]
+    shown = system.preprocess(picture(64, 64))[0]
     with torch.no_grad():
         if system.config.multi_resolution:
             expected = torch.zeros(1, 32, 4, 4)
@@ -381,14 +381,14 @@ def test_the_stem_enters_the_adapter_whatever_is_fused(options):
             )
     close(given[0], expected.flatten(2).mT)
     close(
-        system.scores(system.unpack(system.pack(image)), system.encode_text(WORDS)),
+        system.scores(system.from_cache(system.to_cache(image)), system.encode_text(WORDS)),
         system.scores(image, system.encode_text(WORDS)),
     )
 
 
 def test_the_stem_matters_though_it_is_not_fused(clip):
-    system = MROVSeg(clip, size=64, **TINY, layers=(1, 2, 3), keep_aspect=False)
-    changed = system.unpack(system.pack(system.encode_image(picture(64, 64))))
+    system = MROVSeg(clip, size=64, **TINY, fused_layers=(1, 2, 3), keep_aspect=False)
+    changed = system.from_cache(system.to_cache(system.encode_image(picture(64, 64))))
     text, before = system.encode_text(WORDS), system.scores(changed, system.encode_text(WORDS))
     for name in ("high", "low"):
         getattr(changed.views, name)[0] = getattr(changed.views, name)[0].flip(1)
@@ -408,13 +408,13 @@ def test_the_stem_matters_though_it_is_not_fused(clip):
 )
 def test_levels_of_the_pyramid_skip_the_stem(layers, levels):
     "SYSTEMS 4.3: layers 9, 6 and 3, the deepest at the lowest level."
-    assert MROVSeg(small_clip(12), size=64, **TINY, layers=layers).network.levels == levels
+    assert MROVSeg(small_clip(12), size=64, **TINY, fused_layers=layers).network.levels == levels
 
 
 def test_two_layers_make_no_pyramid(clip):
     with pytest.raises(ValueError, match="hierarchical=False"):
-        MROVSeg(clip, size=64, **TINY, layers=(0, 3))
-    assert MROVSeg(clip, size=64, **TINY, layers=(0, 3), hierarchical=False).network.levels == ()
+        MROVSeg(clip, size=64, **TINY, fused_layers=(0, 3))
+    assert MROVSeg(clip, size=64, **TINY, fused_layers=(0, 3), hierarchical=False).network.levels == ()
 
 
 # ---- files
@@ -443,12 +443,12 @@ def test_weights_round_trip(clip, tmp_path):
 def test_packed_is_unpacked(clip):
     system = MROVSeg(clip, size=64, **TINY, keep_aspect=False)
     image, text = system.encode_image(picture(64, 100)), system.encode_text(WORDS)
-    packed = system.pack(image)
+    packed = system.to_cache(image)
     assert {o: tuple(v.shape) for o, v in packed.items()} == {f"high{i}": (32, 4, 4) for i in range(5)} | {
         f"low{i}": (32, 2, 2) for i in range(5)
     } | {"cls3": (32,)}
-    close(system.scores(system.unpack(packed), text), system.scores(image, text))
-    half = system.unpack({name: o.half() for name, o in packed.items()})
+    close(system.scores(system.from_cache(packed), text), system.scores(image, text))
+    half = system.from_cache({name: o.half() for name, o in packed.items()})
     assert half.views.high[3].dtype == torch.float32
     close(system.scores(half, text), system.scores(image, text), 0.05)
 
@@ -465,13 +465,13 @@ def test_squares_are_never_filled_up(clip):
         and image.views.high[0].shape[-2:] == (5, 5)
         and image.views.low[0].shape[-2:] == (3, 3)
     )
-    close(system.scores(system.unpack(system.pack(image)), text), system.scores(image, text))
+    close(system.scores(system.from_cache(system.to_cache(image)), text), system.scores(image, text))
 
 
 def test_the_best_of_several_texts_can_be_trained(clip):
     system = MROVSeg(clip, size=64, **(TINY | dict(pooling="max")), keep_aspect=False)
     system.network.requires_grad_(True)
-    image = system.unpack(system.pack(system.encode_image(picture(64, 64))))
+    image = system.from_cache(system.to_cache(system.encode_image(picture(64, 64))))
     text = system.encode_text({"red": ["red", "crimson", "ruby"], "blue": ["blue"]})
     loss, _ = system.loss(
         [image], torch.zeros(1, 64, 64, dtype=torch.long), text, torch.Generator().manual_seed(0)
@@ -482,17 +482,17 @@ def test_the_best_of_several_texts_can_be_trained(clip):
 
 def test_pack_wants_squares(system):
     with pytest.raises(ValueError, match="keep_aspect=false"):
-        system.pack(system.encode_image(picture(64, 64)))
+        system.to_cache(system.encode_image(picture(64, 64)))
 
 
 def test_packed_by_names_what_matters(clip):
     def key(**options):
-        return MROVSeg(clip, size=64, **(TINY | options)).packed_by()
+        return MROVSeg(clip, size=64, **(TINY | options)).cache_key()
 
     assert (
-        key() == key(width=64, queries=3, points=9)
+        key() == key(width=64, queries=3, loss_points=9)
         and key() != key(slice_ratio=1.0)
-        and key() != key(layers=(0, 1, 2, 3))
+        and key() != key(fused_layers=(0, 1, 2, 3))
         and key() != key(reduction=1)
     )
 
@@ -500,7 +500,7 @@ def test_packed_by_names_what_matters(clip):
 def test_seen_crops_are_encoded_squares(clip):
     system = MROVSeg(clip, size=64, **TINY, keep_aspect=False)
     images = torch.from_numpy(np.stack([picture(64, 64), picture(64, 64, 1)])).permute(0, 3, 1, 2)
-    for seen, i in zip(system.see(images), range(2)):
+    for seen, i in zip(system.encode_batch(images), range(2)):
         close(
             seen.views.tokens(3),
             system.encode_image(images[i].permute(1, 2, 0).numpy()).views.tokens(3).clone(),
@@ -512,7 +512,7 @@ def test_seen_crops_are_encoded_squares(clip):
 def test_the_loss_is_reproducible_and_of_two_blocks(clip):
     system = MROVSeg(clip, size=64, **TINY, keep_aspect=False)
     images, text = (
-        [system.unpack(system.pack(system.encode_image(picture(64, 64, i)))) for i in range(2)],
+        [system.from_cache(system.to_cache(system.encode_image(picture(64, 64, i)))) for i in range(2)],
         system.encode_text(WORDS),
     )
     labels = torch.randint(4, (2, 64, 64), generator=torch.Generator().manual_seed(0))
@@ -528,7 +528,7 @@ def test_the_loss_is_reproducible_and_of_two_blocks(clip):
 def test_pictures_without_a_class_can_be_trained_on(clip):
     system = MROVSeg(clip, size=64, **TINY, keep_aspect=False)
     system.network.requires_grad_(True)
-    images = [system.unpack(system.pack(system.encode_image(picture(64, 64, i)))) for i in range(2)]
+    images = [system.from_cache(system.to_cache(system.encode_image(picture(64, 64, i)))) for i in range(2)]
     labels = torch.full((2, 64, 64), 255)
     loss, _ = system.loss(images, labels, system.encode_text(WORDS), torch.Generator().manual_seed(0))
     loss.backward()
@@ -547,7 +547,9 @@ def test_the_loss_falls(clip):
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     labels[0, :, 32:] = 1
     labels[1, :, :32] = 1
-    images = [system.unpack(system.pack(system.encode_image(o))) for o in (left, left[:, ::-1].copy())]
+    images = [
+        system.from_cache(system.to_cache(system.encode_image(o))) for o in (left, left[:, ::-1].copy())
+    ]
     text, generator = system.encode_text(["red", "blue"]), torch.Generator().manual_seed(0)
     optimizer, losses = torch.optim.AdamW(system.network.parameters(), lr=3e-3), []
     for _ in range(50):

@@ -49,7 +49,7 @@ CATSEG = dict(
     size=96,
     window=64,
     shortest=96,
-    layers=1,
+    aggregation_layers=1,
 )
 EBSEG = dict(
     weights="random",
@@ -61,11 +61,11 @@ EBSEG = dict(
     encoder_hidden=16,
     groups=4,
     queries=5,
-    layers=3,
+    decoder_layers=3,
     heads=2,
     hidden=16,
     keep_aspect=False,
-    full_resolution=False,
+    resolution="masks",
 )
 MROVSEG = dict(
     weights="random",
@@ -135,16 +135,16 @@ def build(name):
     if name == "catseg":
         return CATSeg(small_clip(), pooling="max", windows=False, **CATSEG)
     if name == "lmseg":
-        return LMSeg(small_clip(), second=Edges(), prompts="names", **CATSEG)
+        return LMSeg(small_clip(), aux_encoder=Edges(), prompts="names", **CATSEG)
     if name == "san":
         return SAN(small_clip(), **SMALL_SAN)
     if name == "mrovseg":
         return MROVSeg(small_clip(), **MROVSEG)
     if name == "mrovseg without the stem fused":
-        return MROVSeg(small_clip(), **MROVSEG, layers=(1, 2, 3))
+        return MROVSeg(small_clip(), **MROVSEG, fused_layers=(1, 2, 3))
     if name == "ebseg that ships":
-        return create("ebseg", full_resolution=False, device="cpu")
-    return EBSeg(small_clip(), second="none", **EBSEG)
+        return create("ebseg", resolution="masks", device="cpu")
+    return EBSeg(small_clip(), aux_encoder="none", **EBSEG)
 
 
 LONG = pytest.mark.skipif(
@@ -273,8 +273,8 @@ def test_preprocessing_without_torch_is_the_same():
         (lambda: SAN(small_clip(), **SMALL_SAN | dict(keep_aspect=True)), "keep_aspect=False"),
         (lambda: SAN(small_clip(), **SMALL_SAN | dict(resolution="image")), "resolution='input'"),
         (
-            lambda: EBSeg(small_clip(), second="none", **EBSEG | dict(full_resolution=True)),
-            "full_resolution=False",
+            lambda: EBSeg(small_clip(), aux_encoder="none", **EBSEG | dict(resolution="image")),
+            "resolution="masks"",
         ),
     ],
 )

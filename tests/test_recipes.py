@@ -27,8 +27,10 @@ def notebook_code(start, end):
     return "\n" + code[code.index("\n" + start) : code.index("\n" + end)]
 
 
-def recipes(encoder="clip:ViT-B-16-quickgelu/openai", second="sam:vit_b/sam.pth"):
-    exec(notebook_code("SMALL = ", "if recipe not in"), found := dict(encoder=encoder, second=second))
+def recipes(encoder="clip:ViT-B-16-quickgelu/openai", aux_encoder="sam:vit_b/sam.pth"):
+    exec(
+        notebook_code("SMALL = ", "if recipe not in"), found := dict(encoder=encoder, aux_encoder=aux_encoder)
+    )
     return found["RECIPES"]
 
 
@@ -145,7 +147,7 @@ def text_system(name, **options):
         ),
         san=dict(width=16, depth=4, heads=2, queries=4),
         mrovseg=dict(size=64, width=16, depth=5, heads=2, queries=4),
-        ebseg=dict(second="none", width=16, encoder_layers=1, groups=4, queries=4, layers=3, heads=2),
+        ebseg=dict(aux_encoder="none", width=16, encoder_layers=1, groups=4, queries=4, layers=3, heads=2),
     )
     return create(
         name,
@@ -204,15 +206,17 @@ def test_san_trains_the_position_table():
     CLIP's positions move, at the full learning rate and without decay, and nothing else of it.
     """
     model, found = (
-        text_system("san", size=64, keep_aspect=False, first_word=True, templates="single", points=16),
+        text_system("san", size=64, keep_aspect=False, first_word=True, templates="single", loss_points=16),
         recipes()["coco-stuff-san"],
     )
     tuned = model.tune() if found["tune"] else []
-    groups = parameter_groups(model.module, found["weight_decay"], {"^(encoder|second)": found["encoder_lr"]})
+    groups = parameter_groups(
+        model.module, found["weight_decay"], {"^(encoder|aux_encoder)": found["encoder_lr"]}
+    )
     table = [o for o in groups if any(name.startswith("encoder.") for name in o["names"])] if tuned else []
     model.network.requires_grad_(True)
     loss, _ = model.loss(
-        model.see(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)),
+        model.encode_batch(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)),
         torch.zeros(1, 64, 64, dtype=torch.long),
         model.encode_text(["cat", "sofa"]),
         torch.Generator().manual_seed(0),

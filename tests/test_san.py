@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
-from ovss_nb.systems.san import SAN, SANConfig, SideImage, SideNetwork, translate
+from ovss_nb.systems.san import SAN, SANConfig, SideImage, SideNetwork, convert_checkpoint
 from ovss_nb.text.text_bank import TextBank
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,7 +29,7 @@ SMALL = dict(
     heads=2,
     channels=8,
     templates="single",
-    points=64,
+    loss_points=64,
 )
 
 
@@ -111,7 +111,7 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
             )
         bias = system.network(
             torch.cat([o.picture for o in images]),
-            [torch.cat([o.layers[k] for o in images]) for k in system.layers],
+            [torch.cat([o.layers[k] for o in images]) for k in system.fused_layers],
         )[0][1]
         assert torch.allclose(bias, golden[f"out.{name}.bias_1"], atol=1e-4)
         expected = golden[f"out.{name}.sem_seg_{resolution}"][0]
@@ -137,13 +137,17 @@ def test_what_differs_by_size_follows_from_the_encoder(layers, patch, scale, ent
         device="cpu",
     )
     system = SAN(encoder, weights="random", **TINY)
-    assert (system.config.encoder_scale, system.layers, system.start) == (scale, entered, start)
+    assert (system.config.encoder_scale, system.fused_layers, system.proposal_start) == (
+        scale,
+        entered,
+        start,
+    )
     assert SAN(encoder, weights="random", encoder_scale=0.6, **TINY).config.encoder_scale == 0.6
 
 
 def test_what_follows_from_the_checkpoint(golden, checkpoint):
     system = SAN(tiny_clip(), weights=str(checkpoint), **TINY)
-    assert (system.layers, system.start) == ((0, 1, 2, 3), 3)
+    assert (system.fused_layers, system.proposal_start) == ((0, 1, 2, 3), 3)
     assert torch.allclose(system.network.classifier.scale, golden["w.ov_classifier.logit_scale"].exp())
     assert torch.equal(
         system.encoder.visual.positional_embedding, golden["w.clip_visual_extractor.positional_embedding"]
@@ -209,7 +213,7 @@ def test_all_names_of_the_released_networks(model, dim, width, heads):
     assert {name: tuple(o.shape) for name, o in theirs.items()} == {
         name: o for name, o in listed.items() if name != "clip_visual_extractor.positional_embedding"
     }
-    network, clip, _ = translate(theirs | {"ov_classifier.logit_scale": scale})
+    network, clip, _ = convert_checkpoint(theirs | {"ov_classifier.logit_scale": scale})
     assert network.keys() == ours.keys() and all(network[name].shape == ours[name].shape for name in ours)
     for name in ours:
         assert torch.allclose(
@@ -225,7 +229,7 @@ def test_all_names_of_the_released_networks(model, dim, width, heads):
 
 def test_names_of_clip(golden):
     "The three pieces of the tiny checkpoint are open_clip's model, all of it."
-    network, clip, start = translate({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
+    network, clip, start = convert_checkpoint({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
     expected = tiny_clip().model.state_dict()
     assert start == 3 and {k: v.shape for k, v in clip.items()} == {k: v.shape for k, v in expected.items()}
     assert {k: v.shape for k, v in network.items()} == {
@@ -263,8 +267,8 @@ def test_a_checkpoint_for_another_encoder_is_refused(checkpoint, lite):
         SAN(lite, weights=str(checkpoint), **TINY)
     with pytest.raises(ValueError, match="QuickGELU, which clip"):
         SAN(tiny_clip(quick_gelu=False), weights=str(checkpoint), **TINY)
-    with pytest.raises(ValueError, match="start=3, not 2"):
-        SAN(tiny_clip(), weights=str(checkpoint), start=2, **TINY)
+    with pytest.raises(ValueError, match="proposal_start=3, not 2"):
+        SAN(tiny_clip(), weights=str(checkpoint), proposal_start=2, **TINY)
     with pytest.raises(ValueError, match="has no weights.*san_vit_b_16.pth"):
         SAN(lite)
 
@@ -343,11 +347,17 @@ def test_other_encoders(lite):
     "CLIP with its own scale and heads, one bias for all heads, other layers and starts; no blocks, no SAN."
     clip = tiny_clip()
     system = SAN(
-        clip, weights="random", bias_per_head=False, layers=[0, 4], start=1, encoder_scale=0.5, **TINY
+        clip,
+        weights="random",
+        bias_per_head=False,
+        fused_layers=[0, 4],
+        proposal_start=1,
+        encoder_scale=0.5,
+        **TINY,
     )
     assert (
         system.network.biases == 1
-        and system.layers == (0, 4)
+        and system.fused_layers == (0, 4)
         and abs(float(system.network.classifier.scale) * 0.07 - 1) < 1e-3
     )
     seen = system.encode_image(pixels(64, 100))
@@ -355,7 +365,7 @@ def test_other_encoders(lite):
         seen, bank(F.normalize(torch.randn(3, 24), dim=-1))
     ).shape == (3, 64, 100)
     assert SAN(clip, weights="random", logit_scale=7.0, **TINY).network.classifier.scale == 7
-    for wrong in (dict(start=4), dict(layers=[5]), dict(depth=3, supervised=1)):
+    for wrong in (dict(proposal_start=4), dict(fused_layers=[5]), dict(depth=3, supervised=1)):
         with pytest.raises(ValueError, match="layers"):
             SAN(clip, weights="random", **TINY | wrong)
     with pytest.raises(ValueError, match="no transformer blocks"):
@@ -415,7 +425,7 @@ def test_bad_options_are_refused(wrong):
 def test_what_is_stored_is_what_was_seen(lite):
     system = SAN(lite, **SMALL, keep_aspect=False)
     text, image = system.encode_text(["cat", "dog"]), system.encode_image(pixels(64, 96))
-    arrays = system.pack(image)
+    arrays = system.to_cache(image)
     assert {name: tuple(o.shape) for name, o in arrays.items()} == dict(
         picture=(3, 64, 64),
         cls=(192,),
@@ -424,27 +434,27 @@ def test_what_is_stored_is_what_was_seen(lite):
         layer2=(192, 2, 2),
         layer3=(192, 2, 2),
     )
-    again = system.unpack({name: o.half() for name, o in arrays.items()})
+    again = system.from_cache({name: o.half() for name, o in arrays.items()})
     assert again.image is None and again.picture.dtype == torch.float32
     assert torch.allclose(
         system.scores(again, text),
         SAN(lite, **SMALL, keep_aspect=False, resolution="input").scores(image, text),
         atol=0.02,
     )
-    assert all(torch.equal(v, system.pack(again)[k]) for k, v in system.pack(again).items())
+    assert all(torch.equal(v, system.to_cache(again)[k]) for k, v in system.to_cache(again).items())
     with pytest.raises(ValueError, match="keep_aspect=false"):
-        SAN(lite, **SMALL).pack(image)
+        SAN(lite, **SMALL).to_cache(image)
     assert (
-        system.packed_by()
-        == SAN(lite, **SMALL | dict(channels=16), keep_aspect=False, no_object=0.3).packed_by()
-        != SAN(lite, **SMALL | dict(size=96), keep_aspect=False).packed_by()
+        system.cache_key()
+        == SAN(lite, **SMALL | dict(channels=16), keep_aspect=False, no_object=0.3).cache_key()
+        != SAN(lite, **SMALL | dict(size=96), keep_aspect=False).cache_key()
     )
 
 
 def test_crops_are_seen_as_pictures(lite):
     system = SAN(lite, **SMALL, keep_aspect=False)
     crops = torch.from_numpy(np.stack([pixels(64, 64, seed) for seed in range(2)])).permute(0, 3, 1, 2)
-    for crop, seen in zip(crops, system.see(crops)):
+    for crop, seen in zip(crops, system.encode_batch(crops)):
         own = system.encode_image(crop.permute(1, 2, 0).numpy())
         assert torch.allclose(seen.picture, own.picture, atol=1e-5) and torch.allclose(
             seen.cls, own.cls, atol=1e-4
@@ -460,7 +470,7 @@ def test_the_loss_falls_and_repeats(lite):
     pictures[0][:, 32:] += 180
     pictures[1][32:] += 180  # one half is bright
     images, labels = (
-        [system.unpack(system.pack(system.encode_image(o))) for o in pictures],
+        [system.from_cache(system.to_cache(system.encode_image(o))) for o in pictures],
         torch.zeros(2, 32, 32, dtype=torch.long),
     )
     labels[0, :, 16:], labels[1, 16:], labels[:, :4] = 1, 2, 255
@@ -491,9 +501,9 @@ def test_the_loss_falls_and_repeats(lite):
 
 def test_gradient_reaches_clips_positions(tmp_path):
     """The authors train CLIP's position table too:
-    what `see` gives leads back to it, and `save` takes it along.
+    what `encode_batch` gives leads back to it, and `save` takes it along.
     """
-    system = SAN(tiny_clip(), weights="random", keep_aspect=False, points=64, **TINY)
+    system = SAN(tiny_clip(), weights="random", keep_aspect=False, loss_points=64, **TINY)
     (positions,) = system.tune()
     assert (
         positions is system.encoder.visual.positional_embedding
@@ -502,7 +512,7 @@ def test_gradient_reaches_clips_positions(tmp_path):
     labels = torch.zeros(1, 64, 64, dtype=torch.long)
     labels[:, 32:] = 1
     loss, _ = system.loss(
-        system.see(torch.from_numpy(pixels(64, 64)).permute(2, 0, 1)[None]),
+        system.encode_batch(torch.from_numpy(pixels(64, 64)).permute(2, 0, 1)[None]),
         labels,
         bank(F.normalize(torch.randn(2, 24), dim=-1)),
         torch.Generator().manual_seed(0),

@@ -41,7 +41,7 @@ TINY = dict(
     attention_window=2,
     length=24,
 )
-KNOBS |= {"catseg": TINY, "lmseg": TINY | dict(second_size=128)}
+KNOBS |= {"catseg": TINY, "lmseg": TINY | dict(aux_size=128)}
 MASKS = dict(
     weights="random", templates="single", keep_aspect=False, width=16, queries=5, heads=2, resolution="masks"
 )
@@ -53,11 +53,11 @@ KNOBS |= {
         | dict(
             size=128,
             encoder_scale=1.0,
-            full_resolution=False,
+            resolution="masks",
             encoder_layers=1,
             encoder_hidden=16,
             groups=4,
-            layers=3,
+            decoder_layers=3,
             hidden=16,
         )
     ),

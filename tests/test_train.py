@@ -938,19 +938,19 @@ def test_features_of_another_encoder(tmp_path):
 
 
 class Mean:
-    "What the experiment's `look` asks of a system: features that say what picture they are of."
+    "What the experiment's `preprocess` asks of a system: features that say what picture they are of."
 
     def __init__(self):
         self.asked = 0
 
-    def packed_by(self):
+    def cache_key(self):
         return "mean", 8
 
     def encode_images(self, images):
         self.asked += len(images)
         return images
 
-    def pack(self, image):
+    def to_cache(self, image):
         return dict(mean=torch.from_numpy(image.reshape(-1, 3).mean(0)))
 
 

@@ -127,7 +127,7 @@ def test_files_that_do_not_fit(tmp_path):
 
 def test_the_authors_names(tmp_path):
     class Published(Turned):
-        def translate(self, path, state):
+        def convert_checkpoint(self, path, state):
             return (
                 ({name[7:]: o for name, o in state.items()}, {})
                 if all(o.startswith("theirs.") for o in state)
@@ -150,16 +150,16 @@ def test_the_authors_names(tmp_path):
 def test_stored_features():
     system = turned()
     bank, image = system.encode_text(WORDS), system.encode_image(PHOTO)
-    again = system.unpack({name: o.half() for name, o in system.pack(image).items()})
+    again = system.from_cache({name: o.half() for name, o in system.to_cache(image).items()})
     assert (
         again.image is None and (system.scores(again, bank) - system.scores(image, bank)).abs().max() < 0.05
     )
-    assert system.packed_by() == turned(weights="random").packed_by() != turned(size=96).packed_by()
+    assert system.cache_key() == turned(weights="random").cache_key() != turned(size=96).cache_key()
     with pytest.raises(ValueError, match="keep_aspect=false"):
-        turned(keep_aspect=True).pack(image)
+        turned(keep_aspect=True).to_cache(image)
     assert (
         system.tune() == []
-        and system.learns(Vocabulary.of(WORDS)) is None
+        and system.set_seen_classes(Vocabulary.of(WORDS)) is None
         and len(system.encode_images([PHOTO, PHOTO])) == 2
     )
 
@@ -168,7 +168,7 @@ def test_crops_bring_gradients_into_a_tuned_encoder():
     system = turned()
     tune_queries_values(system.encoder)
     crops = torch.from_numpy(np.stack([PHOTO, PHOTO[::-1]])).permute(0, 3, 1, 2)
-    seen = system.see(crops)
+    seen = system.encode_batch(crops)
     assert (
         len(seen) == 2
         and np.array_equal(seen[1].image, PHOTO[::-1])
@@ -186,14 +186,14 @@ def test_training_through_the_contract(tmp_path):
     system = turned()
     bank = system.encode_text(WORDS)
     kept = [
-        {name: o.half() for name, o in system.pack(system.encode_image(o)).items()}
+        {name: o.half() for name, o in system.to_cache(system.encode_image(o)).items()}
         for o in (PHOTO, PHOTO[:, ::-1].copy())
     ]
     labels = torch.randint(0, 2, (2, 16, 16), generator=torch.Generator().manual_seed(0))
     labels[:, :2] = 255
 
     def batches(number, generator):
-        return dict(images=[system.unpack(o) for o in kept], generator=generator)
+        return dict(images=[system.from_cache(o) for o in kept], generator=generator)
 
     def step(_, batch):
         return system.loss(batch["images"], labels, bank.select([0, 2]), batch["generator"])

@@ -231,13 +231,13 @@ class _LMSegGraph(_CATSegGraph):
 
     def __init__(self, system: LMSeg):
         super().__init__(system)
-        if system.second is None:
+        if system.aux_encoder is None:
             return
-        self.second, size = _Look(system.second), system.second.size
+        self.second, size = _Look(system.aux_encoder), system.aux_encoder.size
         self.rules["second"] = dict(
             rule="longest",
             size=size,
-            resample=system.second.resample.name,
+            resample=system.aux_encoder.resample.name,
             pad=self.second.mean.flatten().tolist(),
         )
         self.examples |= dict(second=torch.zeros(1, 3, size, size), filled=torch.ones(2))
@@ -298,11 +298,11 @@ class _QueryGraph(_Look):
         c = system.config
         if c.keep_aspect:
             raise ValueError("a graph has one size: export the system with keep_aspect=False")
-        if getattr(c, "resolution", "") == "image" or getattr(c, "full_resolution", False):
+        if getattr(c, "resolution", "") == "image":
             raise ValueError(
                 "a graph does not know the picture's own size: export the system with "
                 + (
-                    "full_resolution=False, in the shell --set full_resolution=false"
+                    "resolution='masks', in the shell --set resolution=masks"
                     if isinstance(system, EBSeg)
                     else "resolution='input'"
                 )
@@ -347,7 +347,7 @@ class _EBSegGraph(_QueryGraph):
     def forward(self, pixels, text, seen):
         system, c = self.system, self.system.config
         (image,) = system.observe(pixels)
-        answers, bank = system.answer([image])[-1], _bank(text)
+        answers, bank = system.branch_embeddings([image])[-1], _bank(text)
         opinions = (
             system.network.classifier.compare(o, bank, c.pooling) for o in (answers.A, answers.B, answers.D)
         )

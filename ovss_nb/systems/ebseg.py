@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'USES', 'EBSegConfig', 'LayerFusion', 'EBSegNetwork', 'spoken', 'seen_classes', 'published_flags',
-           'balance', 'resize_matrix', 'paint', 'translate', 'Answers', 'TwiceSeenImage', 'EBSeg']
+           'adaptive_balance', 'resize_matrix', 'semantic_inference', 'convert_checkpoint', 'BranchEmbeddings',
+           'TwiceSeenImage', 'EBSeg']
 
 # %% ../../nbs/systems/12_ebseg.ipynb #1e4a4e9e
 import copy, json, re
@@ -49,25 +50,25 @@ class EBSegConfig(TrainedConfig):
     keep_aspect: bool = True  # false squashes to a square, which stored features need
     templates: str = "vild14"
     # "lite_sam", "lite_sam:WEIGHTS", "sam:MODEL/CHECKPOINT", or "none": CLIP's own layers in its place
-    second: str = "lite_sam"
+    aux_encoder: str = "lite_sam"
     # CLIP sees the picture so many times as large; default, as for the shares of the balance: see `RELEASED`
     encoder_scale: Annotated[float, Range(0, 1, "low")] | None = None
     # after so many blocks CLIP's maps are added to the second encoder's; default: a quarter, half, three
     # quarters of them
-    fused: tuple[Index, Index, Index] | None = None
+    fused_layers: tuple[Index, Index, Index] | None = None
     # the first block (0-based) that mask attention goes through; default: three quarters up
-    first: Index | None = None
-    surgery: Index | None = None  # the first block of the second path; default: a sixth up
+    proposal_start: Index | None = None
+    surgery_start: Index | None = None  # the first block of the second path; default: a sixth up
     # what D is pooled from: "surgery", or "dense", the encoder's own dense features
     frozen: Literal["surgery", "dense"] = "surgery"
     train_positions: bool = True  # `tune` unfreezes the position embeddings of both encoders
     width: Count = 256  # from here on: see `PixelDecoder` and `MaskDecoder`
     encoder_layers: Count = 6
     encoder_hidden: Count = 1024
-    points: Count = 4
+    sampling_points: Count = 4
     groups: Count = 32
     queries: Count = 100
-    layers: Count = 9
+    decoder_layers: Count = 9
     heads: Count = 8
     hidden: Count = 2048
     # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
@@ -84,14 +85,14 @@ class EBSegConfig(TrainedConfig):
     overlap: Literal["words", "published"] = "words"
     # join masks and classes at the picture's own resolution, as the authors do; false: at a quarter of the
     # input's, and enlarge
-    full_resolution: bool = True
+    resolution: Literal["image", "masks"] = "image"
     class_weight: NotNegative = 1.5  # in the loss, of each of A and B
     ssc: NotNegative = 10.0  # weight of the SSC loss; 0: none
     ssc_normalize: bool = False  # compare cosines, not products
     loss_points: Count = 12544  # per mask
 
     def __post_init__(self):
-        object.__setattr__(self, "second", self.second or "none")
+        object.__setattr__(self, "aux_encoder", self.aux_encoder or "none")
         super().__post_init__()
         # What is not given yet is taken at its least.
         alpha, beta, gamma = (
@@ -148,18 +149,23 @@ class EBSegNetwork(nn.Module):
     ):
         super().__init__()
         c = config
-        self.fusion = LayerFusion(layer_width, channels[1:]) if c.second != "none" else None
+        self.fusion = LayerFusion(layer_width, channels[1:]) if c.aux_encoder != "none" else None
         self.pixels = PixelDecoder(
             channels,
             c.width,
             layers=c.encoder_layers,
             heads=c.heads,
-            points=c.points,
+            points=c.sampling_points,
             hidden=c.encoder_hidden,
             groups=c.groups,
         )
         self.decoder = MaskDecoder(
-            MaskHead(c.width, c.width, dim, bias_heads), c.width, c.queries, c.layers, c.heads, c.hidden
+            MaskHead(c.width, c.width, dim, bias_heads),
+            c.width,
+            c.queries,
+            c.decoder_layers,
+            c.heads,
+            c.hidden,
         )
         self.classifier = TextClassifier(dim, scale)
 
@@ -212,7 +218,7 @@ def published_flags() -> dict[tuple[str, ...], torch.Tensor]:  # names of a ship
     return found
 
 # %% ../../nbs/systems/12_ebseg.ipynb #19e31161
-def balance(
+def adaptive_balance(
     # B x N x (K+1) logits by the embeddings A, B and D, background last
     a: torch.Tensor,
     b: torch.Tensor,
@@ -247,7 +253,7 @@ def resize_matrix(
     return F.interpolate(x, size, mode="linear", align_corners=False)[0].T
 
 
-def paint(
+def semantic_inference(
     probabilities: torch.Tensor,  # N x (K+1), background last
     masks: torch.Tensor,  # N x h x w logits
     frame: tuple[int, int],  # height and width of the padded input
@@ -318,7 +324,7 @@ _TOWER, _LAST, _WORDS, _SAM = "clip_visual_extractor.", "clip_rec_head.", "ov_cl
 _LEFT_OUT = ("criterion.empty_weight", "ov_classifier.attn_mask")
 
 
-def translate(
+def convert_checkpoint(
     state: dict[str, torch.Tensor],  # of the authors' checkpoint
     # for `EBSegNetwork`, for open_clip's CLIP, and for SAM's image encoder
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -359,7 +365,7 @@ def translate(
 
 # %% ../../nbs/systems/12_ebseg.ipynb #dbe0e3a2
 @dataclass
-class Answers:
+class BranchEmbeddings:
     "What N queries say about B pictures."
 
     masks: torch.Tensor  # B x N x h x w logits, at stride 4
@@ -382,7 +388,7 @@ class TwiceSeenImage(EncodedImage):
     maps: list[torch.Tensor] = field(default_factory=list)
     frame: tuple[int, int] = (0, 0)  # height and width of what the encoders saw, padding included
     filled: tuple[int, int] = (0, 0)  # of which so much is picture
-    known: tuple | None = None  # a network, its state, and its `Answers`
+    known: tuple | None = None  # a network, its state, and its `BranchEmbeddings`
 
 
 class EBSeg(TrainedSystem):
@@ -396,7 +402,7 @@ class EBSeg(TrainedSystem):
     config_class = EBSegConfig
     authors = (
         "the authors' EBSeg_base.pth with encoder='clip:ViT-B-16-quickgelu/random' (EBSeg_large.pth:"
-        " 'clip:ViT-L-14-336-quickgelu/random') and second='sam:vit_b/random'"
+        " 'clip:ViT-L-14-336-quickgelu/random') and aux_encoder='sam:vit_b/random'"
     )
 
     def __init__(
@@ -406,12 +412,12 @@ class EBSeg(TrainedSystem):
         cache=None,
         # an encoder already built, or its description in place of the configuration's; None or "none": no
         # second encoder
-        second: Encoder | str | None = "",
+        aux_encoder: Encoder | str | None = "",
         **options,
     ):
-        self.second = second if isinstance(second, Encoder) else None
-        if self.second is None and second != "":
-            options["second"] = second or "none"
+        self.aux_encoder = aux_encoder if isinstance(aux_encoder, Encoder) else None
+        if self.aux_encoder is None and aux_encoder != "":
+            options["aux_encoder"] = aux_encoder or "none"
         self._words, self._trained, self._arrived = {}, None, {}
         super().__init__(encoder, config, cache, **options)
 
@@ -422,24 +428,24 @@ class EBSeg(TrainedSystem):
                 f"{self.encoder.name} has no transformer blocks for mask attention. Take an encoder such as"
                 " lite or clip:ViT-B-16/openai"
             )
-        if self.second is None and c.second != "none":
-            self.second = create_second(c.second, device=self.encoder.device)
+        if self.aux_encoder is None and c.aux_encoder != "none":
+            self.aux_encoder = create_second(c.aux_encoder, device=self.encoder.device)
         self.config = c = c.completed(self.encoder)
         count, default = len(blocks), lambda value, other: other if value is None else value
-        self.first, self.start, self.fused = (
-            default(c.first, 3 * count // 4),
-            default(c.surgery, count // 6),
-            default(c.fused, tuple(k * count // 4 for k in (1, 2, 3))),
+        self.proposal_start, self.surgery_start, self.fused_layers = (
+            default(c.proposal_start, 3 * count // 4),
+            default(c.surgery_start, count // 6),
+            default(c.fused_layers, tuple(k * count // 4 for k in (1, 2, 3))),
         )
         if (
-            not 0 <= self.first < count
-            or not 0 <= self.start < count
-            or len(self.fused) != 3
-            or not all(0 <= o <= count for o in self.fused)
+            not 0 <= self.proposal_start < count
+            or not 0 <= self.surgery_start < count
+            or len(self.fused_layers) != 3
+            or not all(0 <= o <= count for o in self.fused_layers)
         ):
             raise ValueError(
-                f"there are {count} blocks: first={self.first} and surgery={self.start} must be numbers from"
-                f" 0 to {count - 1}, fused={self.fused} three from 0 to {count}"
+                f"there are {count} blocks: proposal_start={self.proposal_start} and surgery_start={self.surgery_start} must be numbers from"
+                f" 0 to {count - 1}, fused_layers={self.fused_layers} three from 0 to {count}"
             )
         step = self.encoder.stride / c.encoder_scale
         self.multiple = int(step) if step % 32 == 0 else 32  # so that both grids fit, where that can be
@@ -448,17 +454,19 @@ class EBSeg(TrainedSystem):
             self.encoder.dim,
             width,
             blocks[0].attn.num_heads,
-            (self.second.width if self.second else width,) * 4,
+            (self.aux_encoder.width if self.aux_encoder else width,) * 4,
             c,
             logit_scale(self.encoder, c.logit_scale),
         )
 
     def describe(self) -> dict:
         "As every trained system's, and who the second encoder is and which words count as seen."
-        second = (
-            dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {}
+        aux = (
+            dict(aux_encoder=self.aux_encoder.name, aux_fingerprint=self.aux_encoder.fingerprint)
+            if self.aux_encoder
+            else {}
         )
-        return super().describe() | second | dict(seen=Cache.key(sorted(self.trained_words)))
+        return super().describe() | aux | dict(seen=Cache.key(sorted(self.trained_words)))
 
     # ---- pictures
 
@@ -498,8 +506,10 @@ class EBSeg(TrainedSystem):
         # what a convolution in steps leaves over anyway
         x = x[..., : grid[0] * encoder.stride, : grid[1] * encoder.stride]
         surgery, outputs, surgical = None, [encoder.embed(x)], frozen and c.frozen == "surgery"
-        for i, block in enumerate(encoder.blocks[: None if surgical else max(self.first, *self.fused)]):
-            if surgical and i >= self.start:
+        for i, block in enumerate(
+            encoder.blocks[: None if surgical else max(self.proposal_start, *self.fused_layers)]
+        ):
+            if surgical and i >= self.surgery_start:
                 tokens, surgery = carry([block], outputs[-1], surgery)
             else:
                 tokens = block(outputs[-1])
@@ -508,7 +518,11 @@ class EBSeg(TrainedSystem):
         def spread(o):
             return o[:, 1:].mT.unflatten(-1, grid)
 
-        tokens, layers, features = outputs[self.first], [spread(outputs[i]) for i in self.fused], None
+        tokens, layers, features = (
+            outputs[self.proposal_start],
+            [spread(outputs[i]) for i in self.fused_layers],
+            None,
+        )
         if surgical:
             features = ImageFeatures(
                 F.normalize(spread(encoder.project(surgery)).float(), dim=1),
@@ -517,7 +531,11 @@ class EBSeg(TrainedSystem):
         elif frozen:
             features = encoder.encode(x)
             features = ImageFeatures(F.normalize(features.dense.float(), dim=1), features.pooled.float())
-        maps = [o.to(pixels.device) for o in self.second.levels(shown(self.second))] if self.second else []
+        maps = (
+            [o.to(pixels.device) for o in self.aux_encoder.levels(shown(self.aux_encoder))]
+            if self.aux_encoder
+            else []
+        )
 
         def one(o, i):
             return o[i : i + 1]
@@ -551,11 +569,11 @@ class EBSeg(TrainedSystem):
         """
         return image if isinstance(image, TwiceSeenImage) else self.encode_images([image])[0]
 
-    def answer(
+    def branch_embeddings(
         self,
         images: list[TwiceSeenImage],  # of one frame
         every: bool = False,  # one answer per decoder layer, and the first; else the last only
-    ) -> list[Answers]:  # the last one with D, if the pictures have features
+    ) -> list[BranchEmbeddings]:  # the last one with D, if the pictures have features
         """What the network says about some pictures, before any word is known.
 
         Raises `ValueError` for pictures that cannot be one batch, or are not this system's.
@@ -577,10 +595,10 @@ class EBSeg(TrainedSystem):
         tokens, grid, count = torch.cat([o.tokens for o in images]), layers[0].shape[-2:], self.config.queries
         bias = torch.cat([sos_bias(o.bias, grid) for o in predictions], 2)
         proposals, _ = propose(
-            self.encoder.blocks[self.first :], tokens.to(self.encoder.dtype), bias, finish=False
+            self.encoder.blocks[self.proposal_start :], tokens.to(self.encoder.dtype), bias, finish=False
         )
         guided = F.normalize(self.encoder.project(proposals).float(), dim=-1).split(count, 1)
-        found = [Answers(o.masks, o.embeddings, b) for o, b in zip(predictions, guided)]
+        found = [BranchEmbeddings(o.masks, o.embeddings, b) for o, b in zip(predictions, guided)]
         if all(o.features for o in images):
             dense = torch.cat([o.features.dense for o in images])
             found[-1].D = mask_pool(
@@ -589,14 +607,14 @@ class EBSeg(TrainedSystem):
         return found
 
     @torch.no_grad()
-    def answers(self, image: TwiceSeenImage) -> Answers:
+    def last_embeddings(self, image: TwiceSeenImage) -> BranchEmbeddings:
         """The last answer about one picture, computed again only if the network has changed since.
 
-        Raises as `answer`.
+        Raises as `branch_embeddings`.
         """
         known, version = getattr(image, "known", None), sum(o._version for o in self.network.parameters())
         if known is None or known[0] is not self.network or known[1] != version:
-            known = self.network, version, self.answer([image])[-1]
+            known = self.network, version, self.branch_embeddings([image])[-1]
             image.known = known
         return known[2]
 
@@ -617,7 +635,7 @@ class EBSeg(TrainedSystem):
     @property
     def trained_words(self) -> frozenset[str]:
         """The words that count as seen:
-        of the last training (`learns`), of the weights' file, or of the option `seen`.
+        of the last training (`set_seen_classes`), of the weights' file, or of the option `seen`.
         """
         if self._trained is None:
             known = self.config.seen
@@ -634,25 +652,25 @@ class EBSeg(TrainedSystem):
 
     def class_probabilities(
         self,
-        answers: Answers,  # of B pictures, with D
+        answers: BranchEmbeddings,  # of B pictures, with D
         text: TextBank,
         use: str | None = None,  # in place of the configuration's
     ) -> torch.Tensor:  # B x N x (K+1), background last
         "What the regions are, by one opinion or by all three."
         c = self.config
         exponents = USES[use or c.use] or (c.alpha, c.beta, c.gamma)
-        return balance(
+        return adaptive_balance(
             *(self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B, answers.D)),
             self.seen(text),
             *exponents,
         )
 
-    def painted(
+    def semantic_strips(
         self, image: TwiceSeenImage, text: TextBank, size: tuple[int, int], use: str | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        "Strips of scores at `size`, see `paint`; `use` in place of the configuration's."
-        answers = self.answers(image)
-        return paint(
+        "Strips of scores at `size`, see `semantic_inference`; `use` in place of the configuration's."
+        answers = self.last_embeddings(image)
+        return semantic_inference(
             self.class_probabilities(answers, text, use)[0], answers.masks[0], image.frame, image.filled, size
         )
 
@@ -661,9 +679,9 @@ class EBSeg(TrainedSystem):
         """K x h x w at a quarter of the input's resolution, without padding;
         `use` in place of the configuration's.
         """
-        self.answers(image)  # which refuses what is no picture of this system's
+        self.last_embeddings(image)  # which refuses what is no picture of this system's
         return torch.cat(
-            [o for _, o in self.painted(image, text, tuple(-(-o // 4) for o in image.filled), use)], 1
+            [o for _, o in self.semantic_strips(image, text, tuple(-(-o // 4) for o in image.filled), use)], 1
         )
 
     def stages(self, image: TwiceSeenImage, text: TextBank) -> dict[str, torch.Tensor]:
@@ -674,15 +692,15 @@ class EBSeg(TrainedSystem):
     @torch.no_grad()
     def labels(self, image, text, scores, vocabulary) -> np.ndarray:
         """H x W label indices, painted at the picture's own resolution, or enlarged from `scores` without
-        `full_resolution`.
+        `resolution="image"`.
         """
-        if not self.config.full_resolution:
+        if self.config.resolution == "masks":
             return super().labels(image, text, scores, vocabulary)
         return (
             torch.cat(
                 [
                     o.argmax(0).to(torch.int16 if len(o) < 2**15 else torch.int32)
-                    for _, o in self.painted(image, text, image.size)
+                    for _, o in self.semantic_strips(image, text, image.size)
                 ]
             )
             .cpu()
@@ -696,53 +714,55 @@ class EBSeg(TrainedSystem):
         "Network and encoders as one module, for an optimizer."
         return nn.ModuleDict(
             dict(network=self.network, encoder=self.encoder)
-            | (dict(second=self.second) if self.second else {})
+            | (dict(aux_encoder=self.aux_encoder) if self.aux_encoder else {})
         )
 
-    def learns(self, vocabulary: Vocabulary):
+    def set_seen_classes(self, vocabulary: Vocabulary):
         "The words of these classes count as seen from now on."
         self._trained = spoken(o for row in vocabulary.words for o in row)
 
     def tune(self) -> list[nn.Parameter]:
         """With `train_positions`, unfreeze the position embeddings of the image towers, in place;
-        `save` then keeps them. Only pictures given to `see` train them.
+        `save` then keeps them. Only pictures given to `encode_batch` train them.
         """
         found = {
             name: o
             for name, o in self.encoder.named_parameters()
             if name.endswith("visual.positional_embedding")
         }
-        if self.second:
+        if self.aux_encoder:
             found |= {
-                f"second.{name}": o for name, o in self.second.named_parameters() if name == "model.pos_embed"
+                f"aux_encoder.{name}": o
+                for name, o in self.aux_encoder.named_parameters()
+                if name == "model.pos_embed"
             }
         if not self.config.train_positions:
             found = {}
         self.own = sorted({*self.own, *found})
         return [o.requires_grad_(True) for o in found.values()]
 
-    def packed_by(self) -> tuple:
+    def cache_key(self) -> tuple:
         c = self.config
         return (
             self.encoder.fingerprint,
-            self.second.fingerprint if self.second else None,
+            self.aux_encoder.fingerprint if self.aux_encoder else None,
             c.size,
             c.encoder_scale,
-            self.fused,
-            self.first,
-            self.start,
+            self.fused_layers,
+            self.proposal_start,
+            self.surgery_start,
             c.frozen,
         )
 
-    def pack(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
+    def to_cache(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
         if self.config.keep_aspect:
             raise ValueError(
                 "stored features are of pictures squashed to a square: say keep_aspect=false in the options, or"
                 " give an augmentation"
             )
-        kept = {f"layer{i}": o for i, o in zip(self.fused, image.layers) if i != self.first} | {
-            f"map{i}": o for i, o in enumerate(image.maps)
-        }
+        kept = {
+            f"layer{i}": o for i, o in zip(self.fused_layers, image.layers) if i != self.proposal_start
+        } | {f"map{i}": o for i, o in enumerate(image.maps)}
         return {
             name: o[0]
             for name, o in (
@@ -750,21 +770,23 @@ class EBSeg(TrainedSystem):
             ).items()
         }
 
-    def unpack(self, arrays: dict[str, torch.Tensor]) -> TwiceSeenImage:
+    def from_cache(self, arrays: dict[str, torch.Tensor]) -> TwiceSeenImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
-        found[f"layer{self.first}"] = found["tokens"][:, 1:].mT.unflatten(-1, found["dense"].shape[-2:])
+        found[f"layer{self.proposal_start}"] = found["tokens"][:, 1:].mT.unflatten(
+            -1, found["dense"].shape[-2:]
+        )
         side = -(-self.config.size // self.multiple) * self.multiple
         return TwiceSeenImage(
             None,
             ImageFeatures(found["dense"], found["pooled"]),
             tokens=found["tokens"],
-            layers=[found[f"layer{i}"] for i in self.fused],
-            maps=[found[f"map{i}"] for i in range(4)] if self.second else [],
+            layers=[found[f"layer{i}"] for i in self.fused_layers],
+            maps=[found[f"map{i}"] for i in range(4)] if self.aux_encoder else [],
             frame=(side, side),
             filled=(self.config.size,) * 2,
         )
 
-    def see(self, images: torch.Tensor) -> list[TwiceSeenImage]:
+    def encode_batch(self, images: torch.Tensor) -> list[TwiceSeenImage]:
         pixels = F.interpolate(
             images.to(self.encoder.device, torch.float32) / 255,
             (self.config.size,) * 2,
@@ -784,7 +806,7 @@ class EBSeg(TrainedSystem):
         # out of inference mode
         text = TextBank(**vars(text) | dict(embeddings=text.embeddings.to(labels.device).float().clone()))
         total, numbers = 0, {}
-        for answers in self.answer(images, every=True):
+        for answers in self.branch_embeddings(images, every=True):
             by_a, by_b = (self.network.classifier.compare(o, text, c.pooling) for o in (answers.A, answers.B))
             points = torch.rand(len(images), c.loss_points, 2, generator=generator).to(labels.device)
             matches = match_masks(by_a, answers.masks, targets, points)
@@ -808,21 +830,23 @@ class EBSeg(TrainedSystem):
     # ---- weights
 
     def encoder_state(self) -> dict[str, torch.Tensor]:
-        "Tensors of both encoders; the second one's names start with `second.`"
+        "Tensors of both encoders; the second one's names start with `aux_encoder.`"
         return super().encoder_state() | (
-            {f"second.{name}": o for name, o in self.second.state_dict().items()} if self.second else {}
+            {f"aux_encoder.{name}": o for name, o in self.aux_encoder.state_dict().items()}
+            if self.aux_encoder
+            else {}
         )
 
     def save(self, path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None):
         "As every trained system's, with the words that count as seen."
         super().save(path, dict(metadata or {}, seen=json.dumps(sorted(self.trained_words))), dtype)
 
-    def translate(self, path, state):
+    def convert_checkpoint(self, path, state):
         """Network and encoder of a file, the authors' or ours;
         what it has for the second encoder is checked and laid aside.
         """
         if any(o.startswith("sem_seg_head.") for o in state):
-            network, clip, sam = translate(state)
+            network, clip, sam = convert_checkpoint(state)
             model = getattr(self.encoder, "model", None)
             if type(
                 getattr(getattr(self.encoder.blocks[0], "mlp", None), "gelu", None)
@@ -836,25 +860,27 @@ class EBSeg(TrainedSystem):
                     f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nTake {self.authors}"
                 )
             if (
-                self.second is None
-                or not hasattr(self.second, "global_blocks")
-                or not hasattr(self.second, "model")
+                self.aux_encoder is None
+                or not hasattr(self.aux_encoder, "global_blocks")
+                or not hasattr(self.aux_encoder, "model")
             ):
                 raise ValueError(f"{path} was trained with SAM as second encoder. Take {self.authors}")
             expected = {
-                name: o for name, o in self.second.model.state_dict().items() if not name.startswith("neck.")
+                name: o
+                for name, o in self.aux_encoder.model.state_dict().items()
+                if not name.startswith("neck.")
             }
             if wrong := state_dict_difference(sam, expected):
                 raise ValueError(
-                    f"{path} holds another image encoder than {self.second.name}.\n{wrong}\nTake"
+                    f"{path} holds another image encoder than {self.aux_encoder.name}.\n{wrong}\nTake"
                     f" {self.authors}"
                 )
             self._arrived = {f"model.{name}": o for name, o in sam.items()}
             return network, {f"model.{name}": o for name, o in clip.items()}
-        prefix = "encoder.second."
+        prefix = "encoder.aux_encoder."
         arrived = {name.removeprefix(prefix): o for name, o in state.items() if name.startswith(prefix)}
         if arrived:
-            own = self.second.state_dict() if self.second else {}
+            own = self.aux_encoder.state_dict() if self.aux_encoder else {}
             if wrong := state_dict_difference(arrived, {name: own[name] for name in arrived if name in own}):
                 raise ValueError(
                     f"{path} brings parts of another second encoder.\n{wrong}\nUse the one that it was"
@@ -880,13 +906,13 @@ class EBSeg(TrainedSystem):
         """
         super().load(path)
         if self._arrived:
-            self.second = copy.deepcopy(self.second)
+            self.aux_encoder = copy.deepcopy(self.aux_encoder)
             with torch.no_grad():
                 for name, value in self._arrived.items():
-                    self.second.state_dict()[name].copy_(value)
-            self.second._fingerprint, self.own, self._arrived = (
+                    self.aux_encoder.state_dict()[name].copy_(value)
+            self.aux_encoder._fingerprint, self.own, self._arrived = (
                 None,
-                [*self.own, *(f"second.{o}" for o in self._arrived)],
+                [*self.own, *(f"aux_encoder.{o}" for o in self._arrived)],
                 {},
             )
         if str(path).endswith(".safetensors"):

@@ -20,9 +20,9 @@ from ..core.vocabulary import Vocabulary
 # %% ../../nbs/systems/07_llm_supervised.ipynb #d04ce145
 @dataclass(frozen=True)
 class LLMSupervisedConfig(SimSegConfig):
-    "Options of LLM-supervised segmentation; n, ensemble and what follows from the paper (SYSTEMS 5)."
+    "Options of LLM-supervised segmentation; num_subclasses, ensemble and what follows from the paper (SYSTEMS 5)."
 
-    n: Count = 10  # subclasses per class; the released code ships 5
+    num_subclasses: Count = 10  # subclasses per class; the released code ships 5
     include_superclass: bool = False  # count the class itself among its subclasses
     # "paper" (LS-6 to LS-8), "repo" (LS-8'), "mean", or "max" over the maps
     ensemble: Literal["paper", "repo", "mean", "max"] = "paper"
@@ -45,7 +45,7 @@ class LLMSupervisedConfig(SimSegConfig):
 # %% ../../nbs/systems/07_llm_supervised.ipynb #c2c69391
 def subclass_vocabulary(
     vocabulary: Vocabulary,  # names, perhaps with the user's own subclasses
-    n: int = 10,  # at most so many per class
+    num_subclasses: int = 10,  # at most so many per class
     include_superclass: bool = False,  # put the class itself first
 ) -> Vocabulary:  # the same names, with subclasses as their words
     """Replace the words of every name by its subclasses:
@@ -59,7 +59,7 @@ def subclass_vocabulary(
     words = {}
     for name, given in zip(vocabulary.names, vocabulary.words):
         found = own.get(name) or (given if tuple(given) != (name,) else shipped.get(name, given))
-        found = list(found)[:n]
+        found = list(found)[:num_subclasses]
         words[name] = [name, *(o for o in found if o != name)] if include_superclass else found
     return vocabulary.with_words(words)
 
@@ -86,7 +86,7 @@ class LLMSupervised(SimSeg):
         return SubclassText(
             super().encode_text(names),
             super().encode_text(
-                subclass_vocabulary(vocabulary, self.config.n, self.config.include_superclass)
+                subclass_vocabulary(vocabulary, self.config.num_subclasses, self.config.include_superclass)
             ),
         )
 

@@ -32,9 +32,9 @@ class LMSegConfig(CATSegConfig):
     fallback: bool = True
     # where Fs comes from: "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g.
     # "sam:vit_b/sam_vit_b_01ec64.pth"
-    second: str = "lite_sam"
+    aux_encoder: str = "lite_sam"
     # pixels of its longer side; default: the encoder's own, 448 for lite_sam and 1024 for SAM
-    second_size: Count | None = None
+    aux_size: Count | None = None
     # w: learned, "scalar" or "channel"; or fixed, where 1.0 leaves the second encoder out
     fusion_weight: Literal["scalar", "channel"] | Share = "scalar"
     fusion_initial: Share = 0.5  # where a learned w starts; 0.88 if training is unstable
@@ -69,7 +69,7 @@ class LMSegNetwork(CATSegNetwork):
 class FusedImage(GuidedImage):
     "A guided image with what the second encoder saw of it."
 
-    second: torch.Tensor | None = None  # 1 x C x h x w, of the whole image; None if w is fixed to 1
+    aux_features: torch.Tensor | None = None  # 1 x C x h x w, of the whole image; None if w is fixed to 1
     regions: torch.Tensor | None = None  # V x 4: what each view shows of it, see `sample_regions`
 
 
@@ -89,41 +89,45 @@ class LMSeg(CATSeg):
         config=None,
         cache=None,
         # an encoder already built, or its description in place of the configuration's
-        second: Encoder | str | None = None,
+        aux_encoder: Encoder | str | None = None,
         **options,
     ):
-        if isinstance(second, str):
-            options["second"], second = second, None
-        self.second = second
+        if isinstance(aux_encoder, str):
+            options["aux_encoder"], aux_encoder = aux_encoder, None
+        self.aux_encoder = aux_encoder
         super().__init__(encoder, config, cache, **options)
 
     def build(self) -> LMSegNetwork:
         if self.config.fusion_weight == 1:
-            self.second = None  # nobody will ask
-        elif self.second is None:
-            self.second = create_second(self.config.second, self.config.second_size, self.encoder.device)
-        return super().build(other=self.second.dim if self.second else self.encoder.dim)
+            self.aux_encoder = None  # nobody will ask
+        elif self.aux_encoder is None:
+            self.aux_encoder = create_second(
+                self.config.aux_encoder, self.config.aux_size, self.encoder.device
+            )
+        return super().build(other=self.aux_encoder.dim if self.aux_encoder else self.encoder.dim)
 
     def describe(self) -> dict:
         return super().describe() | (
-            dict(second=self.second.name, second_fingerprint=self.second.fingerprint) if self.second else {}
+            dict(aux_encoder=self.aux_encoder.name, aux_fingerprint=self.aux_encoder.fingerprint)
+            if self.aux_encoder
+            else {}
         )
 
     @torch.inference_mode()
     def encode_images(self, images) -> list[FusedImage]:
         "As CAT-Seg does, and once per image by the second encoder."
         found = [FusedImage(**vars(o)) for o in super().encode_images(images)]
-        for o in found if self.second else []:
-            self.look_again(o)
+        for o in found if self.aux_encoder else []:
+            self.encode_aux(o)
         return found
 
     @torch.no_grad()
-    def look_again(self, image: FusedImage):
+    def encode_aux(self, image: FusedImage):
         """Fill in what the second encoder sees of an image, whose `image`, `corners` and `frame` must be
         there, and which part of it each view shows.
         """
-        size, device = self.second.size, self.encoder.device
-        image.second = self.second.dense(self.second.preprocess(image.image, size)).to(device)
+        size, device = self.aux_encoder.size, self.encoder.device
+        image.aux_features = self.aux_encoder.dense(self.aux_encoder.preprocess(image.image, size)).to(device)
         filled = torch.tensor(fit_longest(*image.size, size), dtype=torch.float32) / size
         whole, frame = (
             torch.tensor([[0.0, 0, 1, 1]]),
@@ -142,7 +146,9 @@ class LMSeg(CATSeg):
         image.regions = (torch.cat([windows, whole]) * filled.repeat(2)).clamp(max=1).to(device)
 
     def fused(self, images: list[FusedImage]) -> torch.Tensor:
-        return torch.cat([self.network.fusion(o.views.dense.float(), o.second, o.regions) for o in images])
+        return torch.cat(
+            [self.network.fusion(o.views.dense.float(), o.aux_features, o.regions) for o in images]
+        )
 
     def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
         """With descriptions, the template around the words of a name, for names that have none;
@@ -182,26 +188,28 @@ class LMSeg(CATSeg):
 
     # ---- training: see `TrainedSystem`
 
-    def packed_by(self) -> tuple:
-        return super().packed_by() + ((self.second.fingerprint, self.second.size) if self.second else ())
-
-    def pack(self, image: FusedImage) -> dict[str, torch.Tensor]:
-        "As CAT-Seg, and the second encoder's map with the region that the picture fills, if it counts."
-        return super().pack(image) | (
-            dict(second=image.second[0], regions=image.regions[0]) if self.second else {}
+    def cache_key(self) -> tuple:
+        return super().cache_key() + (
+            (self.aux_encoder.fingerprint, self.aux_encoder.size) if self.aux_encoder else ()
         )
 
-    def unpack(self, arrays: dict[str, torch.Tensor]) -> FusedImage:
-        found = FusedImage(**vars(super().unpack(arrays)))
-        if self.second:
-            found.second, found.regions = (
-                arrays[o].to(self.encoder.device, torch.float32)[None] for o in ("second", "regions")
+    def to_cache(self, image: FusedImage) -> dict[str, torch.Tensor]:
+        "As CAT-Seg, and the second encoder's map with the region that the picture fills, if it counts."
+        return super().to_cache(image) | (
+            dict(aux_features=image.aux_features[0], regions=image.regions[0]) if self.aux_encoder else {}
+        )
+
+    def from_cache(self, arrays: dict[str, torch.Tensor]) -> FusedImage:
+        found = FusedImage(**vars(super().from_cache(arrays)))
+        if self.aux_encoder:
+            found.aux_features, found.regions = (
+                arrays[o].to(self.encoder.device, torch.float32)[None] for o in ("aux_features", "regions")
             )
         return found
 
-    def see(self, images: torch.Tensor) -> list[FusedImage]:
+    def encode_batch(self, images: torch.Tensor) -> list[FusedImage]:
         "As CAT-Seg, and once by the second encoder, which is never tuned."
-        found = [FusedImage(**vars(o)) for o in super().see(images)]
-        for o in found if self.second else []:
-            self.look_again(o)
+        found = [FusedImage(**vars(o)) for o in super().encode_batch(images)]
+        for o in found if self.aux_encoder else []:
+            self.encode_aux(o)
         return found

@@ -50,8 +50,8 @@ class MROVSegConfig(TrainedConfig):
     pad_to: Count | None = None
     pad_value: Annotated[int, Range(0, 255)] = 128  # what they are filled with, from 0 to 255
     # of the encoder, to be fused: 0 is the stem; default: every quarter, the last only of up to 12 blocks
-    layers: tuple[Index, ...] | None = None
-    start: Index | None = None  # proposals start after so many blocks; default: three quarters
+    fused_layers: tuple[Index, ...] | None = None
+    proposal_start: Index | None = None  # proposals start after so many blocks; default: three quarters
     multi_resolution: bool = True  # the adapter gets slices; false: the small view alone
     hierarchical: bool = True  # masks of stride 4 from a pyramid; false: of the tokens' stride
     # proposals look at both views (MR-9); false: at the small one, and at themselves, as SAN's
@@ -75,7 +75,7 @@ class MROVSegConfig(TrainedConfig):
     # masks are combined at the pixels of the "input", of the "image" as SAN's evaluation does, or at the
     # places of the "masks" themselves
     resolution: Literal["input", "image", "masks"] = "input"
-    points: Count = 12544  # at which masks are compared in training, here and below: SYSTEMS 1.6
+    loss_points: Count = 12544  # at which masks are compared in training, here and below: SYSTEMS 1.6
     # of classes, cross-entropy of masks, dice
     loss_weights: tuple[NotNegative, NotNegative, NotNegative] = (2.0, 5.0, 5.0)
     no_object: NotNegative = 0.1  # weight of the background in the loss of classes
@@ -108,7 +108,7 @@ class MROVSegNetwork(nn.Module):
     ):
         super().__init__()
         c = config
-        self.layers, self.start, self.reduction = layers, start, c.reduction
+        self.fused_layers, self.proposal_start, self.reduction = layers, start, c.reduction
         self.levels = (c.pyramid or pyramid_levels(layers)) if c.hierarchical else ()
         if c.hierarchical and not (len(self.levels) == 3 and all(0 <= o < len(layers) for o in self.levels)):
             raise ValueError(
@@ -144,9 +144,9 @@ class MROVSegNetwork(nn.Module):
         every: bool = False,  # outputs of all supervised blocks
         # per output: unit vectors B x N x d, mask logits B x N x H' x W', attention masks B x heads x N x P
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        high = None if self.adapter.low else [views.high[o] for o in self.layers]
+        high = None if self.adapter.low else [views.high[o] for o in self.fused_layers]
         stem = views.low[0] if self.adapter.low else views.high[0]
-        outputs, fused = self.adapter(stem, high, [views.low[o] for o in self.layers], grid, every)
+        outputs, fused = self.adapter(stem, high, [views.low[o] for o in self.fused_layers], grid, every)
         vectors = [self.vector(queries) for queries, _ in outputs]
         masks = [
             self.pyramid(v, tokens, [fused[o] for o in self.levels])
@@ -156,17 +156,19 @@ class MROVSegNetwork(nn.Module):
             self.attention(v, tokens, small_grid(grid, self.reduction))
             for v, (_, tokens) in zip(vectors, outputs)
         ]
-        blocks, attention = list(encoder.blocks)[self.start :], torch.cat(seen, 2)
+        blocks, attention = list(encoder.blocks)[self.proposal_start :], torch.cat(seen, 2)
         if self.positions is not None:
             x = multi_grained_attention(
                 blocks,
-                [views.tokens(self.start + i) for i in range(len(blocks))],
-                views.cls[self.start],
+                [views.tokens(self.proposal_start + i) for i in range(len(blocks))],
+                views.cls[self.proposal_start],
                 self.positions.repeat(len(outputs), 1),
                 attention,
             )
         else:
-            tokens = torch.cat([views.cls[self.start][:, None], views.low[self.start].flatten(2).mT], 1)
+            tokens = torch.cat(
+                [views.cls[self.proposal_start][:, None], views.low[self.proposal_start].flatten(2).mT], 1
+            )
             x = propose(blocks, tokens.to(encoder.dtype), attention, finish=False)[0]
         embeddings = F.normalize(encoder.project(x).float(), dim=-1).chunk(len(outputs), 1)
         return list(zip(embeddings, masks, seen))
@@ -224,13 +226,13 @@ class MROVSeg(TrainedSystem):
         # Every quarter: 0, 3, 6, 9, 12 of 12 blocks, and 0, 6, 12, 18 of 24.
         layers = (
             tuple(round(i * count / 4) for i in range(5 if count <= 12 else 4))
-            if c.layers is None
-            else c.layers
+            if c.fused_layers is None
+            else c.fused_layers
         )
-        start = 3 * count // 4 if c.start is None else c.start
+        start = 3 * count // 4 if c.proposal_start is None else c.proposal_start
         if not 0 <= start < count or not all(0 <= o <= count for o in layers):
             raise ValueError(
-                f"layers={layers} go from 0 to {count}, and start={start} from 0 to {count - 1}, for"
+                f"fused_layers={layers} go from 0 to {count}, and proposal_start={start} from 0 to {count - 1}, for"
                 f" {encoder.name}"
             )
         self.sliced = c.multi_resolution or c.multi_grained
@@ -249,7 +251,7 @@ class MROVSeg(TrainedSystem):
 
     # ---- images
 
-    def look(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    def preprocess(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
         """A picture H x W x 3 uint8, normalized and filled up, 1 x 3 x H' x W';
         its frame, and the frame with what was filled up.
         """
@@ -287,7 +289,7 @@ class MROVSeg(TrainedSystem):
             Views(
                 one(views.high, b),
                 one(views.low, b),
-                {self.network.start: views.cls[self.network.start][b : b + 1]},
+                {self.network.proposal_start: views.cls[self.network.proposal_start][b : b + 1]},
             )
             for b in range(len(images))
         ]
@@ -296,7 +298,7 @@ class MROVSeg(TrainedSystem):
     def encode_images(self, images) -> list[SlicedImage]:
         "Several images; those of one size go through the encoder as one batch."
         pixels = [load_image(o) for o in images]
-        looks = [self.look(o) for o in pixels]
+        looks = [self.preprocess(o) for o in pixels]
         found = [None] * len(looks)
         for group in alike([filled for _, _, filled in looks]):
             for i, views in zip(group, self._views(torch.cat([looks[i][0] for i in group]))):
@@ -370,17 +372,17 @@ class MROVSeg(TrainedSystem):
 
     # ---- training
 
-    def packed_by(self) -> tuple:
+    def cache_key(self) -> tuple:
         c = self.config
         return self.encoder.fingerprint, dict(
             size=c.size,
             slice=self.slice if self.sliced else None,
             reduction=c.reduction,
-            layers=self.kept,
-            start=self.network.start,
+            fused_layers=self.kept,
+            proposal_start=self.network.proposal_start,
         )
 
-    def pack(self, image: SlicedImage) -> dict[str, torch.Tensor]:
+    def to_cache(self, image: SlicedImage) -> dict[str, torch.Tensor]:
         """All kept layers of both views, and the class token, of a picture squashed to a square.
 
         Raises `ValueError` with `keep_aspect`.
@@ -397,7 +399,7 @@ class MROVSeg(TrainedSystem):
             for i, o in table.items()
         }
 
-    def unpack(self, arrays: dict[str, torch.Tensor]) -> SlicedImage:
+    def from_cache(self, arrays: dict[str, torch.Tensor]) -> SlicedImage:
         found = {name: o.to(self.encoder.device, torch.float32)[None] for name, o in arrays.items()}
 
         def table(name, layers):
@@ -406,11 +408,11 @@ class MROVSeg(TrainedSystem):
         views = Views(
             table("high", self.kept if self.sliced else ()),
             table("low", self.kept),
-            table("cls", [self.network.start]),
+            table("cls", [self.network.proposal_start]),
         )
         return SlicedImage(None, None, None, views, *((self.config.size,) * 2,) * 2)
 
-    def see(self, images: torch.Tensor) -> list[SlicedImage]:
+    def encode_batch(self, images: torch.Tensor) -> list[SlicedImage]:
         "B x 3 x H x W uint8 pictures, squashed to a square, through the encoder."
         side = (self.config.size,) * 2
         return [
@@ -427,7 +429,7 @@ class MROVSeg(TrainedSystem):
                 masks,
                 targets,
                 generator,
-                points=c.points,
+                points=c.loss_points,
                 weights=c.loss_weights,
                 no_object=c.no_object,
             )

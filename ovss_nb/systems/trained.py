@@ -165,7 +165,7 @@ class TrainedSystem(System):
         "Network and encoder as one module, for an optimizer: names start with `network.` and `encoder.`."
         return nn.ModuleDict(dict(network=self.network, encoder=self.encoder))
 
-    def learns(self, vocabulary: Vocabulary):
+    def set_seen_classes(self, vocabulary: Vocabulary):
         """Told before training and testing which classes are taught;
         systems to which that makes a difference remember it.
         """
@@ -189,13 +189,13 @@ class TrainedSystem(System):
         "Several images; a system that can encode them as one batch overrides this."
         return [self.encode_image(o) for o in images]
 
-    def packed_by(self) -> tuple:
-        """What `pack` depends on beside the picture, as `Cache.key` takes it:
+    def cache_key(self) -> tuple:
+        """What `to_cache` depends on beside the picture, as `Cache.key` takes it:
         here the encoder and all options; override it to name fewer.
         """
         return self.encoder.fingerprint, self.config.to_dict() | dict(weights=None)
 
-    def pack(self, image: EncodedImage) -> dict[str, torch.Tensor]:
+    def to_cache(self, image: EncodedImage) -> dict[str, torch.Tensor]:
         """What frozen encoders saw of a picture, without pixels and without a batch dimension;
         of one shape for all pictures. Raises `ValueError` with `keep_aspect`.
         """
@@ -206,7 +206,7 @@ class TrainedSystem(System):
             )
         return dict(dense=image.features.dense[0], pooled=image.features.pooled[0])
 
-    def unpack(self, arrays: dict[str, torch.Tensor]) -> EncodedImage:
+    def from_cache(self, arrays: dict[str, torch.Tensor]) -> EncodedImage:
         """The encoded image again, without pixels, on the encoder's device in float32;
         `scores` and `loss` take it.
         """
@@ -231,7 +231,7 @@ class TrainedSystem(System):
             align_corners=False,
         ).to(self.encoder.dtype)
 
-    def see(self, images: torch.Tensor) -> list[EncodedImage]:
+    def encode_batch(self, images: torch.Tensor) -> list[EncodedImage]:
         "B x 3 x H x W uint8 pictures through the encoders, with gradients into what of them is trainable."
         features = self.encoder.encode(self.normalized(images, self.config.size))
         return [
@@ -241,7 +241,7 @@ class TrainedSystem(System):
 
     def loss(
         self,
-        images: list[EncodedImage],  # of `unpack` or `see`
+        images: list[EncodedImage],  # of `from_cache` or `encode_batch`
         # B x H x W long, class indices of `text`, on the encoder's device; 255 where there is none
         labels: torch.Tensor,
         text: TextBank,  # K classes
@@ -281,12 +281,12 @@ class TrainedSystem(System):
                     metadata or {},
                     system=type(self).__name__,
                     fingerprint=self.encoder.fingerprint,
-                    config=json.dumps(self.config.to_dict()),
+                    config=json.dumps(self.config.to_dict() | dict(weights=None)),
                 ),
             )
 
     # of the network and of the encoder, under our names
-    def translate(self, path, state: dict[str, torch.Tensor]) -> tuple[dict, dict] | None:
+    def convert_checkpoint(self, path, state: dict[str, torch.Tensor]) -> tuple[dict, dict] | None:
         "The authors' checkpoint in our names, or None if this is none of theirs; here it never is."
         return None
 
@@ -296,7 +296,7 @@ class TrainedSystem(System):
         An encoder that changes is copied first. Raises `ValueError` with the differences.
         """
         state = read_weights(path, self.authors)
-        if (found := self.translate(path, state)) is None:
+        if (found := self.convert_checkpoint(path, state)) is None:
             if strange := [o for o in state if not o.startswith(("network.", "encoder."))]:
                 raise ValueError(
                     f"{path} holds {strange[0]!r}, which is neither the authors' nor ours. Pass a published"
