@@ -23,37 +23,40 @@ SITE = Path(__file__).resolve().parent
 ROOT = SITE.parents[1]
 sys.path[:0] = [str(SITE), str(ROOT)]
 
+from docments import field_remarks, parameter_remarks  # noqa: E402
 from layout import MEANING, chapter, chapters, draw  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.ovss_nb")  # below `mkdocs`, so that --strict counts its warnings
 styles, targets = {}, set()  # style sheets that notebooks share; pages and files of the site
+GUIDE = ("install", "cli", "results", "speed")
+ABOUT_SYSTEMS = ["site/pages/notation.md", "site/pages/provenance.md"]
+WITH_EQUATIONS = ("site/pages/systems/", "site/pages/notation", "site/pages/provenance")
 SYSTEMS = ("maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg")
 
 
 # ---- order of the pages
 
 
-def on_config(config):
+def titled(config, folder):
+    "The notebooks of a folder as entries of the navigation."
     notebooks = Path(config.docs_dir)
+    paths = sorted((notebooks / folder).glob("*.ipynb"))
+    return [{chapter(path)[0]: path.relative_to(notebooks).as_posix()} for path in paths]
 
-    def listed(folder):
-        return [
-            {chapter(o)[0]: o.relative_to(notebooks).as_posix()}
-            for o in sorted((notebooks / folder).glob("*.ipynb"))
-        ]
 
-    found = chapters(notebooks)
-    folders = [
-        {folder: [{title: path.relative_to(notebooks).as_posix()} for path, title, *_ in of_folder]}
-        for folder, of_folder in found.items()
+def on_config(config):
+    of_folders = chapters(config.docs_dir)
+    library = [
+        {folder: [{module: f"api/{module}.md"} for *_, module in entries]}
+        for folder, entries in of_folders.items()
     ]
-    library = [{module: f"api/{module}.md"} for of_folder in found.values() for *_, module in of_folder]
     config.nav = [
         {"Home": "index.md"},
-        {"Tutorials": listed("tutorials")},
-        {"Systems": [f"site/pages/systems/{o}.md" for o in SYSTEMS]},
-        {"Chapters": folders},
-        {"Experiments": listed("experiments")},
+        {"Guide": [f"site/pages/{page}.md" for page in GUIDE]},
+        {"Tutorials": titled(config, "tutorials")},
+        {"Systems": [f"site/pages/systems/{system}.md" for system in SYSTEMS] + ABOUT_SYSTEMS},
+        {"Chapters": [{folder: titled(config, folder)} for folder in of_folders]},
+        {"Experiments": titled(config, "experiments")},
         {"Library": library},
         {"Contributing": "site/pages/contributing.md"},
     ]
@@ -61,22 +64,21 @@ def on_config(config):
 
 
 def on_files(files, config):
-    found = chapters(config.docs_dir)
-    files.append(
-        File.generated(config, "index.md", content=(SITE / "pages" / "index.md").read_text(encoding="utf-8"))
-    )
-    for folder, of_folder in found.items():
-        for path, title, _, module in of_folder:
+    of_folders = chapters(config.docs_dir)
+    index = (SITE / "pages" / "index.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "index.md", content=index))
+    for folder, entries in of_folders.items():
+        for path, title, _, module in entries:
             notebook = path.relative_to(config.docs_dir).as_posix()
             content = (
                 f"# ovss_nb.{module}\n\nFolder {folder}: {MEANING[folder]}. "
                 f"Developed in [{title}](../{notebook}).\n\n::: ovss_nb.{module}\n"
             )
             files.append(File.generated(config, f"api/{module}.md", content=content))
-    if draw(found) != (SITE / "layout.svg").read_text(encoding="utf-8"):
+    if draw(of_folders) != (SITE / "layout.svg").read_text(encoding="utf-8"):
         log.warning("nbs/site/layout.svg is not the layout as it is: run python nbs/site/layout.py")
     targets.clear()
-    targets.update(o.src_uri for o in files)
+    targets.update(file.src_uri for file in files)
     return files
 
 
@@ -84,43 +86,47 @@ def on_files(files, config):
 
 
 @lru_cache(None)
-def comments(cls):
+def written_fields(cls):
     "{field: (type, comment)} as one class writes them down."
-    lines, found = inspect.getsource(cls).splitlines(), {}
-    for node in ast.parse("\n".join(lines)).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            found[node.target.id] = (
-                ast.unparse(node.annotation),
-                lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# "),
-            )
-    return found
+    source = inspect.getsource(cls)
+    return field_remarks(source, ast.parse(source).body[0])
+
+
+@lru_cache(None)
+def written_remarks(component):
+    "{name: comment} of the fields of a class and the parameters of a function or of a class's methods."
+    source = inspect.getsource(component)
+    said = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            said = parameter_remarks(source, node) | said
+        elif isinstance(node, ast.ClassDef):
+            said = {name: text for name, (_, text) in field_remarks(source, node).items() if text} | said
+    return said
+
+
+def component_named(name):
+    "A class or function of the library, from whichever loaded module has it; or None."
+    for key, module in list(sys.modules.items()):
+        if key.startswith("ovss_nb.") and hasattr(module, name):
+            return getattr(module, name)
+    return None
 
 
 def meaning(cls, name, components):
-    """The comment beside a option;
+    """The comment at an option.
 
-    without one, what a class that it overrides says, or a component that a comment above it names.
+    Without one, what a class that it overrides says, or a component that a comment above it names.
     """
     for base in cls.__mro__:
-        if dataclasses.is_dataclass(base) and comments(base).get(name, ("", ""))[1]:
-            return comments(base)[name][1]
+        if dataclasses.is_dataclass(base) and written_fields(base).get(name, ("", ""))[1]:
+            return written_fields(base)[name][1]
     for component in components:
-        found = next(
-            (
-                getattr(o, component)
-                for key, o in list(sys.modules.items())
-                if key.startswith("ovss_nb.") and hasattr(o, component)
-            ),
-            None,
-        )
+        named = component_named(component)
+        said = written_remarks(named) if named else {}
         for known in (name, name.partition("_")[2]):
-            said = (
-                found
-                and known
-                and re.search(rf"^\s+{known}\s*[:=].*?#\s*(.+)$", inspect.getsource(found), re.M)
-            )
-            if said:
-                return said[1]
+            if known in said:
+                return said[known]
     return f"see `{components[0]}`" if components else "see the chapter"
 
 
@@ -128,31 +134,25 @@ def options(where):
     "A Markdown table of a configuration, read from the class: `module:Class`."
     module, _, name = where.partition(":")
     cls = getattr(import_module(module), name)
-    groups, see = {}, []
-    for o in dataclasses.fields(cls):
-        owner = next(
-            base for base in cls.__mro__ if dataclasses.is_dataclass(base) and o.name in comments(base)
-        )
-        kind, comment = comments(owner)[o.name]
+    groups, components = {}, []
+    for field in dataclasses.fields(cls):
+        bases = (base for base in cls.__mro__ if dataclasses.is_dataclass(base))
+        owner = next(base for base in bases if field.name in written_fields(base))
+        kind, comment = written_fields(owner)[field.name]
         if "see `" in comment:
-            see = re.findall(r"`([A-Z]\w+)`", comment)
-        default = o.default if o.default is not dataclasses.MISSING else o.default_factory()
-        cells = (
-            *(f"<code>{html.escape(word)}</code>" for word in (o.name, repr(default), kind)),
-            meaning(cls, o.name, see),
-        )
-        groups.setdefault(owner, []).append(
-            "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
-        )
-    tables = [
-        f"{'Its own' if owner is cls else f'From `{owner.__name__}`'}:\n\n| option | default | type | |\n| ---"
-        " | --- | --- | --- |\n" + "\n".join(rows)
-        for owner, rows in sorted(groups.items(), key=lambda o: cls.__mro__.index(o[0]))
-    ]
-    return (
-        f"`create({where.split('.')[-1].split(':')[0]!r}, ...)` takes {len(dataclasses.fields(cls))} options,"
-        f" as `{name}` has them.\n\n" + "\n\n".join(tables)
-    )
+            components = re.findall(r"`([A-Z]\w+)`", comment)
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        cells = [f"<code>{html.escape(word)}</code>" for word in (field.name, repr(default), kind)]
+        cells.append(meaning(cls, field.name, components))
+        row = " | ".join(cell.replace("|", "&#124;") for cell in cells)
+        groups.setdefault(owner, []).append(f"| {row} |")
+    system = where.split(".")[-1].split(":")[0]
+    parts = [f"`create({system!r}, ...)` takes {len(dataclasses.fields(cls))} options, as `{name}` has them."]
+    for owner in sorted(groups, key=cls.__mro__.index):
+        title = "Its own" if owner is cls else f"From `{owner.__name__}`"
+        rows = "\n".join(groups[owner])
+        parts.append(f"{title}:\n\n| option | default | type | |\n| --- | --- | --- | --- |\n{rows}")
+    return "\n\n".join(parts)
 
 
 # ---- equations
@@ -170,66 +170,60 @@ def drawn(tex):
 
 def equations(text, plain=str):
     "TeX between dollar signs as MathML, which browsers draw themselves. `plain` takes the HTML out of it."
-    text = re.sub(r"\$\$(.+?)\$\$", lambda o: f"\n\n{drawn(plain(o[1]))}\n\n", text, flags=re.S)
-    return re.sub(
-        r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\w$])", lambda o: convert(plain(o[1])), text
-    )
+    text = re.sub(r"\$\$(.+?)\$\$", lambda tex: f"\n\n{drawn(plain(tex[1]))}\n\n", text, flags=re.S)
+    within_a_line = r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\w$])"
+    return re.sub(within_a_line, lambda tex: convert(plain(tex[1])), text)
 
 
 def on_page_markdown(markdown, page, config, files):
-    if not page.file.src_uri.startswith(("site/pages/", "index")):
+    source = page.file.src_uri
+    if not source.startswith(("site/pages/", "index")):
         return markdown
-    markdown = re.sub(r"<!-- options: (\S+) -->", lambda o: options(o[1]), markdown)
+    markdown = re.sub(r"<!-- options: (\S+) -->", lambda match: options(match[1]), markdown)
     if "<!-- options" in markdown:
-        log.warning("%s has a table of options that cannot be read", page.file.src_uri)
-    return equations(markdown) if page.file.src_uri.startswith("site/pages/systems/") else markdown
+        log.warning("%s has a table of options that cannot be read", source)
+    return equations(markdown) if source.startswith(WITH_EQUATIONS) else markdown
 
 
 # ---- notebooks
+
+MATHJAX = r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->"  # equations are MathML here
+MERMAID = (
+    r"<script(?:(?!</script>).)*?mermaid(?:(?!</script>).)*</script>"  # loaded from elsewhere, never needed
+)
+PROSE = r'(<div class="jp-RenderedHTMLCommon jp-RenderedMarkdown[^>]*>)(.*?)(</div>)'
+LINK = r'(<a[^>]* href=")([^"#:]*)(#[^"]*)?(")'
 
 
 def on_page_content(content, page, config, files):
     if not page.file.src_uri.endswith(".ipynb"):
         return content
-    # equations are MathML here
-    content = re.sub(
-        r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->", "", content, flags=re.S
-    )
-    # a script from elsewhere, and there are no such diagrams
-    content = re.sub(
-        r"<script(?:(?!</script>).)*?mermaid(?:(?!</script>).)*</script>", "", content, flags=re.S
-    )
 
-    def shared(found):
-        name = "notebook-" + hashlib.sha256(found[0].encode()).hexdigest()[:12] + ".css"
-        styles[name] = found[1]
-        return (
-            '<link rel="stylesheet"'
-            f' href="{posixpath.relpath("assets/" + name, posixpath.dirname(page.url) or ".")}">'
-        )
+    def shared(style):
+        "A long style sheet, which all notebooks carry, becomes one file."
+        if len(style[1]) <= 2000:
+            return style[0]
+        name = "notebook-" + hashlib.sha256(style[0].encode()).hexdigest()[:12] + ".css"
+        styles[name] = style[1]
+        href = posixpath.relpath("assets/" + name, posixpath.dirname(page.url) or ".")
+        return f'<link rel="stylesheet" href="{href}">'
 
-    content = re.sub(
-        r"<style[^>]*>(.*?)</style>", lambda o: shared(o) if len(o[1]) > 2000 else o[0], content, flags=re.S
-    )
-
-    content = re.sub(
-        r'(<div class="jp-RenderedHTMLCommon jp-RenderedMarkdown[^>]*>)(.*?)(</div>)',
-        lambda o: o[1] + math(o[2]) + o[3],
-        content,
-        flags=re.S,
-    )
-    return re.sub(
-        r'(<a[^>]* href=")([^"#:]*)(#[^"]*)?(")',
-        lambda o: o[1] + linked(o[2], page) + (o[3] or "") + o[4],
-        content,
-    )
+    content = re.sub(MATHJAX, "", content, flags=re.S)
+    content = re.sub(MERMAID, "", content, flags=re.S)
+    content = re.sub(r"<style[^>]*>(.*?)</style>", shared, content, flags=re.S)
+    content = re.sub(PROSE, lambda cell: cell[1] + math(cell[2]) + cell[3], content, flags=re.S)
+    return re.sub(LINK, lambda a: a[1] + linked(a[2], page) + (a[3] or "") + a[4], content)
 
 
 def math(text):
     "The equations of a rendered cell, but not what looks like one in its code."
     parts = re.split(r"(<(?:code|pre)\b.*?</(?:code|pre)>)", text, flags=re.S)
-    parts[::2] = [equations(o, lambda tex: html.unescape(re.sub(r"<[^>]+>", "", tex))) for o in parts[::2]]
+    parts[::2] = [equations(prose, without_html) for prose in parts[::2]]
     return "".join(parts)
+
+
+def without_html(text):
+    return html.unescape(re.sub(r"<[^>]+>", "", text))
 
 
 def linked(href, page):

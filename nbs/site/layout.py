@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
-# From the top to the ground; folders of one row do not import each other. Read by the tests, the site and the
-# drawing.
+# From the top to the ground; folders of one row do not import each other.
+# Read by the tests, the site and the drawing.
 LAYERS = (
     ("app",),
     ("inference", "training"),
@@ -38,13 +38,10 @@ def chapter(path):
     "Title, one-line summary and exported module (or None) of a notebook."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     lines = "".join(cells[0]["source"]).splitlines()
-    exports = (
-        re.search(r"^#\| default_exp (\S+)", "".join(o["source"]), re.M)
-        for o in cells
-        if o["cell_type"] == "code"
-    )
-    module = next((found[1] for found in exports if found), None)
-    return lines[0].lstrip("# "), next((o.lstrip("> ") for o in lines if o.startswith(">")), ""), module
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    module = re.search(r"^#\| default_exp (\S+)", code, re.M)
+    summary = next((line.lstrip("> ") for line in lines if line.startswith(">")), "")
+    return lines[0].lstrip("# "), summary, module and module[1]
 
 
 def chapters(notebooks=NOTEBOOKS):
@@ -78,9 +75,8 @@ def draw(found):
         )
         body.append(f'<text x="36" y="{y + high / 2 - 4}" font-size="17" font-weight="600">{folder}</text>')
         for k, part in enumerate(_wrapped(MEANING[folder], 24)):
-            body.append(
-                f'<text x="36" y="{y + high / 2 + 14 + 14 * k}" font-size="11" fill="#444">{escape(part)}</text>'
-            )
+            below = y + high / 2 + 14 + 14 * k
+            body.append(f'<text x="36" y="{below}" font-size="11" fill="#444">{escape(part)}</text>')
         for x, row, wide, name, summary in boxes:
             top = y + 14 + row * (line + gap)
             body.append(

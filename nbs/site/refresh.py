@@ -1,6 +1,7 @@
 """Run chapters and keep what they show: printed results, and pictures as small JPEGs.
 
-`python nbs/site/refresh.py` refreshes all chapters and tutorials, `... refresh.py nbs/core/03_files.ipynb` one.
+`python nbs/site/refresh.py` refreshes all chapters and tutorials,
+`python nbs/site/refresh.py nbs/core/03_files.ipynb` one.
 Cells that tests skip (`#| slow`, `#| notest`, `#| gpu`) keep the outputs that they have.
 """
 
@@ -51,7 +52,7 @@ def kept(outputs: list) -> list:
 
 
 def refresh(path: Path):
-    "Run one notebook in its own folder and write it back with its outputs. Raises `CellExecutionError` as nbclient does."
+    "Run one notebook in its own folder and write it back with its outputs. Raises nbclient's `CellExecutionError`."
     notebook = nbformat.read(path, 4)
     run = nbformat.read(path, 4)
     for cell in run.cells:
