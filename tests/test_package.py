@@ -1,9 +1,10 @@
-"""The library is what the notebooks export, imports go down the floors, importing is cheap, and the wheel
-carries its data.
+"""The library is what the notebooks export, imports go down the folders, importing is cheap, the wheel carries
+its data, and notebooks, library and tests are written so that they can be read.
 """
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ from layout import LAYERS, NOTEBOOKS, chapters, draw  # noqa: E402
 
 
 def imports(path):
-    "Rooms of the library that a module imports, as dotted names below `ovss_nb`."
+    "Modules of the library that a module imports, as dotted names below `ovss_nb`."
     inside = path.relative_to(ROOT / "ovss_nb").with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -211,3 +212,144 @@ def test_missing_extra_names_the_command(tmp_path):
         "except ImportError as e: print(e)"
     )
     assert "pip install 'ovss_nb[crf]'" in python("-c", code)
+
+
+# ---- how it is written
+
+WIDTH = 110  # columns, as in pyproject.toml
+LENGTH = 40  # lines of an exported cell
+EXCUSE = re.compile(r"\b(longer|lines)\b")  # of a markdown cell that says why the cell after it is longer
+# left behind by tools and machines, or about files that a reader does not have
+TRACES = re.compile(
+    r"\bSYSTEMS (section )?\d|\bSYSTEMS's|\bTARGETS\b|\bRECIPES \d|\.\./shared|Kernel is running"
+    r"|(?<![\w.:/])/(work|tmp|root|home|Users|mnt)/\w|\d(it/s|s/it)\b|\d%\|"
+)
+
+
+def notebooks():
+    "{path below nbs: cells} of every notebook."
+    paths = sorted((ROOT / "nbs").rglob("*.ipynb"))
+    return {
+        path.relative_to(ROOT / "nbs").as_posix(): json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for path in paths
+        if ".ipynb_checkpoints" not in path.parts
+    }
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def library():
+    "The modules but for nbdev's generated index."
+    return [path for path in (ROOT / "ovss_nb").rglob("*.py") if path.name != "_modidx.py"]
+
+
+def pieces_of_code():
+    "(where, text) of the library without its generated `__all__`, of code cells, of tests and of the site."
+    for path in library():
+        text = path.read_text(encoding="utf-8")
+        yield path.relative_to(ROOT).as_posix(), re.sub(r"^__all__ = \[.*?\]", "", text, flags=re.M | re.S)
+    for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "nbs/site").glob("*.py")]:
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+    for name, cells in notebooks().items():
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                yield f"{name} {cell['id']}", source(cell)
+
+
+def test_lines_fit_the_page():
+    wide = [
+        f"{where}: {line.strip()[:60]}"
+        for where, text in pieces_of_code()
+        for line in text.splitlines()
+        if len(line) > WIDTH
+    ]
+    assert not wide, "\n".join(wide)
+
+
+def ruff(*arguments):
+    return subprocess.run(
+        [BIN / "ruff", *arguments, "--no-cache", "nbs", "tests"], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_formatted():
+    done = ruff("format", "--check")
+    assert not done.returncode, "run ruff format nbs tests\n" + done.stdout + done.stderr
+
+
+def test_one_statement_a_line():
+    done = ruff("check", "--select", "E701,E702", "--output-format", "concise")
+    assert not done.returncode, done.stdout + done.stderr
+
+
+def test_methods_stand_in_their_class():
+    "A method that `patch` adds is seen by neither editors nor type checkers."
+    assert not [where for where, text in pieces_of_code() if re.search(r"^@patch\b", text, re.M)]
+
+
+def test_exported_cells_are_short():
+    "Or the markdown cell before says why not."
+    long = []
+    for name, cells in notebooks().items():
+        for before, cell in zip(cells, cells[1:]):
+            lines = [line for line in source(cell).splitlines() if not line.startswith("#|")]
+            if not source(cell).startswith("#| export") or len(lines) <= LENGTH:
+                continue
+            if before["cell_type"] != "markdown" or not EXCUSE.search(source(before)):
+                long.append(f"{name} {cell['id']}: {len(lines)} lines")
+    assert not long, "\n".join(long)
+
+
+def test_every_chapter_shows_something():
+    cells = notebooks()
+    chapter_names = [
+        path.relative_to(NOTEBOOKS).as_posix() for found in chapters().values() for path, *_ in found
+    ]
+    assert len(chapter_names) > 60
+    assert not [name for name in chapter_names if not any(cell.get("outputs") for cell in cells[name])]
+
+
+def texts(output):
+    "What an output says, without its pictures."
+    if output["output_type"] == "error":
+        yield "\n".join(output["traceback"])
+    yield "".join(output.get("text", []))
+    for kind, content in output.get("data", {}).items():
+        if not kind.startswith("image/") or kind == "image/svg+xml":
+            yield content if isinstance(content, str) else "".join(map(str, content))
+
+
+def pieces_to_read():
+    "(where, text) of README, pages, library and notebooks, but for cells that say where data may lie."
+    pages = (ROOT / "nbs/site/pages").rglob("*.md")
+    for path in [ROOT / "README.md", *pages, *library()]:
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+    for name, cells in notebooks().items():
+        for cell in cells:
+            if "parameters" not in cell["metadata"].get("tags", []):
+                yield f"{name} {cell['id']}", source(cell)
+            for output in cell.get("outputs", []):
+                for text in texts(output):
+                    yield f"{name} {cell['id']}, output", text
+
+
+def test_nothing_is_left_behind():
+    "No references to files that are not here, no paths of a machine, no progress bars, no warnings of Jupyter."
+    left = [
+        f"{where}: {text[max(0, match.start() - 30) : match.end() + 30]!r}"
+        for where, text in pieces_to_read()
+        for match in TRACES.finditer(text)
+    ]
+    assert not left, "\n".join(left)
+
+
+def test_errors_of_machines_are_not_shown():
+    assert not [
+        f"{name} {cell['id']}"
+        for name, cells in notebooks().items()
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stderr"
+    ]

@@ -3,6 +3,7 @@ built by MkDocs without a network, strictly, with every page and link but few no
 second each.
 """
 
+import ast
 import dataclasses
 import html
 import json
@@ -32,8 +33,8 @@ def plain_page(convert):
         )
         return "".join(
             '<div class="jp-RenderedHTMLCommon'
-            f' jp-RenderedMarkdown">{markdown.markdown(o, extensions=["tables", "fenced_code"])}</div>'
-            for o in prose
+            f' jp-RenderedMarkdown">{markdown.markdown(text, extensions=["tables", "fenced_code"])}</div>'
+            for text in prose
         )
 
     return page
@@ -102,12 +103,12 @@ def test_built_strictly(built):
 
 def test_every_notebook_has_a_page(site):
     notebooks = [
-        o.relative_to(ROOT / "nbs")
-        for o in (ROOT / "nbs").rglob("*.ipynb")
-        if ".ipynb_checkpoints" not in o.parts
+        path.relative_to(ROOT / "nbs")
+        for path in (ROOT / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
     ]
     assert len(notebooks) > 60
-    assert not [str(o) for o in notebooks if not (site / o).with_suffix(".html").is_file()]
+    assert not [str(path) for path in notebooks if not (site / path).with_suffix(".html").is_file()]
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
@@ -118,7 +119,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     )
     assert len(pages) > 100
     found = {path.relative_to(site).as_posix(): loaded.findall(text(path)) for path in pages}
-    assert not {path: o[:2] for path, o in found.items() if o}
+    assert not {path: addresses[:2] for path, addresses in found.items() if addresses}
     assert not [
         path.name
         for path in site.rglob("*.css")
@@ -147,10 +148,12 @@ def test_system_page_has_every_option(site, system):
 
     module, cls, _ = SYSTEMS[system]
     page = html.unescape(text(site / "site" / "pages" / "systems" / f"{system}.html"))
-    for o in dataclasses.fields(getattr(import_module(module), cls).config_class):
-        assert re.search(
-            rf"<td><code>{o.name}</code></td>\s*<td><code>{re.escape(repr(o.default))}</code></td>", page
-        ), o.name
+    cell = r"<td><code>{}</code></td>\s*"
+    for field in dataclasses.fields(getattr(import_module(module), cls).config_class):
+        start = cell.format(field.name) + cell.format(re.escape(repr(field.default)))
+        row = re.search(start + r"<td><code>.+?</code></td>\s*<td>(.*?)</td>", page, re.S)
+        assert row, field.name
+        assert row[1].strip() and "see the chapter" not in row[1], f"{field.name} has no comment"
     assert "<math" in page and "$$" not in page and "Faithful, and ours" in page
 
 
@@ -160,18 +163,53 @@ def test_all_systems_have_a_page():
     assert set(SYSTEMS) == {path.stem for path in (SITE / "pages" / "systems").glob("*.md")}
 
 
-def test_comments_beside_parameters_are_shown(site):
+def test_comments_at_parameters_are_shown(site):
     page = html.unescape(text(site / "api" / "inference.predict.html"))
-    assert (
-        re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S)
-        and "Args:" not in page
-    )
+    assert re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S)
+    assert "Args:" not in page
     methods = html.unescape(text(site / "api" / "core.segmentation.html"))
-    # `patch` put it into the class
-    assert (
-        "of the colors over the photo, 0..1" in methods
-        and "ovss_nb.core.segmentation.Segmentation.overlay" in methods
-    )
+    assert "of the colors over the photo, 0..1" in methods
+    assert "ovss_nb.core.segmentation.Segmentation.overlay" in methods
+
+
+EXAMPLE = """
+def mix(
+    clip,  # beside
+    # above, on
+    # two lines
+    sam="#",
+    *,
+    plain=None,
+    # above the result
+) -> int:
+    pass
+
+
+def short(a, b=1) -> int:  # of a line
+    pass
+
+
+class Config:
+    size: int = 4  # pixels
+    # above the field
+    name: str = "x"
+    bare: bool = True
+"""
+
+
+def test_where_comments_may_stand(monkeypatch):
+    monkeypatch.syspath_prepend(str(SITE))
+    docments = pytest.importorskip("docments", reason="needs the extra docs")
+    mix, short, config = ast.parse(EXAMPLE).body
+    assert docments.parameter_remarks(EXAMPLE, mix) == {"clip": "beside", "sam": "above, on two lines"}
+    assert docments.result_remark(EXAMPLE, mix) == "above the result"
+    assert docments.parameter_remarks(EXAMPLE, short) == {}
+    assert docments.result_remark(EXAMPLE, short) == "of a line"
+    assert docments.field_remarks(EXAMPLE, config) == {
+        "size": ("int", "pixels"),
+        "name": ("str", "above the field"),
+        "bare": ("bool", ""),
+    }
 
 
 def test_equations_of_a_notebook_are_drawn(site):

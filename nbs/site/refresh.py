@@ -19,6 +19,7 @@ from nbdev.clean import nbdev_clean
 from PIL import Image
 
 SKIPPED = re.compile(r"^#\|\s*(slow|notest|gpu)\b", re.M)
+PROGRESS = re.compile(r"\d%\|")  # a bar of tqdm
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # plots are outputs
 QUALITY = 82  # of JPEGs: lettering of plots stays readable
@@ -41,6 +42,8 @@ def kept(outputs: list) -> list:
         if output.output_type == "stream" and output.name == "stderr":
             continue
         data = output.get("data", {})
+        if PROGRESS.search(data.get("text/plain", "")):
+            continue
         data.pop("application/vnd.jupyter.widget-view+json", None)  # of a kernel that is gone
         if "image/png" in data:
             data["image/jpeg"] = small_picture(data.pop("image/png"))
@@ -52,7 +55,7 @@ def kept(outputs: list) -> list:
 
 
 def refresh(path: Path):
-    "Run one notebook in its own folder and write it back with its outputs. Raises nbclient's `CellExecutionError`."
+    "Run one notebook in its own folder and write it back with its outputs, or raise nbclient's error."
     notebook = nbformat.read(path, 4)
     run = nbformat.read(path, 4)
     for cell in run.cells:
