@@ -170,7 +170,7 @@ def test_class_token_and_patches_are_plain_clip(tower):
 
 
 def concatenated(blocks, tokens, bias):
-    "SYSTEMS 1.6 to the letter: one long sequence, one large mask, -100 for blocked."
+    "As the papers write it: one long sequence, one large mask, -100 for blocked."
     count, heads = bias.shape[2], blocks[0].attn.num_heads
     x = torch.cat([tokens[:, :1].expand(-1, count, -1), tokens], 1)
     mask = torch.zeros(len(x), heads, x.shape[1], x.shape[1])

@@ -69,7 +69,7 @@ def random(*shape, seed=0):
     ],
 )
 def test_restoring_is_the_inverse_of_cutting(grid, size):
-    "SYSTEMS 4.7: the identity on a coordinate image, for two images at once."
+    "The identity on a coordinate image, for two images at once."
     coordinates = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).float()
     images = torch.stack([coordinates, 100 - coordinates])
     assert torch.allclose(merge_slices(cut_slices(images, size), grid), images, atol=1e-4)
@@ -444,7 +444,7 @@ def test_equals_attention_over_concatenated_tokens(seen):
 
 @pytest.mark.parametrize("row, column", [(0, 0), (1, 4), (2, 1), (3, 5)])
 def test_a_delta_mask_finds_its_token(seen, row, column):
-    """SYSTEMS 4.5, the order of high-resolution tokens:
+    """The order of high-resolution tokens:
     the mask is drawn on the picture's raster, the expected token comes from its slice alone.
     """
     encoder, images, views = seen

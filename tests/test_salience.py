@@ -1,5 +1,5 @@
 """Salience maps and Salience DropOut against a slow reference that shares nothing with them, and the steps
-from maps to labels (SYSTEMS 6.3 to 6.5 and 6.8).
+from maps to labels (PnP-OVSS).
 """
 
 from dataclasses import fields, replace
@@ -126,7 +126,7 @@ def every_attention(matcher, pixels, names, opening="A picture of"):
 
 def slow_salience_dropout(matcher, pixels, texts, config):
     """Maps per name, and the dropped patches of each iteration, of one picture:
-    one text, one class and one iteration at a time, in plain loops (SYSTEMS 6.3, 6.4).
+    one text, one class and one iteration at a time, in plain loops.
     """
     pixels, dropped, order, totals = pixels.clone(), [], [], None
     for t in range(config.drop_iter):
@@ -453,7 +453,7 @@ def test_what_cannot_be_is_refused(matcher, images):
 
 
 def test_defaults_are_those_of_the_table():
-    "SYSTEMS 6.1, 6.4, 6.5 and rows 24 to 30 of section 9."
+    "The defaults are those of the released code."
     defaults = {o.name: o.default for o in fields(SalienceConfig)}
     assert (
         defaults.items()

@@ -17,10 +17,10 @@ def sample_regions(
     # N x 4, the same for all, or B x N x 4: top, left, bottom, right, as shares of the map's height and width
     # from 0 to 1
     regions,
-    grid: tuple[int, int],  # height and width of the result, in places
+    grid: tuple[int, int],  # height and width of the result, in locations
     mode: str = "bilinear",  # or "bicubic", "nearest"
 ) -> torch.Tensor:  # (B*N) x C x grid: all regions of the first image, then of the second
-    """Read regions at the centers of a grid's places; the region (0, 0, 1, 1) is `F.interpolate` without
+    """Read regions at the centers of a grid's locations; the region (0, 0, 1, 1) is `F.interpolate` without
     aligned corners.
 
     Raises `ValueError` for a region that is empty or leaves the map, or for another mode.
@@ -43,11 +43,11 @@ def sample_regions(
         )
 
     # -1 and 1 are the map's edges
-    def places(start, end, count):
+    def locations(start, end, count):
         return 2 * (start + (end - start) * (torch.arange(count, device=features.device) + 0.5) / count) - 1
 
     top, left, bottom, right = regions.flatten(0, 1).T[..., None]
-    rows, columns = places(top, bottom, grid[0]), places(left, right, grid[1])  # B*N x places
+    rows, columns = locations(top, bottom, grid[0]), locations(left, right, grid[1])  # B*N x locations
     points = torch.stack(
         [columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1
     )
@@ -61,8 +61,7 @@ def sample_regions(
 
 # %% ../../nbs/components/08_fusion.ipynb #ece35246
 class FeatureFusion(nn.Module):
-    """F = w Fc + (1 - w) Fs (LM-3), with Fs projected, resized and brought to the length of Fc (LM-2; SYSTEMS
-    2.3).
+    """F = w Fc + (1 - w) Fs (LM-3), with Fs projected, resized and brought to the length of Fc (LMSeg, eq. 2).
 
     With w fixed to 1 it has no parameters, returns Fc itself, and does not ask for Fs. Raises `ValueError`
     for unknown options and maps that do not fit.
@@ -136,7 +135,7 @@ class FeatureFusion(nn.Module):
                 "the second map counts, since w is not fixed to 1: pass the features of the second encoder,"
                 " or weight=1.0"
             )
-        # Projection and norm of a place need no neighbors, and cost least on the smaller map: the original
+        # Projection and norm of a location need no neighbors, and cost least on the smaller map: the original
         # one, when it is cut into windows.
         if hasattr(self, "project"):
             second = self.norm(self.project(second).movedim(1, -1)).movedim(-1, 1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 # %% ../../nbs/components/10_mask_classification.ipynb #85124df3
 def sine_positions(
     height: int,
-    width: int,  # of the grid, in places
+    width: int,  # of the grid, in locations
     channels: int,  # a multiple of 4
     device: torch.device | str | None = None,
 ) -> torch.Tensor:  # 1 x channels x height x width
@@ -56,12 +56,12 @@ def mask_pool(
             " them"
         )
     inside = (mask_logits.detach() > 0).to(features.dtype)
-    # a tiny summand in its place gets lost on the way to ONNX
+    # a tiny summand in its location gets lost on the way to ONNX
     return torch.einsum("bchw,bnhw->bnc", features, inside) / inside.sum((2, 3)).clamp(min=1)[..., None]
 
 # %% ../../nbs/components/10_mask_classification.ipynb #7a1cfc62
 class TextClassifier(nn.Module):
-    "Logits of embeddings against text vectors and a learned background, the last class (SAN; SYSTEMS 1.6)."
+    "Logits of embeddings against text vectors and a learned background, the last class (SAN)."
 
     def __init__(
         self,

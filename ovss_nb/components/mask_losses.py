@@ -56,7 +56,7 @@ def pair_costs(
     target_points: torch.Tensor,  # n x P, 0 to 1, at the same points
     costs: tuple[float, float, float] = (2, 5, 5),  # of class, cross-entropy and dice
 ) -> torch.Tensor:  # N x n
-    "What it costs to let each query answer for each target (Mask2Former; SYSTEMS 1.6)."
+    "What it costs to let each query answer for each target (Mask2Former)."
     x, t = mask_points.float(), target_points.float()
     # softplus(-x) t + softplus(x) (1-t) = softplus(x) - x t
     share, bce = x.sigmoid(), (F.softplus(x).sum(1, keepdim=True) - x @ t.T) / x.shape[1]
@@ -178,7 +178,7 @@ def mask_classification_loss(
     matches: list | None = None,  # of `match_masks`, if already known
     # scalar, and its parts before weighting: class (a list gives class0, class1, ...), mask, dice
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mask2Former's loss of one prediction (SYSTEMS 1.6):
+    """Mask2Former's loss of one prediction:
     match, then class loss, cross-entropy and dice at uncertain points. Raises as `match_masks`.
     """
     several = isinstance(class_logits, (list, tuple))
@@ -193,13 +193,13 @@ def mask_classification_loss(
         )
     predicted = torch.cat([o[queries] for o, (queries, _) in zip(mask_logits, matches)])
     true = torch.cat([masks[meant] for (_, masks), (_, meant) in zip(targets, matches)])
-    places = uncertain_points(predicted, points, generator)
+    locations = uncertain_points(predicted, points, generator)
     count = torch.tensor(float(sum(len(classes) for classes, _ in targets)), device=predicted.device)
     if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(count)
         count = count / distributed.get_world_size()
     sampled = [
-        point_sample(o[:, None], places)[:, 0] if len(o) else o.new_zeros(0, points)
+        point_sample(o[:, None], locations)[:, 0] if len(o) else o.new_zeros(0, points)
         for o in (predicted, true)
     ]
     bce, dice = mask_point_losses(*sampled, count.clamp(min=1))

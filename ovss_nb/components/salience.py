@@ -25,9 +25,7 @@ from .upsample import upsample_argmax
 # %% ../../nbs/components/07_salience.ipynb #22785f4b
 @dataclass(frozen=True)
 class SalienceConfig:
-    """Every option between a matching model and labels (PnP-OVSS;
-    SYSTEMS 6 and section 9). Raises `ValueError` for a value that means nothing.
-    """
+    """Every option between a matching model and labels (PnP-OVSS, Luo et al. 2024). Raises `ValueError` for a value that means nothing."""
 
     layer: Index = 7  # of cross-attention, from 0; the paper's layer 8
     head: Index = 9  # in that layer, from 0
@@ -39,7 +37,7 @@ class SalienceConfig:
     drop_rule: Literal["fixed10", "half"] = "fixed10"
     drop_iter: Count = 4  # iterations of Salience DropOut; 1 is GradCAM alone
     double_first: bool = True  # count iteration 0 twice, as the code does; false: PN-5 as printed
-    # places of a map below this, on its min-max scale, are emptied
+    # locations of a map below this, on its min-max scale, are emptied
     threshold: Annotated[float, Range(0, 1, "low")] = 0.15
     rescale_after_resize: bool = False  # min-max again after resizing: the code for COCO
     # a background map: "always" (VOC, COCO-Object), "few" (with fewer than three classes: Context, ADE,
@@ -124,10 +122,13 @@ def salience_maps(
 # %% ../../nbs/components/07_salience.ipynb #0dcc8a86
 def class_tokens(prompts: Prompts) -> torch.Tensor:  # N x L, bool
     "Which tokens belong to a name, rather than to the opening, a sentence, or the padding."
-    place = torch.arange(prompts.ids.shape[1])
+    location = torch.arange(prompts.ids.shape[1])
     return torch.stack(
         [
-            sum(((a <= place) & (place < b) for a, b in spans), torch.zeros(len(place), dtype=torch.bool))
+            sum(
+                ((a <= location) & (location < b) for a, b in spans),
+                torch.zeros(len(location), dtype=torch.bool),
+            )
             for spans in prompts.spans
         ]
     )
@@ -194,7 +195,7 @@ def salience_iterations(
     config: SalienceConfig = SalienceConfig(),  # layer, head, gradient, drop_rule, drop_iter, rows
     tokens: ImageTokens | None = None,  # of the whole images, where they were made before
 ) -> Iterator[Iteration]:
-    """The rounds of Salience DropOut (PnP-OVSS, SYSTEMS 6.4), all images and texts together;
+    """The rounds of Salience DropOut (PnP-OVSS), all images and texts together;
     patches are dropped per image, by the sum over all its texts' class tokens.
     """
     tokens = tokens or image_tokens(matcher, images, config.rows)
@@ -276,9 +277,7 @@ def salience_probabilities(
     config: SalienceConfig = SalienceConfig(),
     background: bool = True,  # put a map for the background in front
 ) -> torch.Tensor:  # K x H x W, or (K + 1) x H x W with the background first; sums to 1
-    """Threshold, resize, background, blur, min-max, softmax, in this order (PnP-OVSS, SYSTEMS 6.5 steps 1 to
-    5).
-    """
+    """Threshold, resize, background, blur, min-max, softmax, in this order (PnP-OVSS)."""
     maps = maps * threshold(maps, config.threshold)
     maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=True)[0]
     if config.rescale_after_resize:
@@ -302,8 +301,7 @@ def to_ids(
 ) -> np.ndarray:  # H x W int32
     """Positions to the vocabulary's numbers, by a lookup table.
 
-    With `in_place`, a region whose new number is a position not yet renamed is renamed again (SYSTEMS 6.5
-    step 6).
+    With `in_place`, a region whose new number is a position not yet renamed is renamed again, as in the released code.
     """
     if not in_place:
         return np.asarray(ids, np.int32)[labels]
@@ -320,7 +318,7 @@ def salience_labels(
     config: SalienceConfig = SalienceConfig(),
     background: int | None = None,  # the vocabulary's number of the background; None: it has none
 ) -> np.ndarray:  # H x W int32, the vocabulary's numbers
-    """Class maps to labels (PnP-OVSS, SYSTEMS 6.5).
+    """Class maps to labels (PnP-OVSS).
 
     `ValueError` for another number of ids than maps; `MissingExtra` for a CRF without the extra `crf`.
     """

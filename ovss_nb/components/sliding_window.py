@@ -80,9 +80,9 @@ def merge_windows(
     for (top, left), part in zip(corners, maps, strict=True):
         if total is None:
             total, count = part.new_zeros(*part.shape[:-2], *size), part.new_zeros(size)
-        place = (..., slice(top, top + part.shape[-2]), slice(left, left + part.shape[-1]))
-        total[place] += part
-        count[place] += 1
+        location = (..., slice(top, top + part.shape[-2]), slice(left, left + part.shape[-1]))
+        total[location] += part
+        count[location] += 1
     return total / count
 
 # %% ../../nbs/components/04_sliding_window.ipynb #f47965e9

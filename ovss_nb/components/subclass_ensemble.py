@@ -79,7 +79,7 @@ def subclass_maps(
     method: str = "paper",  # `paper`, `repo`, `mean` or `max`
     temperature: float = 1.0,  # of the softmax over subclasses (unused by `mean` and `max`)
 ) -> torch.Tensor:  # K x m float32
-    "Similarity of every place with every class through its subclasses (LS-4 to LS-9)."
+    "Similarity of every location with every class through its subclasses (LS-4 to LS-9)."
     check_shapes(patches=(patches, "m d"), embeddings=(embeddings, "K P d"), pooled=(pooled, "d"))
     weights = subclass_weights(embeddings, pooled, mask, "mean" if method == "max" else method, temperature)
     patches, embeddings = patches.float(), embeddings.float()
@@ -95,7 +95,7 @@ def superclass_scores(
     pooled: torch.Tensor,  # d, the image vector; need not be normalized
     class_embeddings: torch.Tensor,  # K x d unit-norm
 ) -> torch.Tensor:  # K float32
-    "Cosine of the image vector with every class text (SYSTEMS 5.4, step 1)."
+    "Cosine of the image vector with every class text."
     check_shapes(pooled=(pooled, "d"), class_embeddings=(class_embeddings, "K d"))
     return class_embeddings.float() @ (pooled.float() / (pooled.float().norm() + 1e-8))
 
@@ -105,7 +105,7 @@ def selection_threshold(
     top: int = 10,  # how many of the best to look at; fewer if there are fewer classes
 ) -> float:
     """Mean plus one unbiased standard deviation of the `top` best scores;
-    a single score is its own threshold (SYSTEMS 5.4, step 2).
+    a single score is its own threshold.
     """
     check_shapes(scores=(scores, "K"))
     if top < 1 or not len(scores):
@@ -123,7 +123,7 @@ def select_classes(
     threshold: str | float | None = "mean+std",
 ) -> list[int]:  # class indices, best first; may be empty
     """Classes that get a mask:
-    the best `walk` down to the threshold, without the background (SYSTEMS 5.4, steps 2 and 3).
+    the best `walk` down to the threshold, without the background.
     """
     check_shapes(scores=(scores, "K"))
     if walk < 1:
@@ -148,7 +148,7 @@ def merge_masks(
     class_scores,  # n scores, one per mask
     background: int,  # label of pixels that no mask claims
 ) -> np.ndarray:  # H x W int64 labels
-    "One label map from overlapping masks: the highest score wins, the first of equals (SYSTEMS 5.4, step 7)."
+    "One label map from overlapping masks: the highest score wins, the first of equals."
     masks, indices, scores = (
         np.asarray(masks),
         np.asarray(class_indices, dtype=np.int64),

@@ -6,9 +6,11 @@
 __all__ = ['upsample_argmax']
 
 # %% ../../nbs/components/01_upsample.ipynb #e80f0f58
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
 import torch
 from torch.nn import functional as F
 
@@ -31,74 +33,81 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 # %% ../../nbs/components/01_upsample.ipynb #f8cccf41
+def _merge(
+    best: torch.Tensor,  # H x W values, overwritten
+    label: torch.Tensor,  # H x W, the classes they belong to
+    value: torch.Tensor,
+    other: torch.Tensor,  # values and labels of later classes
+) -> tuple[torch.Tensor, torch.Tensor]:  # values and labels
+    "The better of two classes at each pixel, the earlier one where they tie."
+    label = torch.where(value > best, other, label)
+    return torch.maximum(best, value, out=best), label
+
+
+def _argmax_of_share(
+    scores: torch.Tensor,  # K x h x w, float32, finite
+    size: tuple[int, int],  # height and width of the labels
+    first: int,
+    last: int,  # the classes to look at
+) -> tuple[torch.Tensor, torch.Tensor]:  # H x W values and labels
+    "Upsample some of the classes, a few at a time (5 MB of values), and keep a running maximum."
+    group = 3 if len(scores) == 3 else max(1, 1_250_000 // (size[0] * size[1]))
+    k, running = first, None
+    while k < last:
+        part = min(group, last - k)
+        part -= part == 3 and len(scores) != 3
+        maps = F.interpolate(scores[None, k : k + part], size=size, mode="bilinear", align_corners=False)[0]
+        value, label = maps.max(0)
+        label = label.add_(k).to(_label_dtype(len(scores)))
+        running = _merge(*running, value, label) if running else (value, label)
+        k += part
+    return running
+
+# %% ../../nbs/components/01_upsample.ipynb #7ad89e05
 def _argmax_in_groups(
     scores: torch.Tensor,  # K x h x w, float32, finite
     size: tuple[int, int],  # height and width of the labels
 ) -> torch.Tensor:  # H x W labels
-    "Upsample a few classes at a time (5 MB of values per thread) and keep a running maximum."
-    group = 3 if len(scores) == 3 else max(1, 1_250_000 // (size[0] * size[1]))
-
-    def merge(best, label, value, other):
-        label = torch.where(value > best, other, label)
-        return torch.maximum(best, value, out=best), label
-
-    def share(first, last):
-        k, found = first, None
-        while k < last:
-            part = min(group, last - k)
-            part -= part == 3 and len(scores) != 3
-            value, label = F.interpolate(
-                scores[None, k : k + part], size=size, mode="bilinear", align_corners=False
-            )[0].max(0)
-            label = label.add_(k).to(_label_dtype(len(scores)))
-            found = merge(*found, value, label) if found else (value, label)
-            k += part
-        return found
-
+    "Labels of all classes; on a CPU each thread takes a share of them."
     # At least 16 classes a thread; a GPU is parallel by itself.
     threads = min(torch.get_num_threads(), -(-len(scores) // 16)) if scores.device.type == "cpu" else 1
     if threads == 1:
-        return share(0, len(scores))[1]
+        return _argmax_of_share(scores, size, 0, len(scores))[1]
     bounds = [len(scores) * t // threads for t in range(threads + 1)]
     with _one_thread(), ThreadPoolExecutor(threads) as pool:
-        first, *others = pool.map(share, bounds, bounds[1:])
+        best, *others = pool.map(lambda *share: _argmax_of_share(scores, size, *share), bounds, bounds[1:])
     for other in others:
-        first = merge(*first, *other)
-    return first[1]
+        best = _merge(*best, *other)
+    return best[1]
 
 # %% ../../nbs/components/01_upsample.ipynb #e16d49d9
 def _axis_weights(
-    places: int,  # length of the coarse axis
+    locations: int,  # length of the coarse axis
     pixels: int,  # length of the fine axis
     device: str = "cpu",
-    # lower neighbor, its weight, weight of the next place; each of length `pixels`
+    # lower neighbor, its weight, weight of the next location; each of length `pixels`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The neighbors and weights that `F.interpolate` uses along one axis, exactly as it computes them."
-    phases = torch.eye(3, device=device).repeat(1, places // 3 + 1)[:, :places]
+    phases = torch.eye(3, device=device).repeat(1, locations // 3 + 1)[:, :locations]
     weights = F.interpolate(phases[None], size=pixels, mode="linear", align_corners=False)[0]
-    at = torch.arange(pixels, device=device)
-    near = (
-        ((torch.arange(pixels, dtype=torch.float64) + 0.5) * places / pixels - 0.5)
-        .round()
-        .long()
-        .clamp(0, places - 1)
-        .to(device)
-    )
-    low = near - (weights[(near - 1) % 3, at] > 0).long()
-    return low, weights[low % 3, at], weights[(low + 1) % 3, at]
+    pixel = torch.arange(pixels, device=device)
+    center = (torch.arange(pixels, dtype=torch.float64) + 0.5) * locations / pixels - 0.5
+    nearest = center.round().long().clamp(0, locations - 1).to(device)
+    lower = nearest - (weights[(nearest - 1) % 3, pixel] > 0).long()
+    return lower, weights[lower % 3, pixel], weights[(lower + 1) % 3, pixel]
 
 # %% ../../nbs/components/01_upsample.ipynb #cfc53a24
 @lru_cache
 def _mixing_rule(
     device: str,  # as in `str(tensor.device)`
-):  # (p, a, q, b) -> p*a + q*b, or None where no rule is exact
+) -> Callable[..., torch.Tensor] | None:  # (p, a, q, b) -> p*a + q*b, or None where no rule is exact
     """The rounding of `p*a + q*b` that makes separable interpolation equal to `F.interpolate` on this device,
     bit for bit.
     """
     scores = torch.rand(4, 13, 11, generator=torch.Generator().manual_seed(0)).to(device)
     naive = F.interpolate(scores[None], size=(150, 131), mode="bilinear", align_corners=False)[0]
     (y, ya, yb), (x, xa, xb) = _axis_weights(13, 150, device), _axis_weights(11, 131, device)
-    # Past the last place both neighbors are the same one; there only the order of values matters, and any
+    # Past the last location both neighbors are the same one; there only the order of values matters, and any
     # rule keeps it.
     rows, columns = y < 12, x < 10
     y, ya, yb, x, xa, xb = y[rows], ya[rows, None], yb[rows, None], x[columns], xa[columns], xb[columns]
@@ -111,58 +120,64 @@ def _mixing_rule(
         line = mix(scores[:, :, x], xa, scores[:, :, x + 1], xb)
         if torch.equal(mix(line[:, y], ya, line[:, y + 1], yb), naive[:, rows][:, :, columns]):
             return mix
+    return None
 
 # %% ../../nbs/components/01_upsample.ipynb #284918e4
 class _Cells:
     """The cells of one axis:
-    `low`, `high` (n+1) bounding places; `a`, `b` (span x n+1) weights; `where` (pixels) position of each
+    `low`, `high` (n+1) bounding locations; `a`, `b` (span x n+1) weights; `where` (pixels) position of each
     pixel among cells of `span` pixels.
     """
 
-    def __init__(self, places: int, pixels: int, device: str = "cpu"):
-        low, a, b = _axis_weights(places, pixels, device)
+    def __init__(self, locations: int, pixels: int, device: str = "cpu"):
+        low, a, b = _axis_weights(locations, pixels, device)
         cell = low + ((b > 0) | (low > 0))
-        count = torch.bincount(cell, minlength=places + 1)
+        count = torch.bincount(cell, minlength=locations + 1)
         offset = torch.arange(pixels, device=device) - (count.cumsum(0) - count)[cell]
-        self.span, index = int(count.max()), torch.arange(places + 1, device=device)
-        self.low, self.high = (index - 1).clamp(min=0), index.clamp(max=places - 1)
+        self.span, index = int(count.max()), torch.arange(locations + 1, device=device)
+        self.low, self.high = (index - 1).clamp(min=0), index.clamp(max=locations - 1)
         self.where = cell * self.span + offset
-        self.a, self.b = torch.zeros(2, self.span, places + 1, device=device)
+        self.a, self.b = torch.zeros(2, self.span, locations + 1, device=device)
         self.a[offset, cell], self.b[offset, cell] = a, b
 
 # %% ../../nbs/components/01_upsample.ipynb #97284bd6
 def _survivors(
-    places: torch.Tensor,  # (h*w) x K scores, one row per place
+    locations: torch.Tensor,  # (h*w) x K scores, one row per location
     corners: torch.Tensor,  # n x 4 rows of the four corners of each cell
     winners: torch.Tensor,  # n x 4 best class at each corner
     most: int,  # give up once there are more survivors than this
     block: int = 2**17,  # scores looked at together
-):  # (cell, class, values M x 4) of all survivors, ordered by cell then class; None if there are too many
-    "The classes that can be best somewhere in a cell: those that no corner winner beats at all four corners."
-    found, total = [], 0
-    for cells in torch.arange(len(corners), device=corners.device).split(max(1, block // places.shape[1])):
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:  # cell, class, values M x 4, in this order
+    """The classes that can be best somewhere in a cell: no corner winner beats them at all four corners.
+
+    None if there are too many.
+    """
+    parts, total = [], 0
+    for cells in torch.arange(len(corners), device=corners.device).split(max(1, block // locations.shape[1])):
         corner, winner = corners[cells], winners[cells]
-        rivals = places[corner[:, None], winner[:, :, None]]  # cell x winner x corner
-        highest = places[corner[:, 0]]
-        for c in 1, 2, 3:
-            torch.maximum(highest, places[corner[:, c]], out=highest)
+        rivals = locations[corner[:, None], winner[:, :, None]]  # cell x winner x corner
+        highest = locations[corner[:, 0]]
+        for c in (1, 2, 3):
+            torch.maximum(highest, locations[corner[:, c]], out=highest)
         passed = (highest > rivals.amin(2).amax(1, keepdim=True)).scatter_(1, winner, True)
         cell, k = passed.nonzero(as_tuple=True)
-        values = places[corner[cell], k[:, None]]
+        values = locations[corner[cell], k[:, None]]
         alive = (values[:, None] > rivals[cell]).any(2).all(1) | (winner[cell] == k[:, None]).any(1)
-        found.append((cells[cell[alive]], k[alive], values[alive]))
-        total += len(found[-1][0])
+        parts.append((cells[cell[alive]], k[alive], values[alive]))
+        total += len(parts[-1][0])
         if total > most:
             return None
-    return tuple(torch.cat(part) for part in zip(*found))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 # %% ../../nbs/components/01_upsample.ipynb #1c47678e
 def _fill(
     canvas: torch.Tensor,  # rows x columns x cells labels, written in place
-    survivors: tuple,  # (cell, class, values) as from `_survivors`, with `cell` an index into `canvas`
+    survivors: tuple[
+        torch.Tensor, torch.Tensor, torch.Tensor
+    ],  # (cell, class, values) as from `_survivors`, with `cell` an index into `canvas`
     rows: _Cells,
     columns: _Cells,  # the axes
-    mix,  # the mixing rule
+    mix: Callable[..., torch.Tensor],  # the mixing rule
     chunk: int = 2**15,  # pixels interpolated together
 ) -> None:
     "Interpolate the survivors of each cell and write the best class of each of its pixels."
@@ -173,20 +188,15 @@ def _fill(
         row, column = cell[part] // len(columns.low), cell[part] % len(columns.low)
         turn = torch.arange(int(count[part[0]]), device=k.device)[:, None]
         index = first[part] + torch.minimum(turn, count[part] - 1)  # survivor x cell
-        top, bottom, left, right = (
-            rows.a[:, None, row],
-            rows.b[:, None, row],
-            columns.a[:, column],
-            columns.b[:, column],
-        )
+        top, bottom = rows.a[:, None, row], rows.b[:, None, row]
+        left, right = columns.a[:, column], columns.b[:, column]
         best = torch.full((rows.span, columns.span, len(part)), -torch.inf, device=k.device)
         label = torch.zeros_like(best, dtype=k.dtype)
         for i in index:
             topleft, topright, bottomleft, bottomright = corner[:, i]  # each one value per cell
-            # row x column x cell
-            value = mix(
-                mix(topleft, left, topright, right), top, mix(bottomleft, left, bottomright, right), bottom
-            )
+            upper = mix(topleft, left, topright, right)
+            lower = mix(bottomleft, left, bottomright, right)
+            value = mix(upper, top, lower, bottom)  # row x column x cell
             label = torch.where(value > best, k[i], label)
             torch.maximum(best, value, out=best)
         canvas[:, :, cell[part]] = label
@@ -195,29 +205,26 @@ def _fill(
 def _argmax_by_cells(
     scores: torch.Tensor,  # K x h x w, float32, finite
     size: tuple[int, int],  # height and width of the labels
-    mix,  # the mixing rule
+    mix: Callable[..., torch.Tensor],  # the mixing rule
 ) -> torch.Tensor | None:  # H x W labels; None where too many classes survive
     "Interpolate in each cell the classes that can win there, and only those."
     (classes, h, w), device = scores.shape, str(scores.device)
     rows, columns = _Cells(h, size[0], device), _Cells(w, size[1], device)
-    places = scores.flatten(1).T.contiguous()
-    corners = torch.stack(
-        [(y[:, None] * w + x).flatten() for y in (rows.low, rows.high) for x in (columns.low, columns.high)],
-        1,
-    )
-    winners = places.argmax(1)[corners]
+    locations = scores.flatten(1).T.contiguous()
+    axes = product((rows.low, rows.high), (columns.low, columns.high))
+    corners = torch.stack([(y[:, None] * w + x).flatten() for y, x in axes], 1)
+    winners = locations.argmax(1)[corners]
     canvas = winners[:, 0].to(_label_dtype(classes)).expand(rows.span, columns.span, -1).contiguous()
     disputed = (winners != winners[:, :1]).any(1).nonzero()[:, 0]
     if len(disputed):
-        survivors = _survivors(places, corners[disputed], winners[disputed], most=classes * len(corners) // 4)
+        survivors = _survivors(
+            locations, corners[disputed], winners[disputed], most=classes * len(corners) // 4
+        )
         if survivors is None:
             return None
         _fill(canvas, (disputed[survivors[0]], *survivors[1:]), rows, columns, mix)
-    canvas = (
-        canvas.view(rows.span, columns.span, h + 1, w + 1)
-        .permute(2, 0, 3, 1)
-        .reshape((h + 1) * rows.span, (w + 1) * columns.span)
-    )
+    canvas = canvas.view(rows.span, columns.span, h + 1, w + 1).permute(2, 0, 3, 1)
+    canvas = canvas.reshape((h + 1) * rows.span, (w + 1) * columns.span)
     return canvas[rows.where][:, columns.where]
 
 # %% ../../nbs/components/01_upsample.ipynb #3636240e
@@ -228,12 +235,10 @@ def upsample_argmax(
     """Bilinear upsampling (align_corners=False) and argmax, without ever holding K x H x W.
 
     Labels equal those of `F.interpolate` of the contiguous float32 scores followed by `argmax`, except
-    where the naive values of the two best classes
-    are exactly equal; there, and where classes tie at a corner, the lowest index usually wins, as in
-    `argmax`, but this is not promised.
-    Half precision is computed in float32. Raises ValueError for NaN, `+inf`, an empty or wrongly shaped
-    map, or a size below 1.
-
+    where the naive values of the two best classes are exactly equal; there, and where classes tie at a
+    corner, the lowest index usually wins, as in `argmax`, but this is not promised. Half precision is
+    computed in float32. Raises `ValueError` for NaN, `+inf`, an empty or wrongly shaped map, or a size
+    below 1.
     """
     if scores.ndim != 3 or 0 in scores.shape:
         raise ValueError(f"scores must be K x h x w with no empty side, got {tuple(scores.shape)}")
@@ -246,8 +251,7 @@ def upsample_argmax(
         low, high = scores.aminmax()
         if not high < torch.inf:
             raise ValueError(
-                "scores hold NaN or +inf; mend them before asking for labels (-inf is allowed and switches a"
-                " class off)"
+                "scores hold NaN or +inf; mend them first (-inf is allowed and switches a class off)"
             )
         if low == -torch.inf:
             scores = scores.clamp(min=torch.finfo(torch.float32).min / 4)
