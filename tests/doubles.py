@@ -1,7 +1,78 @@
 "Small stand-ins that several test files share."
 
+from pathlib import Path
+
+import open_clip
 import torch
 from ovss_nb.encoders.base import Encoder, ImageFeatures
+from ovss_nb.encoders.clip import CLIPEncoder
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """Tensors of `tests/golden/NAME.safetensors` by name, those that it shares with another file included.
+
+    Names that end in `_strideN` hold every N-th row and column: see `thinned`.
+    """
+    path = GOLDEN / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        others = (file.metadata() or {}).get("others")
+    tensors = load_file(path)
+    if others:
+        shared = golden(others)
+        tensors |= {key: shared[key] for key in shared if key.startswith(("w.", "in."))}
+    return tensors
+
+
+def golden_weights(tensors, prefix="w."):
+    "The weights among golden tensors, under their original names."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def thinned(maps, step=2):
+    "Every `step`-th row and column of maps, as large ones are stored."
+    return maps[..., ::step, ::step]
+
+
+def close(ours, theirs, tolerance=1e-5):
+    "Equal shapes, and no number further off than `tolerance`."
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    difference = (ours - theirs).abs().max()
+    assert difference <= tolerance, float(difference)
+
+
+def small_clip_model(patch=16, layers=4, quick_gelu=True, seed=0, vocab_size=49408):
+    "open_clip's own CLIP, tiny and random: a ViT of width 32 on a grid of 4 x 4."
+    torch.manual_seed(seed)
+    vision = dict(image_size=4 * patch, patch_size=patch, width=32, layers=layers, head_width=16)
+    text = dict(context_length=77, vocab_size=vocab_size, width=32, heads=2, layers=1)
+    return open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu)
+
+
+def small_clip(**options):
+    "An encoder around `small_clip_model`, which takes the options."
+    return CLIPEncoder(small_clip_model(**options), tokenizer=open_clip.SimpleTokenizer(), device="cpu")
+
+
+def randomize(module, seed=0, scale=1.0):
+    """Every parameter random and large enough to matter, so that a forgotten or swapped one shows.
+
+    Matrices have unit gain times `scale`, norms are near one, tables of positions and embeddings are noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "pos" in name or "embed" in name and "patch" not in name:
+                parameter.copy_(noise / 2)
+            elif parameter.ndim > 1:
+                parameter.copy_(scale * noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.2 * noise + name.endswith("weight"))
+    return module.eval().requires_grad_(False)
 
 
 class Colors(Encoder):

@@ -3,18 +3,17 @@ CAT-Seg and EBSeg.
 """
 
 import hashlib, json, os, subprocess, sys, warnings
-from pathlib import Path
 import numpy as np
 import open_clip
+import doubles
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from ovss_nb.encoders.base import resize_positions
 from ovss_nb.encoders.clip import MEANS, CLIPEncoder, count_tokens, file_settings, load_clip
 from ovss_nb.encoders.registry import create_encoder
 
-GOLDEN = Path(__file__).parent / "golden"
 WIDTH, HEADS, LAYERS, PATCH, DIM = 48, 3, 7, 8, 20
 # a text tower for CLIP's real tokenizer
 WORDS = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)
@@ -272,7 +271,7 @@ def test_catseg_dense_clip():
     """CAT-Seg's CLIP:
     `value` with the class-token residual, guidance layers, position table, pooled vector, text.
     """
-    golden = load_file(GOLDEN / "catseg_clip_dense.safetensors")
+    golden = doubles.golden("catseg_clip_dense")
     state = {k[2:]: v for k, v in golden.items() if k.startswith("w.")}
     # the checkpoint keeps query, key and value apart
     for key in [o for o in state if o.endswith("q_proj_weight")]:
@@ -313,7 +312,7 @@ def test_catseg_dense_clip():
 @pytest.mark.parametrize("case", ["native", "resized", "shared_bias"])
 def test_ebseg_surgery(case):
     "EBSeg's frozen embeddings D: `vv`, second path opened after one of six blocks, unit length per place."
-    golden = load_file(GOLDEN / "ebseg_surgery.safetensors")
+    golden = doubles.golden("ebseg_surgery")
     model = tiny(embed_dim=32, image_size=64, patch_size=16, width=64, layers=6, head_width=16)
     model.visual.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
     encoder, x = CLIPEncoder(model, dense="vv", device="cpu"), golden[f"in.{case}.image"]

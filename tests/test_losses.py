@@ -5,11 +5,10 @@ numbers.
 
 import itertools
 import math
-from pathlib import Path
 
+import doubles
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import distributed
 from torch.nn import functional as F
 
@@ -33,8 +32,6 @@ from ovss_nb.components.mask_losses import (
     ssc_loss,
     uncertain_points,
 )
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def numbers(*shape, seed=0, scale=1.0):
@@ -328,7 +325,7 @@ def test_hard_negatives_repeat_and_never_hit_the_partner():
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN / "ebseg_balance.safetensors")
+    return doubles.golden("ebseg_balance")
 
 
 def golden_targets(golden):

@@ -3,11 +3,10 @@ SOS tokens against EBSeg's and SAN's numbers and against the concatenated form, 
 """
 
 import math
-from pathlib import Path
 import open_clip
+import doubles
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
@@ -16,7 +15,6 @@ from ovss_nb.text.text_bank import TextBank
 from ovss_nb.encoders.attention import block_attention, carry, propose, sos_bias
 from ovss_nb.components.mask_classification import TextClassifier, mask_pool, mask_scores, sine_positions
 
-GOLDEN = Path(__file__).parent / "golden"
 SPLIT = 4  # of six blocks
 CASES = ["native", "resized", "shared_bias"]
 
@@ -55,7 +53,7 @@ def tower(request):
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN / "ebseg_sos_attention.safetensors")
+    return doubles.golden("ebseg_sos_attention")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,7 @@ def test_ebseg_second_path(case, encoder):
     """Embeddings D together with the proposals, opened after the first of six blocks;
     the bias does not touch them.
     """
-    golden = load_file(GOLDEN / "ebseg_surgery.safetensors")
+    golden = doubles.golden("ebseg_surgery")
     images = golden[f"in.{case}.image"]
     tokens, second = carry(encoder.blocks[1:SPLIT], encoder.blocks[0](encoder.embed(images)))
     assert torch.allclose(
@@ -136,7 +134,7 @@ def test_ebseg_second_path(case, encoder):
         tokens[:, 1:].mT.flatten(2), golden[f"out.{case}.plain_patch_feat_4"].flatten(2), atol=1e-5, rtol=0
     )
     assert torch.allclose(tokens[:, 0], golden[f"out.{case}.plain_cls_token_4"][0], atol=1e-5, rtol=0)
-    bias = 5 * random(2, 4, 3, tokens.shape[1] - 1)
+    bias = 5 * random(len(tokens), 4, 3, tokens.shape[1] - 1)
     for finish in (True, False):
         *_, third = propose(encoder.blocks[SPLIT:], tokens, bias, surgery=second, finish=finish)
         assert torch.allclose(
@@ -315,7 +313,7 @@ def test_block_attention_equals_torchs(tower):
 def test_positions_equal_mask2formers():
     assert torch.allclose(
         sine_positions(8, 12, 32).expand(2, -1, -1, -1),
-        load_file(GOLDEN / "ebseg_decoder.safetensors")["out.pos_embed_2"],
+        doubles.golden("ebseg_decoder")["out.pos_embed_2"],
         atol=1e-5,
     )
     ours = sine_positions(3, 5, 8)  # and the formula once more, entry by entry
