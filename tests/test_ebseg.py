@@ -212,7 +212,9 @@ def test_balancing(golden, model, monkeypatch):
         filled, size = (tuple(golden[f"in.balance.{o}"][i].tolist()) for o in ("image_sizes", "output_sizes"))
         masks = golden["in.balance.pred_masks"][i]
         close(
-            thinned(torch.cat([o for _, o in semantic_inference(p[i], masks, frame, filled, size, 10_000)], 1)),
+            thinned(
+                torch.cat([o for _, o in semantic_inference(p[i], masks, frame, filled, size, 10_000)], 1)
+            ),
             golden[f"out.balance.{model}.sem_seg_{i}_stride2"],
         )
         rows, columns = (ebseg.resize_matrix(*o) for o in zip(masks.shape[1:], frame, filled, size))
