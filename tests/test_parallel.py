@@ -182,11 +182,12 @@ def test_killed_from_outside(tmp_path):
     stop, killed = threading.Event(), []
 
     def killer():
-        rng = np.random.default_rng(0)
-        while not stop.wait(0.3):
-            if found := worker_processes():
-                killed.append(found[rng.integers(len(found))])
+        rng, pause = np.random.default_rng(0), 0.3
+        while not stop.wait(pause):
+            if alive := worker_processes():
+                killed.append(alive[rng.integers(len(alive))])
                 killed[-1].kill()
+                pause *= 1.1  # on a busy computer a worker may need longer to start
 
     thread = threading.Thread(target=killer)
     thread.start()
