@@ -4,6 +4,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder, ImageFeatures
 from ovss_nb.encoders.clip import CLIPEncoder
 from safetensors import safe_open
@@ -107,3 +108,31 @@ def finite_difference(value, module, place, amount=1e-5):
             handle.remove()
 
     return (nudged(1) - nudged(-1)) / (2 * amount)
+
+
+def numbers(*shape, seed=0, scale=1.0):
+    "Normal numbers in double precision, the same every time."
+    return scale * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def units(*shape, seed=0):
+    "Vectors of length one."
+    return F.normalize(numbers(*shape, seed=seed), dim=-1)
+
+
+def gradients_agree(function, *inputs):
+    "Finite differences in double precision; the losses reckon in single, so steps and tolerances are wide."
+    for i, x in enumerate(inputs):
+        x = x.clone().requires_grad_()
+
+        def value(z):
+            return function(*inputs[:i], z, *inputs[i + 1 :])
+
+        (gradient,) = torch.autograd.grad(value(x), x)
+        for index in range(0, x.numel(), max(1, x.numel() // 7)):
+            step = torch.zeros(x.numel(), dtype=x.dtype)
+            step[index] = 1e-2
+            step = step.view_as(x)
+            slope = (value(x.detach() + step) - value(x.detach() - step)).double() / 2e-2
+            assert abs(slope - gradient.flatten()[index]) <= 2e-3 + 1e-2 * abs(slope), (i, index)
+        assert gradient.isfinite().all() and gradient.abs().max() > 1e-6

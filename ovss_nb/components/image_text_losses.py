@@ -16,8 +16,9 @@ def log_mean_exp(
     scores: torch.Tensor,  # B x P x K, one score per patch and noun
     sharpness: float = 1.0,  # near 0: the mean over patches; large: the maximum
 ) -> torch.Tensor:  # B x K
-    """Pool scores over patches, the multiple-instance learning of Pinheiro and Collobert (2015, equation 6);
-    raises `ValueError` unless `sharpness` > 0.
+    """Pool scores over patches: the multiple-instance learning of Pinheiro and Collobert (2015, eq. 6).
+
+    Raises `ValueError` unless `sharpness` > 0.
     """
     if not sharpness > 0:
         raise ValueError(f"sharpness={sharpness} must be above 0; 1e-3 is nearly the mean")
@@ -31,10 +32,9 @@ def noun_loss(
     # K, true for nouns whose silence proves nothing; they are no negatives over the nouns
     unmentioned: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # over the nouns of an image, over the images of a noun
-    """Each named noun against the nouns not named, and each image of a noun against the images without it,
-    two scalars; 0 if nothing is named.
+    """Each named noun against the nouns not named, and each image of a noun against the images without it.
 
-    Raises `ValueError` for shapes that do not fit.
+    Two scalars; 0 if nothing is named. Raises `ValueError` for shapes that do not fit.
     """
     if scores.ndim != 2 or scores.shape != targets.shape:
         raise ValueError(
@@ -60,9 +60,9 @@ def caption_contrast(
     # positive anyway)
     same: torch.Tensor | None = None,
 ) -> torch.Tensor:  # scalar
-    """Symmetric InfoNCE between images and captions (CLIP, Radford et al.
+    """Symmetric InfoNCE between images and captions (CLIP, Radford et al. 2021).
 
-    2021); raises `ValueError` for shapes that do not fit.
+    Raises `ValueError` for shapes that do not fit.
     """
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(
@@ -72,8 +72,7 @@ def caption_contrast(
     if same is not None:
         if same.shape != logits.shape:
             raise ValueError(
-                f"same must be {tuple(logits.shape)}, one entry per image and caption, got"
-                f" {tuple(same.shape)}"
+                f"same must be {tuple(logits.shape)}, one entry per image and caption, got {tuple(same.shape)}"
             )
         logits = logits.masked_fill(same.bool() & (diagonal[:, None] != diagonal), -torch.inf)
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
@@ -84,8 +83,9 @@ def distillation(
     target: torch.Tensor,  # ... x d, the teacher's; no gradient flows into it
     weights: torch.Tensor | None = None,  # ..., not negative; only their proportions matter
 ) -> torch.Tensor:  # scalar, 0 to 2
-    """Weighted mean of one minus the cosine to the teacher's vectors;
-    0 if all weights are. Raises `ValueError` for shapes that do not fit.
+    """Weighted mean of one minus the cosine to the teacher's vectors; 0 if all weights are 0.
+
+    Raises `ValueError` for shapes that do not fit.
     """
     if embeddings.shape != target.shape:
         raise ValueError(
@@ -123,8 +123,9 @@ def matching_loss(
     logits: torch.Tensor,  # N x 2 (no, yes), or N (yes)
     labels: torch.Tensor,  # N, 1 or true where image and text belong together
 ) -> torch.Tensor:  # scalar
-    """Cross-entropy of match against no match (ITM;
-    ALBEF, Li et al. 2021); raises `ValueError` for other shapes.
+    """Cross-entropy of match against no match (ITM; ALBEF, Li et al. 2021).
+
+    Raises `ValueError` for other shapes.
     """
     if logits.shape not in ((len(labels),), (len(labels), 2)):
         raise ValueError(f"logits must be N or N x 2 for {len(labels)} labels, got {tuple(logits.shape)}")
@@ -139,9 +140,9 @@ def hard_negatives(
     same: torch.Tensor | None = None,  # B x B, true where a pair belongs together all the same
     generator: torch.Generator | None = None,  # on the device of `similarity`
 ) -> torch.Tensor:  # B column indices
-    """Draw a wrong partner for each row by the softmax of its similarities (ALBEF, Li et al.
+    """Draw a wrong partner for each row by the softmax of its similarities (ALBEF, Li et al. 2021).
 
-    2021); raises `ValueError` if a row has none.
+    Raises `ValueError` if a row has none.
     """
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity must be B x B, got {tuple(similarity.shape)}")
@@ -154,6 +155,5 @@ def hard_negatives(
             f"Row {row} has no wrong partner among {len(similarity)}: take larger batches, or fewer captions"
             " of one image"
         )
-    return torch.multinomial(
-        similarity.float().masked_fill(right, -torch.inf).softmax(1), 1, generator=generator
-    )[:, 0]
+    odds = similarity.float().masked_fill(right, -torch.inf).softmax(1)
+    return torch.multinomial(odds, 1, generator=generator)[:, 0]

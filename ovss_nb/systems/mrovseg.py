@@ -429,7 +429,7 @@ class MROVSeg(TrainedSystem):
                 masks,
                 targets,
                 generator,
-                points=c.loss_points,
+                loss_points=c.loss_points,
                 weights=c.loss_weights,
                 no_object=c.no_object,
             )

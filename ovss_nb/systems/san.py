@@ -457,7 +457,7 @@ class SAN(TrainedSystem):
                 masks,
                 targets,
                 generator,
-                points=c.loss_points,
+                loss_points=c.loss_points,
                 weights=c.loss_weights,
                 costs=c.loss_weights,
                 no_object=c.no_object,
