@@ -470,7 +470,7 @@ def test_numbers_that_are_none(tmp_path, spoil, message):
         (dict(keep=0), "keep must be"),
         (dict(save_every=True), "save_every"),
         (dict(precision="fp16"), "'fp32' or 'bf16'"),
-        (dict(schedule="linear"), "constant, cosine, poly"),
+        (dict(schedule="linear"), ".constant., .cosine. or .poly."),
         (dict(groups={"clip": 0.1}), r"name fits \['clip'\]"),
     ],
 )
