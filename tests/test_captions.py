@@ -121,7 +121,7 @@ def test_damaged_sets_are_refused(tmp_path, damage, match):
 def test_a_shard_cut_at_any_length_is_noticed(tmp_path):
     whole = (shards(tmp_path) / "a.tar").read_bytes()
     intact = CaptionSet.open(tmp_path)
-    needed = max(offset + size for path, offset, size in intact._places if path.name == "a.tar")
+    needed = max(offset + size for path, offset, size in intact._located if path.name == "a.tar")
     for length in range(0, needed, 137):
         (tmp_path / "a.tar").write_bytes(whole[:length])
         with pytest.raises(DatasetError):

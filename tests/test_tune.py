@@ -23,7 +23,7 @@ from ovss_nb.encoders.blip import BLIPMatcher, load_blip
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.systems.pnp_ovss import PnPOVSS
 from ovss_nb.training.weak_reward import (
-    MAP_KNOBS,
+    MAP_OPTIONS,
     Trial,
     Tuner,
     TuningError,
@@ -124,7 +124,7 @@ def test_settings_share_maps(tuner):
         for image, labels in zip(tuner.images, tuner.labels(options)):
             assert np.array_equal(labels, system.segment(image, tuner.vocabulary).labels)
         assert tuner.passes - start == 3 * (1, 1, 1, 2, 3, 4, 4)[n]
-    assert set(MAP_KNOBS) < {o for o in tuner.system.config.to_dict()}
+    assert set(MAP_OPTIONS) < {o for o in tuner.system.config.to_dict()}
     asked = sum(map(len, tuner.classes))
     found = [
         tuner.reward(o.image, labels, own)
