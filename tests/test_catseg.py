@@ -6,6 +6,7 @@ vocabulary and encoder that should work does.
 import json
 import numpy as np
 import open_clip
+from functools import partial
 import doubles
 from doubles import close, thinned
 import pytest
@@ -29,6 +30,8 @@ from ovss_nb.encoders.lite_sam import create_second
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.systems.trained import state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.text.text_bank import TextBank
+
+small_clip = partial(doubles.small_clip, layers=3)
 
 
 AGGREGATOR, CLIP = "sem_seg_head.predictor.transformer.", "sem_seg_head.predictor.clip_model."
@@ -58,17 +61,6 @@ def golden_clip():
         quick_gelu=True,
     )
     return CLIPEncoder(model, device="cpu")
-
-
-def small_clip(patch=16, quick_gelu=True, seed=0):
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=4 * patch, patch_size=patch, width=32, layers=3, head_width=16),
-        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
-        quick_gelu=quick_gelu,
-    )
-    return CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +235,7 @@ def test_windows_average_to_the_constant():
 
 @pytest.mark.parametrize("patch,blocks", [(16, (0, 1)), (14, (0, 1))])
 def test_patches_of_16_and_14(patch, blocks):
-    encoder = small_clip(patch)
+    encoder = small_clip(patch=patch)
     system = CATSeg(encoder, **SMALL)
     assert system.blocks == blocks and system.encode_image(
         np.zeros((50, 80, 3), np.uint8)

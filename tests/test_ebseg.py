@@ -816,10 +816,10 @@ def test_positions_are_trained_and_kept(tmp_path):
         for o in positions:
             o -= 0.1 * o.grad.sign()
     system.save(tmp_path / "tuned.safetensors")
-    encoder, second = small_clip(), small_sam()
+    encoder, aux_encoder = small_clip(), small_sam()
     loaded = EBSeg(
         encoder,
-        aux_encoder=second,
+        aux_encoder=aux_encoder,
         **(SMALL | dict(weights=str(tmp_path / "tuned.safetensors"), keep_aspect=False)),
     )
     assert sorted(loaded.own) == ["aux_encoder.model.pos_embed", "model.visual.positional_embedding"]

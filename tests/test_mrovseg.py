@@ -4,26 +4,13 @@ import itertools
 import json
 from pathlib import Path
 import numpy as np
-import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
-from doubles import Colors
-from ovss_nb.encoders.clip import CLIPEncoder
+from doubles import Colors, small_clip
 from ovss_nb.encoders.lite import LiteEncoder
 from ovss_nb.systems.mrovseg import MROVSeg, MROVSegConfig
 from ovss_nb.text.text_bank import TextBank
-
-
-def small_clip(layers=4, patch=16):
-    torch.manual_seed(0)
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=4 * patch, patch_size=patch, width=32, layers=layers, head_width=16),
-        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
-        quick_gelu=True,
-    )
-    return CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
 
 
 TINY = dict(
@@ -119,7 +106,7 @@ def test_a_picture_smaller_than_a_slice_is_filled_up_to_one(clip):
     ],
 )
 def test_layers_of_the_paper(blocks, layers, start, kept):
-    system = MROVSeg(small_clip(blocks), size=64, **TINY)
+    system = MROVSeg(small_clip(layers=blocks), size=64, **TINY)
     assert (system.network.fused_layers, system.network.proposal_start, system.kept) == (layers, start, kept)
     assert system.segment(picture(40, 64), WORDS).labels.shape == (40, 64)
 
@@ -357,7 +344,7 @@ def test_the_stem_enters_the_adapter_whatever_is_fused(options):
     """SYSTEMS 4.2:
     queries join the tokens of layer 0; the expected ones come from the encoder's own `embed`, slice by slice.
     """
-    system = MROVSeg(small_clip(12), size=64, **(TINY | options), keep_aspect=False)
+    system = MROVSeg(small_clip(layers=12), size=64, **(TINY | options), keep_aspect=False)
     image, given = system.encode_image(picture(64, 64)), []
     handle = system.network.adapter.stem.register_forward_hook(
         lambda module, arguments, result: given.append(arguments[0])
@@ -408,7 +395,7 @@ def test_the_stem_matters_though_it_is_not_fused(clip):
 )
 def test_levels_of_the_pyramid_skip_the_stem(layers, levels):
     "SYSTEMS 4.3: layers 9, 6 and 3, the deepest at the lowest level."
-    assert MROVSeg(small_clip(12), size=64, **TINY, fused_layers=layers).network.levels == levels
+    assert MROVSeg(small_clip(layers=12), size=64, **TINY, fused_layers=layers).network.levels == levels
 
 
 def test_two_layers_make_no_pyramid(clip):

@@ -2,21 +2,19 @@
 and run where there is no torch.
 """
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
+from doubles import small_clip
 import pytest
 import torch
 from PIL import Image
 from skimage import data
 from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
-from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.sam import fit_longest
 from ovss_nb.core.images import load_image
 from ovss_nb.inference.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
@@ -91,17 +89,6 @@ SMALL_SAN = dict(
     keep_aspect=False,
     resolution="input",
 )
-
-
-def small_clip(patch=16):
-    torch.manual_seed(0)
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=4 * patch, patch_size=patch, width=32, layers=4, head_width=16),
-        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
-        quick_gelu=True,
-    )
-    return CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
 
 
 class Edges(Encoder):
@@ -274,7 +261,7 @@ def test_preprocessing_without_torch_is_the_same():
         (lambda: SAN(small_clip(), **SMALL_SAN | dict(resolution="image")), "resolution='input'"),
         (
             lambda: EBSeg(small_clip(), aux_encoder="none", **EBSEG | dict(resolution="image")),
-            "resolution="masks"",
+            "resolution='masks'",
         ),
     ],
 )

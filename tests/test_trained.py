@@ -3,31 +3,22 @@ weights files that fit and do not, stored features, and training through the fou
 """
 
 import numpy as np
-import open_clip
+from functools import partial
+import doubles
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.systems.trained import TrainedSystem, state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.training.fit import fit
 from ovss_nb.core.vocabulary import Vocabulary
 
+small_clip = partial(doubles.small_clip, layers=3)
+
 WORDS = ["cat", "dog", "tree"]
 PHOTO = np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)
-
-
-def small_clip(seed=0):
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=64, patch_size=16, width=32, layers=3, head_width=16),
-        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
-        quick_gelu=True,
-    )
-    return CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
 
 
 class Turned(TrainedSystem):
