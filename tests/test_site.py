@@ -164,7 +164,7 @@ def test_all_systems_have_a_page():
 
 
 def test_comments_at_parameters_are_shown(site):
-    page = html.unescape(text(site / "api" / "inference.predict.html"))
+    page = html.unescape(text(site / "api" / "systems.registry.html"))
     assert re.search(r"<code>resize</code>.{0,800}?how the image is seen, see", page, re.S)
     assert "Args:" not in page
     methods = html.unescape(text(site / "api" / "core.segmentation.html"))

@@ -2,7 +2,7 @@
 
 `python nbs/site/refresh.py` refreshes all chapters and tutorials,
 `python nbs/site/refresh.py nbs/core/03_files.ipynb` one.
-Cells that tests skip (`#| slow`, `#| notest`, `#| gpu`) keep the outputs that they have.
+Cells that tests skip (`#| slow`, `#| notest`, `#| gpu`, `#| eval: false`) keep the outputs that they have.
 """
 
 import os
@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from PIL import Image
 
-SKIPPED = re.compile(r"^#\|\s*(slow|notest|gpu)\b", re.M)
+SKIPPED = re.compile(r"^#\|\s*(slow|notest|gpu|eval:\s*false)\b", re.M)
 PROGRESS = re.compile(r"\d%\|")  # a bar of tqdm
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # plots are outputs
