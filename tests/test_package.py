@@ -1,5 +1,5 @@
-"""The library is what the notebooks export, imports go down the folders, importing is cheap, the wheel carries
-its data, and notebooks, library and tests are written so that they can be read.
+"""The library is what the notebooks export, imports go down, importing is cheap, the wheel carries its data,
+and notebooks, library and tests are written so that they can be read.
 """
 
 import ast
@@ -336,7 +336,7 @@ def pieces_to_read():
 
 
 def test_nothing_is_left_behind():
-    "No references to files that are not here, no paths of a machine, no progress bars, no warnings of Jupyter."
+    "No reference to a file that is not here, no path of a machine, no progress bar, no warning of Jupyter."
     left = [
         f"{where}: {text[max(0, match.start() - 30) : match.end() + 30]!r}"
         for where, text in pieces_to_read()

@@ -8,6 +8,7 @@ Cells that tests skip (`#| slow`, `#| notest`, `#| gpu`, `#| eval: false`) keep 
 import os
 import re
 import sys
+import tempfile
 from base64 import b64decode, b64encode
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,8 @@ from PIL import Image
 
 SKIPPED = re.compile(r"^#\|\s*(slow|notest|gpu|eval:\s*false)\b", re.M)
 PROGRESS = re.compile(r"\d%\|")  # a bar of tqdm
+# Temporary folders and the checkout itself, in which a path begins.
+PATHS = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w+|{re.escape(str(NOTEBOOKS.parent))}(?=/)")
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # plots are outputs
 QUALITY = 82  # of JPEGs: lettering of plots stays readable
@@ -35,12 +38,19 @@ def small_picture(png: str) -> str:
     return b64encode(buffer.getvalue()).decode()
 
 
+def without_traces(text: str) -> str:
+    "Without addresses in memory and the part of a path that is this machine's."
+    return PATHS.sub("...", re.sub(r" at 0x[0-9a-f]+", "", text))
+
+
 def kept(outputs: list) -> list:
-    "Outputs without stderr, widgets and addresses in memory, and with pictures as JPEGs."
-    found = []
+    "Outputs without stderr, widgets, progress bars and traces of the machine, and with pictures as JPEGs."
+    keep = []
     for output in outputs:
-        if output.output_type == "stream" and output.name == "stderr":
-            continue
+        if output.output_type == "stream":
+            if output.name == "stderr":
+                continue
+            output.text = without_traces(output.text)
         data = output.get("data", {})
         if PROGRESS.search(data.get("text/plain", "")):
             continue
@@ -49,9 +59,9 @@ def kept(outputs: list) -> list:
             data["image/jpeg"] = small_picture(data.pop("image/png"))
         for kind, text in data.items():
             if kind.startswith("text/") and isinstance(text, str):
-                data[kind] = re.sub(r" at 0x[0-9a-f]+", "", text)
-        found.append(output)
-    return found
+                data[kind] = without_traces(text)
+        keep.append(output)
+    return keep
 
 
 def refresh(path: Path):
