@@ -874,6 +874,8 @@ def add_commands(verbs):
     table.add_argument("folder", type=Path, metavar="DIR")
     table.add_argument("--metric", metavar="NAME", help="show only this one of the metrics")
     table.add_argument("--plot", type=Path, metavar="FILE.png", help="draw --metric as a bar chart")
+    for verb in (one, many, table):
+        verb.set_defaults(func=command)
 
 
 def command(a) -> int:  # exit code: 0, or 1 if a run failed
