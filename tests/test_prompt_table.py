@@ -24,22 +24,18 @@ def press(button):
     button._handle_custom_msg({"event": "click"}, [])
 
 
-def undo_of(form, number):
-    return form.places[number][-1].children[0].children[1]
-
-
 def test_typing_reaches_the_bank_and_undo_the_page(tmp_path):
     table = PromptTable("Cityscapes-19", rows=4)
     form, before = table.form, dict(table.bank.classes)
     type_in(form.search, "bus")
-    name, field = form.shown[0], form.places[0][1]["texture_material"]
+    name, field = form.shown[0], form.slots[0].fields["texture_material"]
     assert "bus" in name or "bus" in " ".join(table.texts(name).values()).lower()
     old = field.value
     type_in(field, f"  {old.rstrip('.')},\n with <rust>. ")
     assert (
         table.bank[name]["texture_material"] == f"{old.rstrip('.')}, with <rust>." and form.shown[0] == name
     )
-    press(undo_of(form, 0))
+    press(form.slots[0].undo)
     assert field.value == old and table.bank.classes == before
     type_in(form.file, str(tmp_path / "city.json"))
     press(form.keep)
@@ -54,19 +50,19 @@ def test_pages_cover_every_class_once():
     form, seen = table.form, []
     while True:
         seen += form.shown
-        if form.on.disabled:
+        if form.forward.disabled:
             break
-        press(form.on)
-    assert seen == list(load_vocabulary("ADE-847").names) and len(form.places) == 10
-    press(form.on)  # beyond the last page nothing turns
-    assert form.shown == seen[-7:] and form.place.value.startswith("841 to 847 of 847")
+        press(form.forward)
+    assert seen == list(load_vocabulary("ADE-847").names) and len(form.slots) == 10
+    press(form.forward)  # beyond the last page nothing turns
+    assert form.shown == seen[-7:] and form.position.value.startswith("841 to 847 of 847")
     press(form.back)
     assert form.shown == seen[-17:-7]
     type_in(form.search, "no such text")
     assert (
         form.shown == []
-        and form.place.value.startswith("nothing found")
-        and form.on.disabled
+        and form.position.value.startswith("nothing found")
+        and form.forward.disabled
         and form.back.disabled
     )
     type_in(form.search, "")
@@ -80,35 +76,36 @@ def test_a_mended_class_stays_under_the_hand():
     form = table.form
     form.only.set_state({"value": True})
     assert form.shown == ["cat", "dog"]
-    type_in(form.places[0][1]["color"], "A cat is black.")
+    type_in(form.slots[0].fields["color"], "A cat is black.")
     assert (
         form.shown == ["cat", "dog"]
-        and form.places[0][2].value == ""
-        and "color names no color" in form.places[1][2].value
+        and form.slots[0].problems.value == ""
+        and "color names no color" in form.slots[1].problems.value
     )
-    assert form.place.value.endswith("1 with problems")
+    assert form.position.value.endswith("1 with problems")
 
 
 def test_a_sentence_that_two_classes_share_is_marked_at_both_ends_of_an_edit():
     table = PromptTable("VOC-20")
     table.edit("dog", table.texts("dog") | {"color": table.texts("cat")["color"]})
-    assert any("also the sentence of cat" in o for o in table.problems["dog"])
+    assert any("also the sentence of cat" in problem for problem in table.problems["dog"])
     table.edit("cat", table.texts("cat") | {"color": "A cat is black."})
-    assert not any("also the sentence" in o for o in table.problems["dog"])
+    assert not any("also the sentence" in problem for problem in table.problems["dog"])
 
 
 def test_foreign_text_stays_text():
     words, evil = Vocabulary.of({"<b>cat": ["<b>cat", "<img src=x>"]}), "<script>alert(1)</script>"
     bank = PromptBank.new(words, "descriptions", model=evil)
-    bank.fill(words, {"<b>cat": {o: f"{o} {evil}" for o in ATTRIBUTES}})
+    bank.fill(words, {"<b>cat": {attribute: f"{attribute} {evil}" for attribute in ATTRIBUTES}})
     table = PromptTable(bank, words)
     shown = [
         table.show().data,
         bank_html(bank, problems=table.problems),
-        *(o.value for o in table.form.places[0][:3:2]),
+        table.form.slots[0].title.value,
+        table.form.slots[0].problems.value,
     ]
-    assert all("<script" not in o and "<img" not in o and "<b>cat" not in o for o in shown)
-    assert "&lt;img src=x&gt;" in table.form.places[0][0].value
+    assert not any(tag in page for page in shown for tag in ("<script", "<img", "<b>cat"))
+    assert "&lt;img src=x&gt;" in table.form.slots[0].title.value
 
 
 def test_drafts_are_shown_and_never_saved(tmp_path):
@@ -118,7 +115,7 @@ def test_drafts_are_shown_and_never_saved(tmp_path):
     table = PromptTable(bank, words)
     table.edit("griffin", {"color": "A griffin is gold."})
     assert table.problems["griffin"] == [
-        f"{o} is empty" for o in ("shape, size", "texture, material", "summary")
+        f"{title} is empty" for title in ("shape, size", "texture, material", "summary")
     ]
     assert "A griffin is gold." in table.show(["griffin"]).data and "griffin" not in bank.classes
     with pytest.raises(
@@ -128,7 +125,7 @@ def test_drafts_are_shown_and_never_saved(tmp_path):
     table.edit("griffin", {})
     assert table.problems == {"griffin": ["missing"]} and table.drafts == {}
     assert PromptBank.open(table.save(tmp_path / "a.json")).classes.keys() == {"cat"}
-    table.edit("griffin", {o: f"A griffin is gold, {o}." for o in ATTRIBUTES})
+    table.edit("griffin", {attribute: f"A griffin is gold, {attribute}." for attribute in ATTRIBUTES})
     assert list(bank.classes) == ["griffin", "cat"] and table.problems == {}  # the vocabulary's order
     assert PromptBank.open(table.save()).settings["edited"] == ["griffin"]
     subclasses = PromptTable("VOC-20", kind="subclasses")
@@ -172,7 +169,7 @@ def test_what_cannot_be_shown_says_why(tmp_path):
     with pytest.raises(PromptError, match="rows must be at least 1"):
         PromptTable("VOC-20", rows=0)
     table = PromptTable("VOC-20")
-    for act in (table.texts, table.undo, lambda o: table.edit(o, {}), lambda o: table.show([o])):
+    for act in (table.texts, table.undo, lambda name: table.edit(name, {}), lambda name: table.show([name])):
         with pytest.raises(PromptError, match="no class 'unicorn'"):
             act("unicorn")
 
