@@ -280,13 +280,14 @@ def use(screen, process, name):
 
 
 def test_voila(browser, tmp_path):
-    "What `ovss-nb app` opens."
+    "What `ovss-nb app` opens, in the image's own folder, so that the picture for the README shows no path."
+    shutil.copy(IMAGE, tmp_path)
     port = free_port()
     with server(
         [
             BIN / "ovss-nb",
             "app",
-            IMAGE,
+            IMAGE.name,
             "--classes",
             "cup,wooden table,spoon",
             "--no-browser",

@@ -70,7 +70,7 @@ def test_one_bad_file_does_not_stop_the_rest(tmp_path):
     assert (
         "2 of 3 images" in result.stdout and "bad.jpg" in result.stderr and "Traceback" not in result.stderr
     )
-    assert {o.name for o in (tmp_path / "out").glob("*.labels.png")} == {
+    assert {path.name for path in (tmp_path / "out").glob("*.labels.png")} == {
         "chelsea.labels.png",
         "coffee.labels.png",
     }
@@ -86,7 +86,7 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
         (tmp_path / folder / "photo.png").write_bytes((PHOTOS / photo).read_bytes())
     Image.open(PHOTOS / "rocket.jpg").save(tmp_path / "a/photo.jpg")
     (tmp_path / "b/broken.png").write_bytes(b"no picture")
-    files = [tmp_path / o for o in ("a/photo.png", "b/photo.png", "a/photo.jpg", "b/broken.png")]
+    files = [tmp_path / name for name in ("a/photo.png", "b/photo.png", "a/photo.jpg", "b/broken.png")]
     found = []
     for number, order in enumerate((files, files[::-1], [*files, files[0], tmp_path / "a/../a/photo.png"])):
         out = tmp_path / f"out{number}"
@@ -107,18 +107,18 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
         assert result.returncode == 1 and "3 of 4 images" in result.stdout, result.stderr
         found.append(
             {
-                o.relative_to(out).as_posix(): o.read_bytes()
-                for o in out.rglob("*.*")
-                if o.name != "report.html"
+                path.relative_to(out).as_posix(): path.read_bytes()
+                for path in out.rglob("*.*")
+                if path.name != "report.html"
             }
         )
     assert found[0] == found[1] == found[2]
-    assert {o for o in found[0] if o.endswith(".labels.png")} == {
+    assert {name for name in found[0] if name.endswith(".labels.png")} == {
         "a/photo.png.labels.png",
         "a/photo.jpg.labels.png",
         "b/photo.labels.png",
     }
-    assert all(str(o) in (tmp_path / "out0/report.html").read_text() for o in files[:3])
+    assert all(str(file) in (tmp_path / "out0/report.html").read_text() for file in files[:3])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def odd_files(tmp_path_factory):
 
 
 def in_words_of_the_shell(text):
-    return not any(o in text for o in ("Traceback", "max_pixels", "limits=", "bands=", "load_image"))
+    return not any(word in text for word in ("Traceback", "max_pixels", "limits=", "bands=", "load_image"))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,9 @@ def test_each_file_is_asked_about_in_words_of_the_shell(odd_files, tmp_path, mon
         "--out",
         tmp_path,
     )
-    lines = {o.split(":")[1].strip(): o for o in result.stderr.splitlines() if o.startswith("failed: ")}
+    lines = {
+        line.split(":")[1].strip(): line for line in result.stderr.splitlines() if line.startswith("failed: ")
+    }
     assert (
         result.returncode == 1
         and "1 of 5 images" in result.stdout
@@ -306,7 +308,7 @@ def test_one_name_is_a_line_on_stderr(tmp_path):
         "--out",
         tmp_path / "out",
     )
-    told = [o for o in result.stderr.splitlines() if "only name" in o]
+    told = [line for line in result.stderr.splitlines() if "only name" in line]
     assert (
         result.returncode == 0
         and len(told) == 1
@@ -320,7 +322,9 @@ def test_a_background_is_one_however_it_is_spelt(name, tmp_path):
     for folder, words in (("plain", "rocket,background"), ("other", f"rocket,{name}")):
         result = ovss_nb("segment", PHOTOS / "rocket.jpg", "--classes", words, "--out", tmp_path / folder)
         assert result.returncode == 0, result.stderr
-    plain, other = (np.asarray(Image.open(tmp_path / o / "rocket.labels.png")) for o in ("plain", "other"))
+    plain, other = (
+        np.asarray(Image.open(tmp_path / folder / "rocket.labels.png")) for folder in ("plain", "other")
+    )
     assert (plain == other).all() and (plain == 1).mean() > 0.3
 
 
@@ -332,9 +336,9 @@ def test_words_that_the_encoder_cannot_read(tmp_path):
         alone.returncode == 0
         and len(
             [
-                o
-                for o in alone.stderr.splitlines()
-                if o.startswith("ovss-nb: ") and "does not know all of 'ድመት'" in o
+                line
+                for line in alone.stderr.splitlines()
+                if line.startswith("ovss-nb: ") and "does not know all of 'ድመት'" in line
             ]
         )
         == 1
@@ -521,7 +525,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
         tmp_path,
     )
     assert first.returncode == 0, first.stderr
-    before = {o.name: o.read_bytes() for o in tmp_path.glob("*.png")}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     again = ovss_nb(
         "segment",
         *sorted(tmp_path.glob("*.png")),
@@ -555,7 +559,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
         tmp_path / "out",
     )
     assert linked.returncode == 2 and "written over" in linked.stderr
-    assert {o.name: o.read_bytes() for o in tmp_path.glob("*.png")} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
 
 
 def run_in(folder, arguments):
@@ -600,7 +604,7 @@ def test_prompts_keep_what_is_there(tmp_path):
             folder=tmp_path,
         )
         assert result.returncode == 0, result.stderr
-    assert {o.name for o in (tmp_path / "out/prompts").glob("*.json")} == {
+    assert {path.name for path in (tmp_path / "out/prompts").glob("*.json")} == {
         "cat-dog.subclasses.json",
         "cat-horse.subclasses.json",
         "words.subclasses.json",
@@ -656,7 +660,7 @@ def hostile_report(tmp_path):
             photo.save(file, "PNG")
     return ovss_nb(
         "segment",
-        *(tmp_path / f"{o}.png" for o in HOSTILE),
+        *(tmp_path / f"{name}.png" for name in HOSTILE),
         tmp_path / "two #2/a#1.png",
         tmp_path / "none.png",
         "--classes",
@@ -689,7 +693,7 @@ def test_names_of_all_kinds_are_written_listed_and_linked(tmp_path):
     assert (
         len(links) == 3 * (len(HOSTILE) + 1)
         and "<script" not in page
-        and not any(c in o for o in links for c in "#?: <>'\\")
+        and not any(sign in link for link in links for sign in "#?: <>'\\")
     )
     for link in links:
         with Image.open(os.fsencode(tmp_path / "out") + b"/" + unquote_to_bytes(link)) as image:
@@ -711,7 +715,8 @@ def test_a_browser_shows_every_picture_of_a_report(tmp_path):
         page = browser.new_page()
         page.goto((tmp_path / "out/report.html").as_uri())
         broken = page.evaluate(
-            "[...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.getAttribute('src'))"
+            "[...document.images].filter(image => !image.complete || !image.naturalWidth)"
+            ".map(image => image.getAttribute('src'))"
         )
         assert not broken and page.evaluate("document.images.length") == len(HOSTILE) + 1
         browser.close()
@@ -764,7 +769,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk):
     result = ovss_nb(
         "segment",
-        *(PHOTOS / o for o in ("chelsea.png", "coffee.png", "rocket.jpg")),
+        *(PHOTOS / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
         *SMALL,
         "--out",
         small_disk / "out",
@@ -778,7 +783,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk):
     subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
     again = ovss_nb(
         "segment",
-        *(PHOTOS / o for o in ("chelsea.png", "coffee.png", "rocket.jpg")),
+        *(PHOTOS / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
         *SMALL,
         "--out",
         small_disk / "out",
@@ -815,7 +820,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     report = (tmp_path / "out/report.html").read_text()
     finished = report.count("<figure>")
     assert 2 <= finished < 12
-    before = {o: o.stat().st_mtime_ns for o in (tmp_path / "out").glob("*.labels.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.labels.png")}
     photos[0].write_bytes(photos[1].read_bytes())  # another picture by now: it is made again
     again = ovss_nb("segment", *photos, *SMALL, "--out", tmp_path / "out")
     assert again.returncode == 0 and f"{finished - 1} of 12 images were finished before" in again.stdout
@@ -842,9 +847,9 @@ def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path
     photos = {}
     for name, size in dict(first=(60, 40), second=(50, 30)).items():
         (tmp_path / name).mkdir()
-        for o in "ab":
-            Image.open(PHOTOS / "chelsea.png").resize(size).save(tmp_path / name / f"{o}.png")
-        photos[name] = [(tmp_path / name / f"{o}.png", Vocabulary.of(["cat", "sky"])) for o in "ab"]
+        for letter in "ab":
+            Image.open(PHOTOS / "chelsea.png").resize(size).save(tmp_path / name / f"{letter}.png")
+        photos[name] = [(tmp_path / name / f"{letter}.png", Vocabulary.of(["cat", "sky"])) for letter in "ab"]
 
     def start(name, stop):
         left = [stop]
@@ -868,8 +873,8 @@ def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path
 
 def test_a_result_is_never_written_over_a_photo(tmp_path):
     photo = tmp_path / "a.labels.png"
-    for o in (photo, tmp_path / "a.png"):
-        Image.open(PHOTOS / "chelsea.png").save(o)
+    for path in (photo, tmp_path / "a.png"):
+        Image.open(PHOTOS / "chelsea.png").save(path)
     before = photo.read_bytes()
     result = ovss_nb("segment", photo, tmp_path / "a.png", *SMALL, "--out", tmp_path)
     assert result.returncode == 2 and "a.labels.png" in result.stderr and photo.read_bytes() == before

@@ -16,7 +16,6 @@ from ovss_nb.app.experiments import (
     RunFailed,
     add_commands,
     check_parameters,
-    command,
     cuda_devices,
     environment,
     parse_parameter,
@@ -48,14 +47,17 @@ BODY = (
     """
 import json, os, pathlib, time
 folder = pathlib.Path(run_dir)
-with open(folder.parent/"started.txt", "a") as file: file.write(f"{folder.name}\\n")
+with open(folder.parent/"started.txt", "a") as file:
+    file.write(f"{folder.name}\\n")
 resumed = (folder/"half.txt").exists()
 (folder/"half.txt").write_text(str(os.getpid()))
 time.sleep(0 if resumed else wait)
 """,
     """
-if fail: raise ValueError(f"{word} is no dog")
-metrics = dict(square=value**2, resumed=resumed, word=word, cwd=os.getcwd(), nested=dict(a=1), rows=[1, 2], device=os.environ.get("CUDA_VISIBLE_DEVICES"))
+if fail:
+    raise ValueError(f"{word} is no dog")
+metrics = dict(square=value**2, resumed=resumed, word=word, cwd=os.getcwd(), nested=dict(a=1), rows=[1, 2])
+metrics["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
 (folder/"metrics.json").write_text(json.dumps(metrics))
 """,
 )
@@ -668,11 +670,15 @@ def test_sweep_on_ray(notebook, tmp_path, monkeypatch):
 # Command line
 
 
-def said(capsys, *arguments):
+def carry_out(*arguments):
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers(dest="verb", required=True))
-    code = command(parser.parse_args([str(o) for o in arguments]))
-    return code, *capsys.readouterr()
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return args.func(args)
+
+
+def said(capsys, *arguments):
+    return carry_out(*arguments), *capsys.readouterr()
 
 
 def test_commands(notebook, tmp_path, capsys, monkeypatch):
@@ -750,9 +756,12 @@ def test_what_a_run_reads(tmp_path, changed, protocol):
     assert set(before) == {parameters["data"], parameters["vocabulary"]} and run_inputs(
         dict(nested=dict(a=[parameters["vocabulary"]]))
     ).keys() == {parameters["vocabulary"]}
-    flip(tmp_path / changed) if (tmp_path / changed).exists() else (tmp_path / changed).touch()
+    if (tmp_path / changed).exists():
+        flip(tmp_path / changed)
+    else:
+        (tmp_path / changed).touch()
     after = run_inputs(parameters)
-    assert sum(after[o] != before[o] for o in before) == 1
+    assert sum(after[path] != before[path] for path in before) == 1
 
 
 def test_a_run_of_changed_input_is_refused(tmp_path):
@@ -789,30 +798,10 @@ def test_another_library_is_said(notebook, tmp_path):
 def test_a_plot_never_replaces_a_run(notebook, tmp_path):
     run_notebook(notebook, {}, tmp_path / "out/run")
     (tmp_path / "plot.png").symlink_to(tmp_path / "out/run/metrics.json")
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(dest="verb"))
+    results_of_out = ["results", tmp_path / "out", "--metric", "square", "--plot"]
     with pytest.raises(ValueError, match="written over"):
-        command(
-            parser.parse_args(
-                ["results", str(tmp_path / "out"), "--metric", "square", "--plot", str(tmp_path / "plot.png")]
-            )
-        )
+        carry_out(*results_of_out, tmp_path / "plot.png")
     for _ in range(2):
-        command(
-            parser.parse_args(
-                [
-                    "results",
-                    str(tmp_path / "out"),
-                    "--metric",
-                    "square",
-                    "--plot",
-                    str(tmp_path / "out/square.png"),
-                ]
-            )
-        )
+        carry_out(*results_of_out, tmp_path / "out/square.png")
     with pytest.raises(ExperimentError, match="suffix"):
-        command(
-            parser.parse_args(
-                ["results", str(tmp_path / "out"), "--metric", "square", "--plot", str(tmp_path / "chart")]
-            )
-        )
+        carry_out(*results_of_out, tmp_path / "chart")

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ExperimentError', 'Parameter', 'read_parameters', 'check_parameters', 'parse_parameter', 'cuda_devices',
            'environment', 'run_inputs', 'RunFailed', 'run_hash', 'read_run', 'run_notebook', 'Run', 'read_sweep',
-           'results', 'results_table', 'plot_results', 'sweep', 'add_commands', 'command']
+           'results', 'results_table', 'plot_results', 'sweep', 'run_run', 'run_sweep', 'run_results', 'add_commands']
 
 # %% ../../nbs/app/01_experiments.ipynb #214999fa
-import ast, hashlib, itertools, json, math, os, platform, re, shutil, site, subprocess, sys, time, tomllib, typing, warnings
+import ast, hashlib, itertools, json, math, os, platform, re, shutil, site, subprocess, sys, time, tomllib
+import typing, warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,11 +40,11 @@ class Parameter:
     "One parameter of a notebook: `type` is a Python type or annotation, `default` a JSON value."
 
     name: str
-    type: object
-    default: object
+    type: typing.Any
+    default: typing.Any
 
 
-_TYPES = {o.__name__: o for o in (bool, int, float, str, list, dict, object)}
+_TYPES: dict[str, typing.Any] = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, object)}
 _TYPES |= {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union", "List", "Dict")}
 
 
@@ -55,90 +57,50 @@ def _is_json(value) -> bool:
     except (TypeError, ValueError):
         return False
 
-
-def _cells(path: Path) -> tuple[list[str], list[str]]:
+# %% ../../nbs/app/01_experiments.ipynb #1f82df78
+def _cells(path: str | Path) -> tuple[list[str], list[str]]:
     "Sources of the code cells, and of those among them that are tagged `parameters`."
     try:
-        cells = [
-            cell
-            for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-            if cell["cell_type"] == "code"
-        ]
+        content = read_json(path)["cells"]
+        cells = [cell for cell in content if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+        tagged = ["parameters" in cell["metadata"].get("tags", []) for cell in cells]
     except OSError as e:
         raise ExperimentError(f"The notebook {path} cannot be read: {e.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ExperimentError(f"{path} is not a notebook (of format 4)") from None
-    sources = ["".join(cell["source"]) for cell in cells]
-    return sources, [
-        source for source, cell in zip(sources, cells) if "parameters" in cell["metadata"].get("tags", [])
-    ]
+    return sources, list(itertools.compress(sources, tagged))
+
+# %% ../../nbs/app/01_experiments.ipynb #5fb4d287
+def _type_name(kind) -> str:
+    if isinstance(kind, type) and not typing.get_args(kind):
+        return kind.__name__
+    return str(kind).replace("typing.", "")
 
 
-def _name(kind) -> str:
-    return (
-        kind.__name__
-        if isinstance(kind, type) and not typing.get_args(kind)
-        else str(kind).replace("typing.", "")
-    )
-
-
-def read_parameters(path) -> dict[str, Parameter]:
-    """The parameters of a notebook, in order, from its source.
-
-    Raises ExperimentError unless exactly one cell is tagged `parameters`, every default is a JSON value of
-    the annotated
-    type (or None), and `run_dir` is among them.
-
-    """
-    path = Path(path)
-    tagged = _cells(path)[1]
-    if len(tagged) != 1:
-        raise ExperimentError(
-            f"{path} has {len(tagged) or 'no'} cells tagged `parameters`: tag the one that assigns them, or"
-            " the defaults would run"
-        )
+def _fit_value(path, name: str, value, kind):
+    "The value, fitted to its type, or an ExperimentError."
+    if not _is_json(value):
+        json_types = "numbers, strings, booleans, null, lists, dicts by name"
+        raise ExperimentError(f"{path}: `{name}` must be made of what JSON has ({json_types}), not {value!r}")
     try:
-        statements = ast.parse(tagged[0]).body
-    except SyntaxError as e:
-        raise ExperimentError(
-            f"{path}: the cell of parameters is not plain Python ({e.msg}, line {e.lineno})"
-        ) from None
-    known = {}
-    for statement in statements:
-        if not isinstance(statement, (ast.AnnAssign, ast.Assign)):
-            continue
-        target, value = (
-            (statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]),
-            statement.value,
-        )
-        several = (
-            isinstance(target, ast.Tuple)
-            and isinstance(value, ast.Tuple)
-            and len(target.elts) == len(value.elts)
-        )
-        for target, value in zip(target.elts, value.elts) if several else [(target, value)]:
-            if not isinstance(target, ast.Name) or (
-                isinstance(statement, ast.Assign) and len(statement.targets) > 1
-            ):
-                raise ExperimentError(
-                    f"{path}: write each parameter as `name: type = default`, not `{ast.unparse(statement)}`"
-                )
-            known[target.id] = _parameter(path, target.id, value, getattr(statement, "annotation", None))
-    if "run_dir" not in known:
-        raise ExperimentError(
-            f'{path} lacks the parameter `run_dir: str = "out"`, the folder to write metrics.json to'
-        )
-    return known
+        return fitted(value, kind)
+    except (TypeError, OverflowError):
+        hint = ""
+        if kind is str and isinstance(value, (bool, int, float)):
+            hint = f". To pass text, quote it twice: {name}='\"{value}\"'"
+        given = f"{type(value).__name__} {value!r}"
+        raise ExperimentError(f"{path}: `{name}` must be {_type_name(kind)}, not {given}{hint}") from None
 
-
+# %% ../../nbs/app/01_experiments.ipynb #5c3c2ad3
 def _parameter(path, name: str, value: ast.expr | None, annotation: ast.expr | None) -> Parameter:
     "One assignment in the cell of parameters."
     try:
         default = ast.literal_eval(value)
     except (ValueError, TypeError):
-        found = ast.unparse(value) if value else "missing"
+        text = ast.unparse(value) if value else "missing"
         raise ExperimentError(
-            f"{path}: the default of `{name}` must be a plain value, not `{found}`"
+            f"{path}: the default of `{name}` must be a plain value, not `{text}`"
         ) from None
     kind = typing.Any if default is None else type(default)
     if annotation is not None:
@@ -146,60 +108,65 @@ def _parameter(path, name: str, value: ast.expr | None, annotation: ast.expr | N
         try:
             kind = eval(text, {"__builtins__": {}, "typing": typing, **_TYPES})
         except (NameError, TypeError, AttributeError, SyntaxError):
-            raise ExperimentError(
-                f"{path}: the type `{text}` of `{name}` is not among {', '.join(_TYPES)}"
-            ) from None
+            known = ", ".join(_TYPES)
+            raise ExperimentError(f"{path}: the type `{text}` of `{name}` is not among {known}") from None
     if default is None:
         kind = typing.Optional[kind]
-    return Parameter(name, kind, _checked(path, name, default, kind))
+    return Parameter(name, kind, _fit_value(path, name, default, kind))
 
-
-def _checked(path, name, value, kind):
-    "The value, fitted to its type, or an ExperimentError."
-    if not _is_json(value):
-        raise ExperimentError(
-            f"{path}: `{name}` must be made of what JSON has (numbers, strings, booleans, null, lists, dicts"
-            f" by name), not {value!r}"
-        )
+# %% ../../nbs/app/01_experiments.ipynb #16c2ed88
+def _assignments(path, source: str) -> list[tuple[str, ast.expr | None, ast.expr | None]]:
+    "Name, default and annotation of each assignment in the cell of parameters."
     try:
-        return fitted(value, kind)
-    except (TypeError, OverflowError):
-        hint = (
-            f". To pass text, quote it twice: {name}='\"{value}\"'"
-            if kind is str and isinstance(value, (bool, int, float))
-            else ""
-        )
-        raise ExperimentError(
-            f"{path}: `{name}` must be {_name(kind)}, not {type(value).__name__} {value!r}{hint}"
-        ) from None
+        statements = ast.parse(source).body
+    except SyntaxError as e:
+        where = f"{e.msg}, line {e.lineno}"
+        raise ExperimentError(f"{path}: the cell of parameters is not plain Python ({where})") from None
+    assignments = []
+    for statement in statements:
+        if isinstance(statement, ast.AnnAssign):
+            targets, annotation = [statement.target], statement.annotation
+        elif isinstance(statement, ast.Assign):
+            targets, annotation = statement.targets, None
+        else:
+            continue
+        target, value = targets[0], statement.value
+        pairs = [(target, value)]
+        if (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(target.elts) == len(value.elts)
+        ):
+            pairs = list(zip(target.elts, value.elts))
+        for target, value in pairs:
+            if not isinstance(target, ast.Name) or len(targets) > 1:
+                text = ast.unparse(statement)
+                raise ExperimentError(f"{path}: write each parameter as `name: type = default`, not `{text}`")
+            assignments.append((target.id, value, annotation))
+    return assignments
 
+# %% ../../nbs/app/01_experiments.ipynb #a6727737
+def read_parameters(path: str | Path) -> dict[str, Parameter]:
+    """The parameters of a notebook, in order, from its source.
 
-# all parameters of the notebook but `run_dir`, with defaults filled in
-def check_parameters(path, parameters: dict) -> dict:
-    """Refuse, with ExperimentError, a name that the notebook does not know and a value of another type than
-    it says.
+    Raises ExperimentError unless exactly one cell is tagged `parameters`, every default is a JSON value of
+    the annotated type (or None), and `run_dir` is among them.
+
     """
-    known = read_parameters(path)
-    for name in parameters:
-        if name == "run_dir":
-            raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
-        if name not in known:
-            raise ExperimentError(
-                f"{path} has no parameter `{name}`{suggest(name, known)} It has:"
-                f" {', '.join(o for o in known if o != 'run_dir')}"
-            )
-    values = {
-        name: _checked(path, name, parameters.get(name, o.default), o.type)
-        for name, o in known.items()
-        if name != "run_dir"
-    }
-    return values | _checked_choices(path, known, values)
+    path = Path(path)
+    tagged = _cells(path)[1]
+    if len(tagged) != 1:
+        fix = "tag the one that assigns them, or the defaults would run"
+        raise ExperimentError(f"{path} has {len(tagged) or 'no'} cells tagged `parameters`: {fix}")
+    known = {name: _parameter(path, name, *rest) for name, *rest in _assignments(path, tagged[0])}
+    if "run_dir" not in known:
+        missing = '`run_dir: str = "out"`, the folder to write metrics.json to'
+        raise ExperimentError(f"{path} lacks the parameter {missing}")
+    return known
 
-
+# %% ../../nbs/app/01_experiments.ipynb #2d14d417
 def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
-    """The options of a notebook whose `system` is one of this package's, checked as `create` would, but before
-    a kernel starts.
-    """
+    "The options of a notebook for one of this package's systems, as `create` reads them."
     if "system" not in known or known["system"].default not in SYSTEMS:
         return {}
     try:
@@ -207,27 +174,44 @@ def _checked_choices(path, known: dict[str, Parameter], values: dict) -> dict:
             raise ValueError(f"no system {name!r}{suggest(name, SYSTEMS)} There are: {', '.join(SYSTEMS)}")
         if values.get("resize", "protocol") != "protocol":
             resize_rule(values["resize"])
-        options = values.get("options") or {}
-        # brings torch
-        plain = json.loads(json.dumps(system_options(values["system"], options))) if options else {}
+        options = values.get("options")
+        if not options:
+            return {}
+        read = json.loads(json.dumps(system_options(name, options)))  # brings torch
     except ValueError as e:
         raise ExperimentError(f"{path}: {e}") from None
-    return (
-        {"options": {name: o if o == plain[name] else plain[name] for name, o in options.items()}}
-        if options
-        else {}
-    )
+    return {"options": {key: value if value == read[key] else read[key] for key, value in options.items()}}
+
+
+# all parameters of the notebook but `run_dir`, with defaults filled in
+def check_parameters(path: str | Path, parameters: dict) -> dict:
+    """Refuse, with ExperimentError, a name that the notebook does not know and a value of another type than
+    it says.
+    """
+    known = read_parameters(path)
+    own = {name: parameter for name, parameter in known.items() if name != "run_dir"}
+    for name in parameters:
+        if name == "run_dir":
+            raise ExperimentError("`run_dir` is set to the folder of the run: say `out` (--out) instead")
+        if name not in known:
+            hint = f"{suggest(name, known)} It has: {', '.join(own)}"
+            raise ExperimentError(f"{path} has no parameter `{name}`{hint}")
+    values = {
+        name: _fit_value(path, name, parameters.get(name, parameter.default), parameter.type)
+        for name, parameter in own.items()
+    }
+    return values | _checked_choices(path, known, values)
 
 # %% ../../nbs/app/01_experiments.ipynb #da28312c
 def parse_parameter(
     *texts: str,  # "key=value" each
     # of `read_parameters`: a value is read as its parameter wants it
     known: dict[str, Parameter] | None = None,
-) -> dict[str, object]:
+) -> dict[str, typing.Any]:
     """Parameters from texts;
     without a known type a value is what JSON or TOML makes of it, else plain text. Raises ExperimentError.
     """
-    parameters = {}
+    parameters: dict[str, typing.Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
@@ -235,8 +219,8 @@ def parse_parameter(
             raise ExperimentError(f"A parameter is given as key=value, e.g. -p limit=100, not {text!r}")
         if name in parameters:
             raise ExperimentError(f"The parameter `{name}` is given twice")
-        found = guess(value)
-        parameters[name] = found if _is_json(found) else value
+        guessed = guess(value)
+        parameters[name] = guessed if _is_json(guessed) else value
         if name not in (known or {}):
             continue
         try:
@@ -246,7 +230,7 @@ def parse_parameter(
     return parameters
 
 # %% ../../nbs/app/01_experiments.ipynb #59112959
-def _said(*command: str) -> str | None:
+def _printed_by(*command: str) -> str | None:
     "What a program prints, or None if it is not there or fails."
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -258,51 +242,52 @@ def cuda_devices() -> list[str]:
     "Ids of the CUDA devices one may use: those of CUDA_VISIBLE_DEVICES, else all that `nvidia-smi -L` lists."
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [o.strip() for o in chosen.split(",") if o.strip() not in ("", "-1")]
-    return re.findall(r"^GPU (\d+):", _said("nvidia-smi", "-L") or "", re.M)
+        return [device.strip() for device in chosen.split(",") if device.strip() not in ("", "-1")]
+    return re.findall(r"^GPU (\d+):", _printed_by("nvidia-smi", "-L") or "", re.M)
 
 
-def environment(path) -> dict:
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return model[1] if model else platform.processor() or platform.machine()
+
+# %% ../../nbs/app/01_experiments.ipynb #b74220b8
+def environment(path: str | Path) -> dict:
     """The circumstances of a run of the notebook at `path`, as a JSON-ready dict:
     Python, platform, packages, git, device.
     """
     git = ["git", "-C", str(Path(path).resolve().parent)]
-    commit = _said(*git, "rev-parse", "HEAD")
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
-    cuda = (_said("nvidia-smi", "-L") or "").splitlines()
+    commit = _printed_by(*git, "rev-parse", "HEAD")
+    dirty = bool(_printed_by(*git, "status", "--porcelain", "--untracked-files=no"))
+    packages = {package.name: package.version for package in distributions()}
+    device = dict(
+        cpu=_processor(),
+        cores=cpu_count(),
+        threads=os.environ.get("OMP_NUM_THREADS"),
+        cuda=(_printed_by("nvidia-smi", "-L") or "").splitlines(),
+        cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
     return dict(
         python=platform.python_version(),
         executable=sys.executable,
         platform=platform.platform(),
         host=platform.node(),
-        git=commit
-        and dict(commit=commit, dirty=bool(_said(*git, "status", "--porcelain", "--untracked-files=no"))),
-        device=dict(
-            cpu=cpu[1] if cpu else platform.processor() or platform.machine(),
-            cores=cpu_count(),
-            threads=os.environ.get("OMP_NUM_THREADS"),
-            cuda=cuda,
-            cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        ),
-        packages={o.name: o.version for o in sorted(distributions(), key=lambda o: str(o.name).lower())},
+        git=commit and dict(commit=commit, dirty=dirty),
+        device=device,
+        packages=dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     )
 
 # %% ../../nbs/app/01_experiments.ipynb #51a1c0e2
 # digests by file and its state: a sweep reads a file once, and again if it was written meanwhile
-_known = {}
+_known: dict[tuple, str] = {}
 
 
 def _digest(path: Path) -> str:
     "Of a file's bytes, or of all files below a folder."
     if path.is_dir():
-        return Cache.key(
-            {
-                file.relative_to(path).as_posix(): _digest(file)
-                for file in sorted(path.rglob("*"))
-                if file.is_file()
-            }
-        )
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        return Cache.key({file.relative_to(path).as_posix(): _digest(file) for file in files})
     state = path.stat()
     key = str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
     if key not in _known:
@@ -311,13 +296,19 @@ def _digest(path: Path) -> str:
 
 
 def _strings(value) -> list[str]:
+    "All texts in a JSON value."
     if isinstance(value, str):
         return [value]
-    return [
-        text
-        for o in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-        for text in _strings(o)
-    ]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for part in value for text in _strings(part)] if isinstance(value, list) else []
+
+
+def _is_set(text: str, parameters: dict) -> bool:
+    "Whether a text names a folder that is a data set."
+    parts = [f"{text}/{part}" for part in ("images", "masks", "classes.txt")]
+    named = "protocol" in parameters and text == parameters.get("data")
+    return os.path.isdir(text) and (named or all(map(os.path.exists, parts)))
 
 
 def run_inputs(parameters: dict) -> dict[str, str]:  # path as the parameter gives it -> digest
@@ -325,31 +316,22 @@ def run_inputs(parameters: dict) -> dict[str, str]:  # path as the parameter giv
     files, and folders that are a data set (with `images/`, `masks/` and `classes.txt`, or `data` beside a
     `protocol`).
     """
-    found = {}
-    for text in _strings(parameters):
-        if text in found or not text:
-            continue
-        is_set = (
-            "protocol" in parameters
-            and text == parameters.get("data")
-            or all(os.path.exists(f"{text}/{part}") for part in ("images", "masks", "classes.txt"))
-        )
-        if os.path.isfile(text) or os.path.isdir(text) and is_set:
-            found[text] = _digest(Path(text))
-    return found
+    texts = dict.fromkeys(text for text in _strings(parameters) if text)
+    read = [text for text in texts if os.path.isfile(text) or _is_set(text, parameters)]
+    return {text: _digest(Path(text)) for text in read}
 
-
+# %% ../../nbs/app/01_experiments.ipynb #85dcd5c4
 def _library() -> str:
     "The state of the package that runs here."
     return Cache.key([_digest(file) for file in sorted(Path(ovss_nb.__file__).parent.rglob("*.py"))])
 
 
 def _warn_of_library(records: list[dict]):
-    old = [record for record in records if record.get("library") != _library()]
+    old = [record["folder"] for record in records if record.get("library") != _library()]
     if old:
         warnings.warn(
             f"{len(old)} of {len(records)} finished runs were made with another state of ovss_nb, e.g."
-            f" {old[0]['folder']}; they are not repeated unless forced (--force)",
+            f" {old[0]}; they are not repeated unless forced (--force)",
             stacklevel=3,
         )
 
@@ -358,16 +340,15 @@ class RunFailed(RuntimeError):
     "A notebook was run and failed; its folder holds the executed notebook with the traceback."
 
 
-def run_hash(path, parameters: dict) -> str:
+def run_hash(path: str | Path, parameters: dict) -> str:
     "SHA-256 of the notebook's code cells and all its parameters (but `run_dir`), as canonical JSON."
     content = dict(code=_cells(path)[0], parameters=parameters)
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _record(path: Path) -> dict | None:
-    "The object in a JSON file, None if there is no file."
+def _read_if_there(path: Path) -> dict | None:
+    "The dict in a JSON file, None if there is no file."
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -377,17 +358,23 @@ def _record(path: Path) -> dict | None:
 
 
 # content of run.json, with `folder`, and `metrics` if it is finished
-def read_run(folder) -> dict | None:
+def read_run(folder: str | Path) -> dict | None:
     "The record of the run in a folder, or None if there is none. Raises ExperimentError for damaged files."
     folder = Path(folder)
-    if (record := _record(folder / "run.json")) is None:
+    record = _read_if_there(folder / "run.json")
+    if record is None:
         return None
     if not {"notebook", "parameters", "hash", "state"} <= set(record):
         raise ExperimentError(f"{folder / 'run.json'} is not the record of a run: choose another folder")
-    metrics = _record(folder / "metrics.json") if record["state"] == "finished" else {}
+    metrics = _read_if_there(folder / "metrics.json") if record["state"] == "finished" else {}
     if metrics is None:
         record |= dict(state="failed", error="metrics.json has been removed")
     return record | dict(folder=str(folder), metrics=metrics or {})
+
+# %% ../../nbs/app/01_experiments.ipynb #b28b9630
+def _changed_inputs(record: dict, parameters: dict) -> list[str]:
+    now = run_inputs(parameters)
+    return [name for name, before in record.get("inputs", {}).items() if now.get(name, before) != before]
 
 
 def _is_done(folder: Path, path: Path, digest: str, parameters: dict) -> bool:
@@ -396,47 +383,46 @@ def _is_done(folder: Path, path: Path, digest: str, parameters: dict) -> bool:
     Raises ExperimentError if it holds anything else but this run.
     """
     record = read_run(folder)
+    replace = "choose another folder, or force it to be replaced"
     if record is None:
         if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise ExperimentError(f"{folder} is not empty and holds no run: choose another folder")
         return False
     if record["state"] != "clearing" and record["hash"] != digest:
         stored = record["parameters"]
-        other = ", ".join(
-            f"{name}={stored.get(name)!r}" for name in parameters if stored.get(name) != parameters[name]
-        )
+        differing = [name for name in parameters if stored.get(name) != parameters[name]]
+        other = ", ".join(f"{name}={stored.get(name)!r}" for name in differing)
         raise ExperimentError(
-            f"{folder} holds another run ({other or f'of an earlier state of {path.name}'}): choose another"
-            " folder, or force it to be replaced"
+            f"{folder} holds another run ({other or f'of an earlier state of {path.name}'}): {replace}"
         )
     if record["state"] != "finished":
         return False
-    now = run_inputs(parameters)
-    if changed := [
-        name for name, before in record.get("inputs", {}).items() if now.get(name, before) != before
-    ]:
-        raise ExperimentError(
-            f"{folder} holds a run of an earlier state of {', '.join(changed[:3])}, which has changed since:"
-            " choose another folder, or force it to be replaced"
-        )
+    if changed := _changed_inputs(record, parameters):
+        old = f"an earlier state of {', '.join(changed[:3])}, which has changed since"
+        raise ExperimentError(f"{folder} holds a run of {old}: {replace}")
     return True
 
-
+# %% ../../nbs/app/01_experiments.ipynb #c9066f4d
 def _clear(folder: Path, record: dict):
     "Empty the folder of a run. If this is stopped, run.json tells the next one to go on with it."
     write_json(folder / "run.json", record | dict(state="clearing"))
     for file in folder.iterdir():
-        if file.name not in ("run.json", ".lock"):
-            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        if file.name in ("run.json", ".lock"):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
-
+# %% ../../nbs/app/01_experiments.ipynb #95e4db1d
 @contextmanager
 def _same_package():
     """Kernels started inside find the `ovss_nb` that runs here, from whatever folder;
     an installed one they find anyway.
     """
     root, before = str(Path(ovss_nb.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
-    if root in {str(Path(o).resolve()) for o in [*site.getsitepackages(), site.getusersitepackages()]}:
+    installed = {str(Path(path).resolve()) for path in [*site.getsitepackages(), site.getusersitepackages()]}
+    if root in installed:
         yield
         return
     os.environ["PYTHONPATH"] = os.pathsep.join([root] + ([before] if before else []))
@@ -449,44 +435,76 @@ def _same_package():
             os.environ["PYTHONPATH"] = before
 
 
+@contextmanager
+def _locked(folder: Path):
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ExperimentError(f"{folder} is in use: another process runs a notebook there") from None
+    with lock:
+        yield
+
+# %% ../../nbs/app/01_experiments.ipynb #9c732ad5
 def _execute(path: Path, values: dict, folder: Path, progress: bool) -> str | None:
     "Execute the notebook into `folder`; what went wrong, in a line, or None."
     papermill = require("papermill", "jupyter")
     # papermill formats paths
-    source, target = (str(o).replace("{", "{{").replace("}", "}}") for o in (path, folder / "running.ipynb"))
-    values, error = values | dict(run_dir=str(folder)), None
+    files = path, folder / "running.ipynb"
+    source, target = (str(file).replace("{", "{{").replace("}", "}}") for file in files)
+    choices = dict(kernel_name="python3", language="python", progress_bar=progress)
+    # it would warn that local kernels talk unencrypted, and at Ctrl-C show how it was torn from its work
+    choices["extra_arguments"] = ["--IPKernelApp.log_level=50"]
+    error = None
     try:
         with _same_package():
-            papermill.execute_notebook(
-                source,
-                target,
-                values,
-                kernel_name="python3",
-                language="python",
-                progress_bar=progress,
-                # it would warn that local kernels talk unencrypted,
-                # and at Ctrl-C show how it was torn from its work
-                extra_arguments=["--IPKernelApp.log_level=50"],
-            )
+            papermill.execute_notebook(source, target, values | dict(run_dir=str(folder)), **choices)
     except papermill.exceptions.PapermillExecutionError as e:
         error = f"{e.ename}: {e.evalue} (In [{e.exec_count}])"
     # From nbclient: the kernel died, or did not start.
     except RuntimeError as e:
         error = f"{type(e).__name__}: {e}. If memory ran out, use smaller parameters or fewer workers"
     os.replace(folder / "running.ipynb", folder / "notebook.ipynb")
-    if error is None:
-        try:
-            if _record(folder / "metrics.json") is None:
-                error = "it has written no metrics.json to its run_dir"
-        except ExperimentError as e:
-            error = str(e)
+    if error:
+        return error
+    try:
+        metrics = _read_if_there(folder / "metrics.json")
+    except ExperimentError as e:
+        return str(e)
+    return "it has written no metrics.json to its run_dir" if metrics is None else None
+
+# %% ../../nbs/app/01_experiments.ipynb #24207912
+def _mark_failed(folder: Path, error: str):
+    "Record the failure of a run whose process could not do so itself."
+    if record := _read_if_there(folder / "run.json"):
+        write_json(folder / "run.json", record | dict(state="failed", error=error))
+
+
+def _run(path: Path, values: dict, digest: str, folder: Path, force: bool, progress: bool) -> str | None:
+    "Run in a locked folder, and record it there; what went wrong, in a line, or None."
+    record = _read_if_there(folder / "run.json")
+    if record and (force or record["state"] == "clearing"):
+        _clear(folder, record)
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a run that was stopped: not a result
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = dict(notebook=str(path), parameters=values, hash=digest, state="running", started=now)
+    record |= dict(seconds=None, error=None, inputs=run_inputs(values), library=_library())
+    write_json(folder / "run.json", record)
+    write_json(folder / "environment.json", environment(path))
+    start = time.perf_counter()
+    try:
+        error = _execute(path, values, folder, progress)
+    except KeyboardInterrupt:
+        _mark_failed(folder, "stopped by Ctrl-C; the same command goes on")
+        raise
+    seconds, state = round(time.perf_counter() - start, 3), "failed" if error else "finished"
+    write_json(folder / "run.json", record | dict(state=state, seconds=seconds, error=error))
     return error
 
-
+# %% ../../nbs/app/01_experiments.ipynb #5fc3bdbb
 def run_notebook(
-    path,  # notebook with one cell tagged `parameters`, `run_dir` among them
+    path: str | Path,  # notebook with one cell tagged `parameters`, `run_dir` among them
     params: dict | None = None,  # values by name; the others keep their defaults
-    out="out/run",  # folder of this run, passed to the notebook as `run_dir`
+    out: str | Path = "out/run",  # folder of this run, passed to the notebook as `run_dir`
     force: bool = False,  # run even if it is finished, and replace whatever run lies in `out`
     progress: bool = False,  # show a bar over the cells
 ) -> dict:  # see `read_run`
@@ -506,44 +524,11 @@ def run_notebook(
         return record
     require("papermill", "jupyter")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock", timeout=0).acquire()
-    except Timeout:
-        raise ExperimentError(f"{folder} is in use: another process runs a notebook there") from None
-    with lock:
-        # by whoever had the lock before
+    with _locked(folder):
+        # perhaps by whoever had the lock before
         if not force and _is_done(folder, path, digest, values):
             return read_run(folder)
-        record = _record(folder / "run.json")
-        if record and (force or record["state"] == "clearing"):
-            _clear(folder, record)
-        (folder / "metrics.json").unlink(missing_ok=True)  # of a run that was stopped: not a result
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = dict(
-            notebook=str(path),
-            parameters=values,
-            hash=digest,
-            state="running",
-            started=now,
-            seconds=None,
-            error=None,
-            inputs=run_inputs(values),
-            library=_library(),
-        )
-        write_json(folder / "run.json", record)
-        write_json(folder / "environment.json", environment(path))
-        start = time.perf_counter()
-        try:
-            error = _execute(path, values, folder, progress)
-        except KeyboardInterrupt:
-            _mark_failed(folder, "stopped by Ctrl-C; the same command goes on")
-            raise
-        record |= dict(
-            state="failed" if error else "finished",
-            seconds=round(time.perf_counter() - start, 3),
-            error=error,
-        )
-        write_json(folder / "run.json", record)
+        error = _run(path, values, digest, folder, force, progress)
     if error:
         raise RunFailed(f"{path.name} failed: {error}. The traceback is in {folder / 'notebook.ipynb'}")
     return read_run(folder)
@@ -558,50 +543,56 @@ class Run:
     parameters: dict
 
 
+def _varying(parameters: list[dict]) -> list[str]:
+    "Names whose values are not the same everywhere, in order."
+    names = dict.fromkeys(itertools.chain(*parameters))
+    values = {name: {json.dumps(run.get(name), sort_keys=True) for run in parameters} for name in names}
+    return [name for name in names if len(values[name]) > 1]
+
+
 def _run_name(parameters: dict, varying: list[str]) -> str:
     "A folder name from the varying parameters; the same parameters always get the same name."
-    texts = {
-        name: o if isinstance(o := parameters[name], str) else json.dumps(o, sort_keys=True)
-        for name in varying
-    }
+    texts = {}
+    for name in varying:
+        value = parameters[name]
+        texts[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     safe = {name: re.sub(r"[^A-Za-z0-9.+_-]+", "-", text).strip("-.") for name, text in texts.items()}
     name = ",".join(f"{key}={text}" for key, text in safe.items()) or "run"
     if safe == texts and name == name.lower() and len(name) <= 100:
         return name
     return f"{name[:100]},{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:8]}"
 
+# %% ../../nbs/app/01_experiments.ipynb #2ca28820
+_SWEEP_KEYS = dict(
+    notebook=(str, "the path of a notebook"),
+    base=(dict, "a table [base]"),
+    grid=(dict, "a table [grid]"),
+    runs=(list, "tables [[runs]]"),
+)
 
-def read_sweep(
-    path,  # TOML file with `notebook`, and `[base]`, `[grid]`, `[[runs]]` as needed
-) -> list[Run]:
-    "The runs of a sweep, every parameter of every run checked. Raises ExperimentError."
-    path = Path(path)
+
+def _sweep_tables(path: Path) -> dict:
+    "The content of a sweep file, its keys checked."
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ExperimentError(f"The sweep {path} cannot be read: {e.strerror}") from None
     except ValueError as e:
         raise ExperimentError(f"{path} is not TOML: {e}") from None
-    kinds = dict(
-        notebook=(str, "the path of a notebook"),
-        base=(dict, "a table [base]"),
-        grid=(dict, "a table [grid]"),
-        runs=(list, "tables [[runs]]"),
-    )
     for key, value in content.items():
-        if key not in kinds:
-            raise ExperimentError(
-                f"{path} has the key `{key}`{suggest(key, kinds)} A sweep knows {', '.join(kinds)}"
-            )
-        if not isinstance(value, kinds[key][0]):
-            raise ExperimentError(f"{path}: `{key}` must be {kinds[key][1]}")
+        if key not in _SWEEP_KEYS:
+            hint = f"{suggest(key, _SWEEP_KEYS)} A sweep knows {', '.join(_SWEEP_KEYS)}"
+            raise ExperimentError(f"{path} has the key `{key}`{hint}")
+        kind, what = _SWEEP_KEYS[key]
+        if not isinstance(value, kind):
+            raise ExperimentError(f"{path}: `{key}` must be {what}")
     if "notebook" not in content:
-        raise ExperimentError(
-            f'{path} must say which notebook to run: notebook = "evaluate.ipynb", as seen from the folder of'
-            f" {path.name}"
-        )
-    notebook = (path.parent / content["notebook"]).resolve()
-    base, grid, tables = content.get("base", {}), content.get("grid", {}), content.get("runs", [{}])
+        example = f'notebook = "evaluate.ipynb", as seen from the folder of {path.name}'
+        raise ExperimentError(f"{path} must say which notebook to run: {example}")
+    return content
+
+# %% ../../nbs/app/01_experiments.ipynb #7e29d13f
+def _check_grid(path: Path, base: dict, grid: dict, tables: list):
     if not (tables and all(isinstance(table, dict) for table in tables)):
         raise ExperimentError(f"{path}: `runs` must be tables [[runs]]")
     for name, values in grid.items():
@@ -609,6 +600,17 @@ def read_sweep(
             raise ExperimentError(f"{path}: `{name}` in [grid] must be a list of values, not {values!r}")
         if any(name in table for table in (base, *tables)):
             raise ExperimentError(f"{path}: `{name}` is in [grid] and elsewhere: say it once")
+
+# %% ../../nbs/app/01_experiments.ipynb #c93a7d80
+def read_sweep(
+    path: str | Path,  # TOML file with `notebook`, and `[base]`, `[grid]`, `[[runs]]` as needed
+) -> list[Run]:
+    "The runs of a sweep, every parameter of every run checked. Raises ExperimentError."
+    path = Path(path)
+    content = _sweep_tables(path)
+    notebook = (path.parent / content["notebook"]).resolve()
+    base, grid, tables = content.get("base", {}), content.get("grid", {}), content.get("runs", [{}])
+    _check_grid(path, base, grid, tables)
     points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
     runs = [check_parameters(notebook, base | table | point) for table in tables for point in points]
     varying = _varying(runs)
@@ -618,63 +620,88 @@ def read_sweep(
             raise ExperimentError(f"{path}: the runs {first + 1} and {n + 1} are the same ({names[n]})")
     return [Run(name, notebook, parameters) for name, parameters in zip(names, runs)]
 
-
-def _varying(parameters: list[dict]) -> list[str]:
-    "Names whose values are not the same everywhere, in order."
-    names = dict.fromkeys(itertools.chain(*parameters))
-    return [name for name in names if len({json.dumps(o.get(name), sort_keys=True) for o in parameters}) > 1]
-
 # %% ../../nbs/app/01_experiments.ipynb #899bfb99
-# per run: run (its folder), notebook, parameters, metrics (scalars), state, seconds, error
-def results(folder) -> list[dict]:
-    "The runs in a folder and below, by name. Raises ExperimentError if there are none."
-    folder = Path(folder)
-    files = sorted(
-        file
-        for file in folder.rglob("run.json")
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if not files:
-        raise ExperimentError(
-            f"There is no run in {folder}: give the folder that `ovss-nb run` or `ovss-nb sweep` wrote to"
-            " (--out)"
-        )
-    return [_row(file.parent.relative_to(folder).as_posix(), read_run(file.parent)) for file in files]
-
-
 def _row(name: str, record: dict) -> dict:
-    metrics = {
-        key: value
-        for key, value in record["metrics"].items()
-        if value is None or isinstance(value, (bool, int, float, str))
-    }
+    "A run of the table: of its metrics the scalars."
+    metrics = {}
+    for key, value in record["metrics"].items():
+        if value is None or isinstance(value, (bool, int, float, str)):
+            metrics[key] = value
     facts = {key: record[key] for key in ("parameters", "state", "seconds", "error")}
     return dict(run=name, notebook=Path(record["notebook"]).stem, metrics=metrics) | facts
 
 
-def _labels(rows: list[dict]) -> list[str]:
-    """What tells the rows apart:
-    the notebook, if there are several, and the parameters that vary; else the folder.
-    """
-    several, varying = (
-        len({row["notebook"] for row in rows}) > 1,
-        _varying([row["parameters"] for row in rows]),
-    )
-    if not (several or varying):
-        return [row["run"] for row in rows]
-    return [
-        ", ".join(
-            [row["notebook"]] * several + [f"{name}={_text(row['parameters'].get(name))}" for name in varying]
-        )
-        for row in rows
-    ]
+# per run: run (its folder), notebook, parameters, metrics (scalars), state, seconds, error
+def results(folder: str | Path) -> list[dict]:
+    "The runs in a folder and below, by name. Raises ExperimentError if there are none."
+    folder = Path(folder)
+    rows = []
+    for file in sorted(folder.rglob("run.json")):
+        place = file.parent.relative_to(folder)
+        if not any(part.startswith(".") for part in place.parts):
+            rows.append(_row(place.as_posix(), read_run(file.parent)))
+    if not rows:
+        fix = "give the folder that `ovss-nb run` or `ovss-nb sweep` wrote to (--out)"
+        raise ExperimentError(f"There is no run in {folder}: {fix}")
+    return rows
 
-
+# %% ../../nbs/app/01_experiments.ipynb #42edbf1a
 def _text(value) -> str:
     "A value in a table cell."
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value)
+
+
+def _distinctions(rows: list[dict]) -> dict[str, list]:
+    "Columns that tell the rows apart; none if the rows do not differ."
+    parameters = [row["parameters"] for row in rows]
+    notebooks = [row["notebook"] for row in rows]
+    columns = {"notebook": notebooks} if len(set(notebooks)) > 1 else {}
+    return columns | {name: [run.get(name) for run in parameters] for name in _varying(parameters)}
+
+
+def _labels(rows: list[dict]) -> list[str]:
+    "What tells the rows apart, in a line each."
+    columns = _distinctions(rows)
+    if not columns:
+        return [row["run"] for row in rows]
+    labels = []
+    for n in range(len(rows)):
+        values = {name: _text(column[n]) for name, column in columns.items()}
+        labels.append(
+            ", ".join(text if name == "notebook" else f"{name}={text}" for name, text in values.items())
+        )
+    return labels
+
+
+def _check_metric(name: str, known: Iterable[str]):
+    known = list(dict.fromkeys(known))
+    if name not in known:
+        hint = f"{suggest(name, known)} There are: {', '.join(known)}"
+        raise ExperimentError(f"No run has the metric `{name}`{hint}")
+
+# %% ../../nbs/app/01_experiments.ipynb #29ee5edc
+def _aligned(columns: list[tuple[str, list]]) -> list[str]:
+    "Lines of a table: numbers to the right, all else to the left."
+    padded = []
+    for name, values in columns:
+        right = all(value is None or isinstance(value, (int, float)) for value in values)
+        texts = [name, *map(_text, values)]
+        width = max(map(len, texts))
+        padded.append([text.rjust(width) if right else text.ljust(width) for text in texts])
+    return ["  ".join(line).rstrip() for line in zip(*padded)]
+
+
+def _number_names(rows: list[dict]) -> list[str]:
+    "Metrics that are a number in some row."
+    numbers = {}
+    for row in rows:
+        numbers |= {key: None for key, value in row["metrics"].items() if isinstance(value, (int, float))}
+    known = dict.fromkeys(key for row in rows for key in row["metrics"])
+    return [key for key in known if key in numbers]
 
 
 def results_table(
@@ -685,46 +712,23 @@ def results_table(
     what varies, the metrics, the state; errors stand below it. Raises ExperimentError for a metric that no
     run has.
     """
-    parameters = [row["parameters"] for row in rows]
-    known = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
     for name in metrics or []:
-        _known_metric(name, known)
+        _check_metric(name, (key for row in rows for key in row["metrics"]))
     if metrics is None:
-        numbers = [
-            key for key in known if any(isinstance(row["metrics"].get(key), (int, float)) for row in rows)
-        ]
-        metrics = [key for key in numbers if key not in parameters[0]]
-    columns = (
-        {"notebook": [row["notebook"] for row in rows]} if len({row["notebook"] for row in rows}) > 1 else {}
-    )
-    columns |= {name: [o.get(name) for o in parameters] for name in _varying(parameters)}
-    columns = columns or {"run": [row["run"] for row in rows]}
-    table = [
-        *columns.items(),
-        *((name, [row["metrics"].get(name) for row in rows]) for name in metrics),
-        *((key, [row[key] for row in rows]) for key in ("state", "seconds")),
-    ]
-    padded = []
-    for name, values in table:
-        right = all(value is None or isinstance(value, (int, float)) for value in values)
-        width = max(map(len, texts := [name, *map(_text, values)]))
-        padded.append([text.rjust(width) if right else text.ljust(width) for text in texts])
+        metrics = [name for name in _number_names(rows) if name not in rows[0]["parameters"]]
+    columns = _distinctions(rows) or {"run": [row["run"] for row in rows]}
+    table = list(columns.items())
+    table += [(name, [row["metrics"].get(name) for row in rows]) for name in metrics]
+    table += [(key, [row[key] for row in rows]) for key in ("state", "seconds")]
     errors = [f"{label}: {row['error']}" for label, row in zip(_labels(rows), rows) if row["error"]]
-    return "\n".join(["  ".join(line).rstrip() for line in zip(*padded)] + errors)
+    return "\n".join(_aligned(table) + errors)
 
-
-def _known_metric(name: str, known: list[str]):
-    if name not in known:
-        raise ExperimentError(
-            f"No run has the metric `{name}`{suggest(name, known)} There are: {', '.join(known)}"
-        )
-
-
+# %% ../../nbs/app/01_experiments.ipynb #981d6077
 def plot_results(
     rows: list[dict],  # of `results`
     metric: str,  # a number in metrics.json
-    path=None,  # picture to write; the suffix says the format
-):  # matplotlib's Figure
+    path: str | Path | None = None,  # picture to write; the suffix says the format
+) -> typing.Any:  # matplotlib's Figure
     """A bar per finished run.
 
     Raises ExperimentError for a metric that no run has, or a path without suffix, MissingExtra without
@@ -732,21 +736,17 @@ def plot_results(
     """
     if path is not None and not Path(path).suffix:
         raise ExperimentError(f"{path}: the suffix says what kind of picture is written: .png, .svg or .pdf")
-    figure = require("matplotlib.figure", "jupyter").Figure(
-        figsize=(7, 1 + 0.3 * len(rows)), layout="constrained"
-    )
-    numbers = [
-        {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
-        for row in rows
-    ]
-    _known_metric(metric, list(dict.fromkeys(itertools.chain(*numbers))))
-    shown = [(label, row[metric]) for label, row in zip(_labels(rows), numbers) if metric in row]
-    fonts = dict(family=plot_families(label for label, _ in shown))
+    size = 7, 1 + 0.3 * len(rows)
+    figure = require("matplotlib.figure", "jupyter").Figure(figsize=size, layout="constrained")
+    _check_metric(metric, _number_names(rows))
+    values = [row["metrics"].get(metric) for row in rows]
+    shown = [(label, x) for label, x in zip(_labels(rows), values) if isinstance(x, (int, float))]
     axis = figure.subplots()
-    # Places, not labels: two runs of one label would be drawn as one bar.
+    # Numbers of rows, not labels: two runs of one label would be drawn as one bar.
     bars = axis.barh(range(len(shown)), [value if math.isfinite(value) else 0 for _, value in shown])
     axis.bar_label(bars, [_text(value) for _, value in shown], padding=3)
-    axis.set_yticks(range(len(shown)), [label for label, _ in shown], **fonts)
+    family = plot_families(label for label, _ in shown)
+    axis.set_yticks(range(len(shown)), [label for label, _ in shown], family=family)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_xlabel(metric)
@@ -756,19 +756,38 @@ def plot_results(
     return figure
 
 # %% ../../nbs/app/01_experiments.ipynb #34e4d14d
-def _mark_failed(folder: Path, error: str):
-    "Record the failure of a run whose process could not do so itself."
-    if record := _record(folder / "run.json"):
-        write_json(folder / "run.json", record | dict(state="failed", error=error))
+def _count_workers(workers: int | None, ray: str | None, devices: list[str], runs: int) -> int:
+    "How many runs at once, where nobody has said it."
+    if workers is not None:
+        return workers
+    if ray is None:
+        return len(devices) or 1
+    return cpu_count() if ray == "local" else max(1, runs)
 
 
+def _is_run_done(run: Run, out: Path) -> bool:
+    return _is_done(out / run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
+
+
+def _run_for_sweep(run: Run, out: Path, force: bool):
+    run_notebook(run.notebook, run.parameters, out / run.name, force)
+
+
+def _sweep_row(run: Run, out: Path, error: str | None) -> dict:
+    "What became of a run. It may not have been started at all, e.g. because the folder is in use."
+    absent = dict(notebook=str(run.notebook), parameters=run.parameters, seconds=None, metrics={})
+    record = read_run(out / run.name) or absent | dict(state="failed", error=None)
+    if error is not None and record["state"] != "failed":
+        record |= dict(state="failed", metrics={})
+    return _row(run.name, record | dict(error=record["error"] or error))
+
+# %% ../../nbs/app/01_experiments.ipynb #4c3a8ad2
 def sweep(
-    file,  # see `read_sweep`
-    out,  # folder of the run folders
-    # runs at once; None: one per CUDA device, else one; with Ray, all that the cluster has room for
+    file: str | Path,  # see `read_sweep`
+    out: str | Path,  # folder of the run folders
+    # runs at once; None: one per CUDA device, else one; with Ray, as many as the cluster holds
     workers: int | None = None,
-    # "local" or the address of a Ray cluster; then `out` and the notebook must lie on a disk that all nodes
-    # see
+    # "local" or the address of a Ray cluster, whose nodes must all see the disk of `out` and the notebook
     ray: str | None = None,
     force: bool = False,  # run what is finished again
 ) -> list[dict]:  # rows as of `results`
@@ -777,144 +796,98 @@ def sweep(
     Raises ExperimentError before anything runs.
     """
     runs, out, here = read_sweep(file), Path(out).resolve(), os.getcwd()
-
-    def is_done(run):
-        return _is_done(out / run.name, run.notebook, run_hash(run.notebook, run.parameters), run.parameters)
-
-    unfinished = [run for run in runs if force or not is_done(run)]
+    unfinished = [run for run in runs if force or not _is_run_done(run, out)]
     _warn_of_library([read_run(out / run.name) for run in runs if run not in unfinished])
     devices = cuda_devices() if ray is None else []
-    if workers is None:
-        workers = (
-            len(devices) or 1 if ray is None else cpu_count() if ray == "local" else max(1, len(unfinished))
-        )
+    workers = _count_workers(workers, ray, devices, len(unfinished))
     require("papermill", "jupyter")
 
     def build():
         os.chdir(here)  # Ray starts its processes elsewhere
-
-        def call(run):
-            run_notebook(run.notebook, run.parameters, out / run.name, force)
-
-        return call
+        return lambda run: _run_for_sweep(run, out, force)
 
     errors = {}
-    threads = max(1, cpu_count() // workers) if ray is None else 1
     with tqdm(total=len(runs), initial=len(runs) - len(unfinished), unit="run") as bar:
-        for n, _, error in spread(
-            build, unfinished, workers, ray=ray, devices=devices or None, threads=threads
-        ):
+        threads = max(1, cpu_count() // workers) if ray is None else 1
+        places = dict(ray=ray, devices=devices or None, threads=threads)
+        for n, _, error in spread(build, unfinished, workers, **places):
             if error is not None:
                 errors[unfinished[n].name] = str(error)
             if isinstance(error, WorkerDied):
                 _mark_failed(out / unfinished[n].name, str(error))
             bar.set_postfix(failed=len(errors))
             bar.update()
-    rows = []
-    for run in runs:
-        absent = dict(
-            notebook=str(run.notebook),
-            parameters=run.parameters,
-            seconds=None,
-            state="failed",
-            error=None,
-            metrics={},
-        )
-        record = read_run(out / run.name) or absent
-        # Besides its own failure, a run may not have been started at all, e.g. because the folder is in use.
-        if run.name in errors and record["state"] != "failed":
-            record |= dict(state="failed", metrics={})
-        rows.append(_row(run.name, record | dict(error=record["error"] or errors.get(run.name))))
-    return rows
+    return [_sweep_row(run, out, errors.get(run.name)) for run in runs]
 
 # %% ../../nbs/app/01_experiments.ipynb #d376b2ea
-def add_commands(verbs):
-    "Add `run`, `sweep` and `results` to the subparsers of a command line."
-    one = verbs.add_parser("run", help="run an experiment notebook with parameters and record the run")
-    one.add_argument("notebook", type=Path)
-    one.add_argument(
-        "-p",
-        dest="parameters",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a parameter, e.g. -p limit=100 (repeatable)",
-    )
-    one.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run (default: out/NAME OF THE NOTEBOOK)"
-    )
-    many = verbs.add_parser("sweep", help="run an experiment notebook with many sets of parameters")
-    many.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE.toml",
-        help='notebook = "...", [base] values, [grid] lists of values, [[runs]] tables',
-    )
-    many.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the runs (default: out/NAME OF THE FILE)"
-    )
-    many.add_argument(
-        "--workers",
-        type=argument(Count),
-        metavar="N",
-        help="runs at once (default: one per CUDA device, else one)",
-    )
-    many.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help='spread the runs over a Ray cluster: its address, "auto", or "local" to start one',
-    )
-    for o in (one, many):
-        o.add_argument(
-            "--force",
-            action="store_true",
-            help="run again what is finished, and replace other runs in the folder",
-        )
-    table = verbs.add_parser("results", help="the table of the runs in a folder")
-    table.add_argument("folder", type=Path, metavar="DIR")
-    table.add_argument("--metric", metavar="NAME", help="show only this one of the metrics")
-    table.add_argument("--plot", type=Path, metavar="FILE.png", help="draw --metric as a bar chart")
-    for verb in (one, many, table):
-        verb.set_defaults(func=command)
-
-
-def command(a) -> int:  # exit code: 0, or 1 if a run failed
-    """Carry out a parsed `run`, `sweep` or `results`.
-
-    Raises ExperimentError and MissingExtra for the caller to print.
-    """
-    if a.verb == "run":
-        out = a.out or Path("out") / a.notebook.stem
-        try:
-            run = run_notebook(
-                a.notebook,
-                parse_parameter(*a.parameters, known=read_parameters(a.notebook)),
-                out,
-                a.force,
-                progress=True,
-            )
-        except RunFailed as e:
-            print(e, file=sys.stderr)
-            return 1
-        print(f"{out}\n" + json.dumps(_row("", run)["metrics"], indent=1))
-        return 0
-    if a.verb == "sweep":
-        rows = sweep(a.file, a.out or Path("out") / a.file.stem, a.workers, a.ray, a.force)
-        print(results_table(rows))
-        return int(any(row["state"] != "finished" for row in rows))
-    if a.plot and not a.metric:
-        raise ExperimentError("--plot draws one metric: name it with --metric")
-    if a.plot:
-        refuse_overwrite(
-            a.plot,
-            *(
-                file
-                for name in ("run.json", "metrics.json", "environment.json", "notebook.ipynb")
-                for file in a.folder.rglob(name)
-            ),
-        )
-    rows = results(a.folder)
-    print(results_table(rows, a.metric and [a.metric]))
-    if a.plot:
-        plot_results(rows, a.metric, a.plot)
+def run_run(args) -> int:
+    out = args.out or Path("out") / args.notebook.stem
+    parameters = parse_parameter(*args.parameters, known=read_parameters(args.notebook))
+    try:
+        run = run_notebook(args.notebook, parameters, out, args.force, progress=True)
+    except RunFailed as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(f"{out}\n" + json.dumps(_row("", run)["metrics"], indent=1))
     return 0
+
+
+def run_sweep(args) -> int:
+    out = args.out or Path("out") / args.file.stem
+    rows = sweep(args.file, out, args.workers, args.ray, args.force)
+    print(results_table(rows))
+    return int(any(row["state"] != "finished" for row in rows))
+
+
+def run_results(args) -> int:
+    if args.plot and not args.metric:
+        raise ExperimentError("--plot draws one metric: name it with --metric")
+    if args.plot:
+        names = "run.json", "metrics.json", "environment.json", "notebook.ipynb"
+        refuse_overwrite(args.plot, *(file for name in names for file in args.folder.rglob(name)))
+    rows = results(args.folder)
+    print(results_table(rows, args.metric and [args.metric]))
+    if args.plot:
+        plot_results(rows, args.metric, args.plot)
+    return 0
+
+# %% ../../nbs/app/01_experiments.ipynb #0025c897
+def _add_force(verb):
+    help = "run again what is finished, and replace other runs in the folder"
+    verb.add_argument("--force", action="store_true", help=help)
+
+
+def _add_run(verbs):
+    verb = verbs.add_parser("run", help="run an experiment notebook with parameters and record the run")
+    verb.add_argument("notebook", type=Path)
+    help, parts = "a parameter, e.g. -p limit=100 (repeatable)", "KEY=VALUE"
+    verb.add_argument("-p", dest="parameters", action="append", default=[], metavar=parts, help=help)
+    help = "folder of the run (default: out/NAME OF THE NOTEBOOK)"
+    verb.add_argument("--out", type=Path, metavar="DIR", help=help)
+    _add_force(verb)
+    verb.set_defaults(func=run_run)
+
+
+def _add_sweep(verbs):
+    verb = verbs.add_parser("sweep", help="run an experiment notebook with many sets of parameters")
+    help = 'notebook = "...", [base] values, [grid] lists of values, [[runs]] tables'
+    verb.add_argument("file", type=Path, metavar="FILE.toml", help=help)
+    help = "folder of the runs (default: out/NAME OF THE FILE)"
+    verb.add_argument("--out", type=Path, metavar="DIR", help=help)
+    help = "runs at once (default: one per CUDA device, else one)"
+    verb.add_argument("--workers", type=argument(Count), metavar="N", help=help)
+    help = 'spread the runs over a Ray cluster: its address, "auto", or "local" to start one'
+    verb.add_argument("--ray", metavar="ADDRESS", help=help)
+    _add_force(verb)
+    verb.set_defaults(func=run_sweep)
+
+# %% ../../nbs/app/01_experiments.ipynb #68a0cfd9
+def add_commands(verbs: typing.Any):  # what `add_subparsers` returns
+    "Add `run`, `sweep` and `results` to the subparsers of a command line; each sets `func`."
+    _add_run(verbs)
+    _add_sweep(verbs)
+    verb = verbs.add_parser("results", help="the table of the runs in a folder")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--metric", metavar="NAME", help="show only this one of the metrics")
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw --metric as a bar chart")
+    verb.set_defaults(func=run_results)
