@@ -155,7 +155,7 @@ class EBSegNetwork(nn.Module):
             c.width,
             layers=c.encoder_layers,
             heads=c.heads,
-            points=c.sampling_points,
+            sampling_points=c.sampling_points,
             hidden=c.encoder_hidden,
             groups=c.groups,
         )

@@ -20,7 +20,7 @@ from ..components.fusion import sample_regions
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets
 from ..encoders.attention import propose, sos_bias
-from ..components.mask_classification import TextClassifier, mask_scores, mlp
+from ..components.mask_classification import TextClassifier, fold_last_layer, mask_scores, mlp
 from ..core.options import Count, Index, NotNegative, Positive
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, state_dict_difference, logit_scale
@@ -117,12 +117,9 @@ class SideNetwork(nn.Module):
         """Mask logits B x N x L and biases B x biases x N x L of queries B x N x width and places B x L x
         width.
         """
-        q, last = self.vector(queries), self.attention[-1]
-        turned = q[:, None] @ last.weight.unflatten(0, (self.biases, -1))  # B x biases x N x channels
-        bias = (
-            turned @ self.attention[:-1](places)[:, None].mT
-            + (q @ last.bias.view(self.biases, -1).T).mT[..., None]
-        )
+        q = self.vector(queries)
+        turned, rest = fold_last_layer(self.attention, q, self.biases)
+        bias = turned @ self.attention[:-1](places)[:, None].mT + rest
         return q @ self.pixels(places).mT, self.gain * bias + self.offset
 
     def forward(
