@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from ovss_nb.core.options import (
     Count,
     Range,
@@ -22,6 +22,9 @@ from ovss_nb.core.options import (
     read_options,
 )
 from ..encoders.registry import _look_up, create_encoder
+
+if TYPE_CHECKING:  # brings torch
+    from ovss_nb.systems.base import System
 
 # %% ../../nbs/systems/14_registry.ipynb #ec988f1e
 SYSTEMS = {
@@ -194,7 +197,7 @@ def create(
     cache=True,  # keep text embeddings on disk: True for the default place, a `Cache`, or None
     resize: str = "",  # how the image is seen, see `resize_rule`; empty for the system's own way
     **options,  # of the system's configuration
-):
+) -> "System":
     """Build a system;
     a trained one with `lite` takes the weights that come with the package unless told otherwise. Raises
     ValueError for an unknown name, option or resize rule, PromptError for a file of prompts that is not there.
