@@ -17,7 +17,7 @@ from ..core.vocabulary import Vocabulary
 from ..systems.registry import create, has_option
 
 # %% ../../nbs/inference/01_predict.ipynb #eb5ecd26
-DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the README
+DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table of results
 
 
 @lru_cache(maxsize=2)
