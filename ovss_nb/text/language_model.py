@@ -9,12 +9,14 @@ __all__ = ['final_answer', 'Question', 'read_json', 'LanguageModelError', 'Budge
 # %% ../../nbs/text/01_language_model.ipynb #fd032bad
 import errno, hashlib, json, os, random, re, sys, tempfile, threading, warnings
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 from tqdm.auto import tqdm
 from ..core.cache import Cache
 from ..core.files import check_writable
@@ -28,11 +30,29 @@ _THINKING = re.compile(rf"""(?ix)
         | <\|channel\|?>\s*(?:analysis|commentary|thought)\b )
   | (?P<close> <\s*/\s*(?:{_TAGS})\s*> | \[/THINK\] | ◁/think▷ | <\|end_of_thought\|> | <\|END_THINKING\|>
         | <\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | <channel\|> )""")
+_SPECIAL = re.compile(r"(?s)<\|(?:return|end|im_end|eot_id|endoftext|end_of_text)\|>.*|</s>\s*\Z")
+
+
+def _outside_thoughts(text: str) -> list[str]:
+    "The pieces of a text that are not thinking. Raises `ValueError` if the thinking does not end."
+    pieces, start, thinking = [], 0, False
+    for tag in _THINKING.finditer(text):
+        if not thinking:
+            pieces.append(text[start : tag.start()])
+        # the opening mark belongs to the server's template
+        if tag["close"] and not thinking:
+            pieces.clear()
+        thinking, start = tag["open"] is not None and not tag[0].endswith("/>"), tag.end()
+    if thinking:
+        raise ValueError("the answer is cut off in the middle of the model's thinking")
+    pieces = [_SPECIAL.sub("", piece) for piece in [*pieces, text[start:]]]
+    return [piece for piece in pieces if piece.strip()]
+
+# %% ../../nbs/text/01_language_model.ipynb #16213da6
 _WRAPPED = re.compile(r"""(?isx)
     (?: <\s*(answer|final_answer|final|response|output)\s*> | <\|(?:begin_of_solution|START_RESPONSE|begin_of_box)\|> )
     (?P<answer> .*? )
     (?: <\s*/\s*\1\s*> | <\|(?:end_of_solution|END_RESPONSE|end_of_box)\|> | \Z )""")
-_SPECIAL = re.compile(r"(?s)<\|(?:return|end|im_end|eot_id|endoftext|end_of_text)\|>.*|</s>\s*\Z")
 _LABEL = r"(?im)^[\s*_#>]*(?:(?:my|the|here is (?:my|the)) )?"
 _FINAL = re.compile(_LABEL + r"final (?:answer|list|response|output)[ \t*_]*(?::[*_]*|$)")
 _ANSWER = re.compile(_LABEL + r"(?:final )?(?:answer|list|response|output)[ \t*_]*(?::[*_]*|$)")
@@ -48,20 +68,10 @@ def final_answer(
     if not text.strip():
         return ""
     text = re.sub(r"(?s)\A\s*analysis.*assistantfinal", "", text)  # gpt-oss, its marks lost on the way
-    pieces, at, thinking = [], 0, False
-    for tag in _THINKING.finditer(text):
-        if not thinking:
-            pieces.append(text[at : tag.start()])
-        # the opening mark belongs to the server's template
-        if tag["close"] and not thinking:
-            pieces.clear()
-        thinking, at = tag["open"] is not None and not tag[0].endswith("/>"), tag.end()
-    if thinking:
-        raise ValueError("the answer is cut off in the middle of the model's thinking")
-    pieces = [o for piece in [*pieces, text[at:]] if (o := _SPECIAL.sub("", piece)).strip()]
+    pieces = _outside_thoughts(text)
     if not pieces:
         raise ValueError("the answer holds nothing but the model's thinking")
-    wrapped = [o["answer"] for o in _WRAPPED.finditer(pieces[-1]) if o["answer"].strip()]
+    wrapped = [match["answer"] for match in _WRAPPED.finditer(pieces[-1]) if match["answer"].strip()]
     answer = (wrapped or pieces)[-1]
     *before, last = (_ANSWER if _THOUGHT.match(answer) else _FINAL).split(answer)
     if before and not last.strip():
@@ -73,7 +83,7 @@ def final_answer(
 class Question:
     "What to send: chat turns, and the JSON schema of the answer (None: the answer is plain text)."
 
-    messages: list  # [{"role": "user", "content": text or parts}, ...]
+    messages: list[dict]  # [{"role": "user", "content": text or parts}, ...]
     # type object, array, string, integer or number; properties, items, minItems and maxItems
     schema: dict | None = None
 
@@ -98,8 +108,9 @@ def _misfit(value, schema: dict, where: str = "the answer") -> str | None:
         for item in value:
             if fault := _misfit(item, schema["items"], f"an item of {where}"):
                 return fault
+    return None
 
-
+# %% ../../nbs/text/01_language_model.ipynb #32e86443
 def _closing(text: str) -> dict[int, int]:
     "Where each opening brace closes; strings are not looked at."
     opened, ends = [], {}
@@ -123,6 +134,15 @@ def _mended(piece: str) -> dict | None:
         return None
     return value if isinstance(value, dict) else None
 
+# %% ../../nbs/text/01_language_model.ipynb #2cab2398
+def _object_at(text: str, start: int, ends: dict[int, int]) -> tuple[dict | None, int | None, bool]:
+    "The object that begins at `start`, or None; where it ends, or None; and whether it had to be mended."
+    try:
+        return *json.JSONDecoder().raw_decode(text, start), False
+    except (ValueError, RecursionError):
+        end = ends.get(start)
+        return _mended(text[start:end]) if end else None, end, True
+
 
 def read_json(
     text: str,  # what the model wrote: JSON, perhaps with thinking, words or a code fence around it
@@ -133,68 +153,56 @@ def read_json(
     Raises `ValueError` if there is none, or if an object after it is cut.
     """
     text = final_answer(text)
-    ends, at, found, faults, cut = _closing(text), text.find("{"), None, [], False
-    while at >= 0:
-        after = at + 1  # in what does not fit, something may
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = ends.get(at)
-            value = _mended(text[at:end]) if end else None
-            if value is not None:
-                after = end
+    ends, start, fitting, faults, cut = _closing(text), text.find("{"), None, [], False
+    while start >= 0:
+        value, end, mended = _object_at(text, start, ends)
+        # in what does not fit, something may
+        after = end if mended and value is not None else start + 1
         if value is not None:
             fault = _misfit(value, schema)
             if fault:
-                faults.append((end - at, fault))
+                faults.append((end - start, fault))
             else:
-                found, cut, after = value, False, end
-        elif not end and re.match(r"\{\s*[\"'“]", text[at:]):
+                fitting, cut, after = value, False, end
+        elif not end and re.match(r"\{\s*[\"'“]", text[start:]):
             cut = True
-        at = text.find("{", after)
+        start = text.find("{", after)
     if cut:
         raise ValueError("the answer is not whole JSON: it ends too early")
-    if found is None and faults:
+    if fitting is not None:
+        return fitting
+    if faults:
         raise ValueError(max(faults)[1])  # of the longest
-    if found is None:
-        raise ValueError(
-            "the answer holds no JSON object" if "{" not in text else "the answer is not whole JSON"
-        )
-    return found
+    raise ValueError("the answer holds no JSON object" if "{" not in text else "the answer is not whole JSON")
 
 # %% ../../nbs/text/01_language_model.ipynb #7be57356
 _SYSTEM = ("system", "developer")
 
 
-def _said(content) -> str:
-    "The text of a message: a string, or a list of parts of which some may be thoughts or pictures."
-    if isinstance(content, str):
-        return content
+def _text_of(content) -> str:
+    "The text of a message: a string, or a list of parts of which some may be thoughts or images."
     if isinstance(content, dict):
-        content = (
-            content.get("value", content.get("text"))
-            if "type" in content or "value" in content
-            else json.dumps(content)
-        )
+        named = "type" in content or "value" in content
+        content = content.get("value", content.get("text")) if named else json.dumps(content)
     if isinstance(content, list):
+        kinds = ("text", "output_text")
+        parts = [part for part in content if isinstance(part, str) or isinstance(part, dict)]
         return "".join(
-            _said(o)
-            for o in content
-            if isinstance(o, str) or isinstance(o, dict) and o.get("type", "text") in ("text", "output_text")
+            _text_of(part) for part in parts if isinstance(part, str) or part.get("type", "text") in kinds
         )
     return content if isinstance(content, str) else ""
 
 
-def _merged(messages: list) -> list:
+def _without_system(messages: list[dict]) -> list[dict]:
     "The turns without system turns: their text goes before the user's first."
-    said = "\n\n".join(_said(o["content"]) for o in messages if o["role"] in _SYSTEM)
-    rest = [o for o in messages if o["role"] not in _SYSTEM]
-    if not said:
+    text = "\n\n".join(_text_of(turn["content"]) for turn in messages if turn["role"] in _SYSTEM)
+    rest = [turn for turn in messages if turn["role"] not in _SYSTEM]
+    if not text:
         return rest
     if not rest or rest[0]["role"] != "user":
-        return [{"role": "user", "content": said}, *rest]
+        return [{"role": "user", "content": text}, *rest]
     content = rest[0]["content"]
-    both = f"{said}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": said}, *content]
+    both = f"{text}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": text}, *content]
     return [rest[0] | {"content": both}, *rest[1:]]
 
 
@@ -222,7 +230,7 @@ class BudgetExceeded(LanguageModelError):
 
 
 def retry_delay(
-    headers,  # of the reply, or an empty dict
+    headers: Mapping[str, str],  # of the reply, or an empty dict
     attempt: int,  # 0 for the first
     backoff: float = 1.0,  # seconds before the second attempt, without the server's wish
 ) -> float:  # seconds, at most 60 where the server has no wish
@@ -251,7 +259,19 @@ class Answers(dict):
 
     def __init__(self):
         super().__init__()
-        self.failed, self.refused = {}, set()
+        self.failed: dict[Hashable, str] = {}
+        self.refused: set[Hashable] = set()
+
+    def ordered(self, keys: Iterable[Hashable]) -> "Answers":
+        "The same answers and reasons, in the order of `keys`."
+        answers = Answers()
+        answers.refused |= self.refused
+        for key in keys:
+            if key in self:
+                answers[key] = self[key]
+            if key in self.failed:
+                answers.failed[key] = self.failed[key]
+        return answers
 
 
 @dataclass(frozen=True)
@@ -269,10 +289,11 @@ class Estimate:
 
     def __str__(self):
         cost = "" if self.cost is None else f", cost about {self.cost:.4g}"
+        known = self.questions - self.calls
         return (
-            f"{self.calls} calls for {self.questions} questions ({self.questions - self.calls} answered in"
-            f" the journal), about {self.tokens_in:,} tokens in (characters / 4) and {self.tokens_out:,}"
-            f" out{cost}; retries not counted"
+            f"{self.calls} calls for {self.questions} questions ({known} answered in the journal), about"
+            f" {self.tokens_in:,} tokens in (characters / 4) and {self.tokens_out:,} out{cost}; retries not"
+            " counted"
         )
 
 # %% ../../nbs/text/01_language_model.ipynb #46b2f879
@@ -290,11 +311,180 @@ def _append(path: Path, line: bytes):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(file.fileno())
 
-# %% ../../nbs/text/01_language_model.ipynb #d297059d
+
+def _entry(line: bytes, path: Path) -> dict[str, str]:
+    """One line of a journal as {hash: text}; empty for one that a crash cut.
+
+    Raises `LanguageModelError` if the file is no journal.
+    """
+    line = line.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r")
+    try:
+        entry = json.loads(line)
+        if isinstance(entry["key"], str) and isinstance(entry["text"], str):
+            return {entry["key"]: entry["text"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    if line[: len(_ENTRY)] == _ENTRY[: len(line)]:
+        return {}
+    raise LanguageModelError(
+        f"{path} is no journal of answers: a line of it begins {line[:30].decode(errors='replace')!r}. Name"
+        " another file with journal=, or mend this one (one JSON object a line, in UTF-8)"
+    )
+
+# %% ../../nbs/text/01_language_model.ipynb #c1b24b16
+def _rescue(line: bytes, rescue: Path, journal: Path, why: str) -> LanguageModelError:
+    "Keep an answer that the journal has no space for in another file, else on stderr; the error says where."
+    # the journal may end with half a line, to which these lines will be added
+    try:
+        _append(rescue, b"\n" + line)
+        where = f"is in {rescue}: add its lines to the journal (cat {rescue} >> {journal})"
+    except OSError:
+        print(line.decode(), file=sys.stderr)  # the last resort
+        where = "was printed to stderr: add that line to the journal"
+    return LanguageModelError(
+        f"The journal {journal} cannot be written any more ({why}), so no more was asked. What was answered"
+        f" since {where}, when there is room again, and ask the same again: no answer is paid for twice"
+    )
+
+
+def _journal_line(key: str, model: str, tokens: int | None, text: str) -> bytes:
+    "An answer as a line."
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry = dict(key=key, model=model, date=date, tokens=tokens, text=text)
+    return json.dumps(entry, ensure_ascii=False).encode(errors="replace")
+
+# %% ../../nbs/text/01_language_model.ipynb #053a2ea2
+class _AnswerFile:
+    "The answers that were paid for: {hash: text}, and the file that keeps them."
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.RLock()
+        self._known: dict[str, str] = {}
+        self._read_to, self._writable = 0, False
+        self._spare: Path | None = None  # where answers go when the disk is full
+
+    def begin(self):
+        "A new run: whether the file can be written is tried again."
+        self._writable, self._spare = False, None
+
+    def check_writable(self):
+        "Raises `LanguageModelError` if the file cannot be written."
+        with self.lock:
+            if self._writable:
+                return
+            try:
+                check_writable(self.path)
+            except OSError as e:
+                raise LanguageModelError(
+                    f"The journal {self.path} cannot be written ({e.strerror}), so nothing was asked: answers"
+                    " that are paid for would be lost. Name a file that can, with journal="
+                ) from None
+            self._writable = True
+
+    def texts(self) -> dict[str, str]:
+        "The answers. What another process has added since is read too."
+        with self.lock:
+            try:
+                size = self.path.stat().st_size
+                if size < self._read_to:
+                    self._read_to = 0  # another file by now
+                if size > self._read_to:
+                    with open(self.path, "rb") as file:
+                        file.seek(self._read_to)
+                        data = file.read()
+                    for line in data.split(b"\n"):
+                        self._known.update(_entry(line, self.path))
+                    self._read_to += data.rfind(b"\n") + 1  # half a line may be finished later
+            except FileNotFoundError:
+                pass
+            except OSError as e:
+                raise LanguageModelError(
+                    f"The journal {self.path} cannot be read ({e.strerror}). Name another with journal="
+                ) from None
+            return self._known
+
+    def recall(self, key: str, schema: dict | None) -> str | None:
+        "The usable answer, or None."
+        text = self.texts().get(key)
+        try:
+            return None if text is None else _usable(text, schema)
+        except ValueError:
+            return None
+
+    def keep(self, key: str, text: str, line: bytes):
+        "Force an answer to the disk before anyone sees it. Raises `LanguageModelError` if it went elsewhere."
+        with self.lock:
+            self._known[key] = text
+            try:
+                _append(self._spare or self.path, line)
+            except OSError as e:
+                self._spare = Path(tempfile.gettempdir()) / f"{self.path.stem}-{os.getpid()}.jsonl"
+                raise _rescue(line, self._spare, self.path, e.strerror) from None
+
+# %% ../../nbs/text/01_language_model.ipynb #0a87b10b
 _FORMATS = ("json_schema", "json_object", "plain")
-_REFUSED = ("content_filter", "content_policy_violation")
 # in a refusal: it is the system turn that the model's template cannot take
 _ROLES = re.compile(r"(?i)system|developer|role|alternat")
+
+
+@dataclass(frozen=True)
+class _RequestForm:
+    "How a server is asked: what it refuses is left out."
+
+    format: int = 0  # index into `_FORMATS`
+    merged: bool = False  # no system turns: their text goes into the user's
+    temperature: bool = True
+
+    def __or__(self, other: "_RequestForm") -> "_RequestForm":
+        "What suits both."
+        return _RequestForm(
+            max(self.format, other.format),
+            self.merged or other.merged,
+            self.temperature and other.temperature,
+        )
+
+
+def _with_schema(messages: list[dict], schema: dict | None, kind: str) -> list[dict]:
+    "The turns, with the schema in words for servers that do not take it as a setting."
+    if not schema or kind == "json_schema":
+        return messages
+    wish = "Answer with one JSON object and nothing else. It must fit this JSON schema:"
+    return [{"role": "system", "content": f"{wish} {json.dumps(schema)}"}, *messages]
+
+
+def _request(
+    messages: list[dict], schema: dict | None, temperature: float | None, form: _RequestForm
+) -> dict:
+    "What is sent beside the model's name."
+    kind = _FORMATS[form.format] if schema else "plain"
+    turns = _with_schema(messages, schema, kind)
+    request: dict = {"messages": _without_system(turns) if form.merged else turns}
+    if temperature is not None and form.temperature:
+        request["temperature"] = temperature
+    if kind == "json_object":
+        request["response_format"] = {"type": "json_object"}
+    if kind == "json_schema":
+        answer = {"name": "answer", "schema": schema, "strict": True}
+        request["response_format"] = {"type": "json_schema", "json_schema": answer}
+    return request
+
+# %% ../../nbs/text/01_language_model.ipynb #32990945
+def _next_form(
+    form: _RequestForm, messages: list[dict], schema: dict | None, temperature: float | None, refusal: str
+) -> _RequestForm | None:
+    "The next form for a server that refused this one with some words; None if none is left."
+    turns = _with_schema(messages, schema, _FORMATS[form.format])
+    mergeable = not form.merged and any(turn["role"] in _SYSTEM for turn in turns)
+    if temperature is not None and form.temperature and "temperature" in refusal.lower():
+        return replace(form, temperature=False)
+    if mergeable and _ROLES.search(refusal):
+        return replace(form, merged=True)
+    if schema and form.format < len(_FORMATS) - 1:
+        return replace(form, format=form.format + 1)
+    return replace(form, merged=True) if mergeable else None
+
+# %% ../../nbs/text/01_language_model.ipynb #8ca6f48e
+_DECLINED = ("content_filter", "content_policy_violation")
 # what a server answers to a question in a form that it does not know
 _UNFIT = (400, 404, 405, 415, 422, 501)
 _PASSING = (408, 409, 425, 429)  # and 5xx: worth another try
@@ -314,23 +504,213 @@ class _Stopped(Exception):
     "Not asked, because another question ended the run."
 
 
+class _Fatal(Exception):
+    "No question can be asked of this server."
+
+
 @dataclass(frozen=True)
-class _Way:
-    "How a server is asked: what it refuses is left out."
+class _Fault:
+    "Why a call gave no usable answer."
 
-    format: int = 0  # index into `_FORMATS`
-    merged: bool = False  # no system turns: their text goes into the user's
-    temperature: bool = True
+    text: str
+    broken: bool = False  # perhaps by the form of the request
+    unreachable: bool = False  # nobody listens at the address
+    status: int | None = None  # of a refusal, with its code, words and headers
+    code: str | None = None
+    words: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
-    def __or__(self, other: "_Way") -> "_Way":
-        "What suits both."
-        return _Way(
-            max(self.format, other.format),
-            self.merged or other.merged,
-            self.temperature and other.temperature,
-        )
+    @property
+    def is_fatal(self) -> bool:
+        "A refusal that neither waiting nor another form mends."
+        if self.status is None:
+            return False
+        passing = self.status in _PASSING or self.status >= 500
+        return self.code == "insufficient_quota" or self.status not in _UNFIT and not passing
 
 
+def _reply_or_fault(client, timeout: float, request: dict):
+    "The server's reply, or a `_Fault`."
+    openai = require("openai", "llm")
+    try:
+        return client.chat.completions.create(**request)
+    except openai.APIStatusError as e:
+        text, broken = f"status {e.status_code} ({e.message})", e.status_code in (500, 502)
+        return _Fault(text, broken, False, e.status_code, e.code, e.message, e.response.headers)
+    except openai.APITimeoutError:
+        return _Fault(f"no answer within {timeout} s")
+    except openai.APIConnectionError as e:
+        unreachable = type(e.__cause__).__name__ == "ConnectError"
+        return _Fault(f"no connection to {client.base_url} ({e.__cause__ or e})", unreachable=unreachable)
+    except (openai.APIResponseValidationError, json.JSONDecodeError):
+        return _Fault("the reply is not JSON", broken=True)
+
+# %% ../../nbs/text/01_language_model.ipynb #f9cc6dfa
+def _tokens(content) -> int:
+    "About how many tokens a text or a JSON value has."
+    return len(content if isinstance(content, str) else json.dumps(content)) // 4
+
+
+def _usage(reply) -> int | None:
+    "The number of tokens that the server says it used."
+    total = getattr(getattr(reply, "usage", None), "total_tokens", None)
+    return total if isinstance(total, int) else None
+
+
+def _message(reply):
+    "The first choice of a reply and its message; None where there is none."
+    choices = getattr(reply, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    return choice, getattr(choice, "message", None)
+
+
+def _reply_text(reply, schema: dict | None) -> str:
+    """The answer in a reply, without the thinking.
+
+    Raises `ValueError` if it cannot be used, `_Refused` if the model will not answer.
+    """
+    choice, message = _message(reply)
+    finish, declined = getattr(choice, "finish_reason", None), getattr(message, "refusal", None)
+    if finish == "content_filter" or declined:
+        raise _Refused(f"the model declines to answer: {declined or 'content filter'}")
+    if finish == "length":
+        raise ValueError("the answer is cut off at the server's limit of tokens")
+    if choice is None:
+        reason = getattr(reply, "error", None) or "it has no choices"
+        raise ValueError(f"the reply holds no answer: {reason}")
+    text = _text_of(getattr(message, "content", None))
+    if not text.strip():
+        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        raise ValueError("the answer is empty" + (": the model only thought" if thought else ""))
+    return _usable(text, schema)
+
+# %% ../../nbs/text/01_language_model.ipynb #9ce1b9d5
+def _connect(base_url: str | None, api_key: str | None, timeout: float):
+    "The client. It insists on a key; a server given by address may need none."
+    openai = require("openai", "llm")
+    if not api_key and base_url and not os.environ.get("OPENAI_API_KEY"):
+        api_key = "none"
+    try:
+        return openai.OpenAI(base_url=base_url, api_key=api_key or None, timeout=timeout, max_retries=0)
+    except openai.OpenAIError:
+        raise LanguageModelError(
+            "There is no key: set OPENAI_API_KEY, or name a local server with base_url (--base-url)"
+        ) from None
+
+
+@dataclass
+class _Server:
+    "A model behind its server: calls are made, repeated and counted here."
+
+    model: str
+    connect: Callable[[], Any]  # makes the client
+    temperature: float | None
+    timeout: float
+    attempts: int
+    backoff: float
+    before_call: Callable[[], None]  # raises if no call may be made
+    wait: Callable[[float], Any]  # seconds
+
+    def __post_init__(self):
+        self.calls = self.tokens = self.answered = 0
+        self._client, self._form, self._worked = None, _RequestForm(), set()
+        self._lock, self._first = threading.RLock(), threading.Lock()
+
+    def call(self, messages: list[dict], schema: dict | None) -> tuple[str, int | None]:
+        """One paid answer, and the tokens that the server counted.
+
+        Until there is one, questions go one at a time: the first finds out how this server wants to be asked.
+        """
+        with self._lock:
+            self._client = self._client or self.connect()
+        if bool(schema) in self._worked:
+            return self._attempt(messages, schema)
+        with self._first:
+            if bool(schema) not in self._worked:
+                return self._attempt(messages, schema)
+        return self._attempt(messages, schema)
+
+    def _attempt(self, messages: list[dict], schema: dict | None) -> tuple[str, int | None]:
+        "Ask until there is a usable answer, in ever other forms. Raises `_Unanswered`, `_Refused` or `_Fatal`."
+        form, attempt, strikes, fault = self._form, 0, 0, _Fault("")
+        while attempt < self.attempts:
+            answer = self._once(messages, schema, form)
+            if not isinstance(answer, _Fault):
+                self._form |= form
+                self._worked.add(bool(schema))
+                return answer
+            fault = answer
+            if fault.code in _DECLINED:
+                raise _Refused(f"the server refuses the question: {fault.words}")
+            if fault.is_fatal:
+                raise _Fatal(fault.words)
+            if fault.status in _UNFIT:
+                form, strikes = self._other_form(fault, form, messages, schema), 0
+                continue
+            # Nobody listens, and nobody ever did: an address mistyped or a server not started, so minutes of
+            # patience are wasted.
+            if fault.unreachable and not self.answered and attempt >= 2:
+                raise _Unanswered(fault.text)
+            delay = retry_delay(fault.headers, attempt, self.backoff)
+            if delay > _LONGEST_WAIT:
+                raise _Fatal(f"the server wants {delay:.0f} s of patience ({fault.text})")
+            # Some servers break where others refuse. What failed twice, and never worked, is asked for in
+            # another form.
+            broken = fault.broken and bool(schema) not in self._worked
+            other = self._next_form(form, messages, schema, fault.text) if broken else None
+            if other is None:
+                attempt += 1
+            elif strikes:
+                form, strikes = other, 0
+            else:
+                strikes += 1
+            if attempt < self.attempts:
+                self.wait(delay)
+        raise _Unanswered(f"{self.attempts} attempts failed, the last with: {fault.text}")
+
+    def _once(self, messages, schema, form) -> tuple[str, int | None] | _Fault:
+        "One call: the answer and its tokens, or what went wrong."
+        with self._lock:
+            self.before_call()
+            self.calls += 1
+        request = dict(model=self.model) | _request(messages, schema, self.temperature, form)
+        reply = _reply_or_fault(self._client, self.timeout, request)
+        if isinstance(reply, _Fault):
+            return reply
+        used = _usage(reply)
+        with self._lock:
+            text = _text_of(getattr(_message(reply)[1], "content", None))
+            self.tokens += _tokens(messages) + len(text) // 4 if used is None else used
+        try:
+            answer = _reply_text(reply, schema)
+        except ValueError as e:
+            return _Fault(str(e), broken=True)
+        with self._lock:
+            self.answered += 1
+        return answer, used
+
+    def _next_form(self, form, messages, schema, refusal: str) -> _RequestForm | None:
+        other = _next_form(form, messages, schema, self.temperature, refusal)
+        if other and form.temperature and not other.temperature:
+            warnings.warn(
+                f"{self.model} takes no temperature={self.temperature:g}: it is asked without", stacklevel=2
+            )
+        return other
+
+    def _other_form(self, fault: _Fault, form, messages, schema) -> _RequestForm:
+        "The form to try after a refusal of this one. Raises `_Unanswered` or `_Fatal` if there is none."
+        other = self._next_form(form, messages, schema, fault.words)
+        # Mostly it is the model or the address that is not there; some servers say so of the format.
+        if fault.status in (404, 405):
+            if bool(schema) in self._worked or other and other.format == form.format:
+                other = None
+        if other is None and fault.status in (400, 422):
+            raise _Unanswered(f"the server refuses the question: {fault.words}")
+        if other is None:
+            raise _Fatal(fault.words)
+        return other
+
+# %% ../../nbs/text/01_language_model.ipynb #d297059d
 class LanguageModel:
     """A chat model behind an OpenAI-compatible server, asked many questions at once.
 
@@ -358,77 +738,73 @@ class LanguageModel:
         max_calls: Index | None = None,  # requests that this object may send
         # tokens that it may use; exceeded by the calls under way at most
         max_tokens: Index | None = None,
-        journal=None,  # file of the answers; default: language_model.jsonl in the folder of `Cache`
+        # file of the answers; default: language_model.jsonl in the folder of `Cache`
+        journal: str | os.PathLike | None = None,
     ):
         if base_url and not re.match("https?://", base_url):
             raise LanguageModelError(
                 f"base_url (--base-url) must begin with http:// or https://, got {base_url!r}"
             )
-        self.model, self.base_url, self.api_key, self.temperature = (
-            model,
-            base_url,
-            api_key,
-            None if temperature is None else float(temperature),
-        )
-        self.concurrency, self.timeout, self.attempts, self.revisions, self.backoff = (
-            concurrency,
-            timeout,
-            attempts,
-            revisions,
-            backoff,
-        )
+        self.model, self.base_url = model, base_url
+        self.temperature = None if temperature is None else float(temperature)
+        self.concurrency, self.revisions = concurrency, revisions
         self.max_calls, self.max_tokens = max_calls, max_tokens
         self.journal = Path(journal or Cache().root / "language_model.jsonl").expanduser()
-        self.calls = self.tokens = self.answered = 0
-        self._client, self._known, self._read_to = None, {}, 0
-        self._writable, self._rescue = False, None  # where answers go when the journal's disk is full
-        self._way, self._worked = _Way(), set()
-        self._lock, self._first, self._asking, self._stop = (
-            threading.RLock(),
-            threading.Lock(),
-            defaultdict(threading.Lock),
-            threading.Event(),
+        self._stop, self._asking = threading.Event(), defaultdict(threading.Lock)
+        self._answers = _AnswerFile(self.journal)
+        self._server = _Server(
+            model,
+            partial(_connect, base_url, api_key, timeout),
+            self.temperature,
+            timeout,
+            attempts,
+            backoff,
+            before_call=self._check_budget,
+            wait=lambda seconds: self._stop.wait(seconds),
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"LanguageModel({self.model!r}, journal={str(self.journal)!r})"
 
-    def key(self, messages: list, schema: dict | None = None) -> str:
-        "Hash under which the journal keeps the answer: model, temperature, turns and schema."
-        return hashlib.sha256(
-            json.dumps([self.model, self.temperature, messages, schema], sort_keys=True).encode()
-        ).hexdigest()
+    @property
+    def calls(self) -> int:
+        return self._server.calls
 
-    def recall(self, question: Question):  # dict (with a schema), text, or None
+    @property
+    def tokens(self) -> int:
+        return self._server.tokens
+
+    @property
+    def answered(self) -> int:
+        return self._server.answered
+
+    def key(self, messages: list[dict], schema: dict | None = None) -> str:
+        "Hash under which the journal keeps the answer: model, temperature, turns and schema."
+        facts = [self.model, self.temperature, messages, schema]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def recall(self, question: Question) -> dict | str | None:  # dict with a schema, else text
         "The answer in the journal, or None. No call is made."
-        text = self._recalled(self.key(question.messages, question.schema), question.schema)
+        text = self._answers.recall(self.key(question.messages, question.schema), question.schema)
         return text if text is None or not question.schema else read_json(text, question.schema)
 
     def estimate(
         self,
-        questions: dict,  # {key: Question}
+        questions: Mapping[Any, Question],
         prices: tuple[float, float] | None = None,  # per million tokens, in and out
         answer_tokens: int = 150,  # foreseen per answer
     ) -> Estimate:
         "What asking would take; makes no call and needs no key."
-        unanswered = [
-            o for o in questions.values() if self._recalled(self.key(o.messages, o.schema), o.schema) is None
-        ]
-        tokens = (
-            sum(_tokens(o.messages) + (_tokens(o.schema) if o.schema else 0) for o in unanswered),
-            answer_tokens * len(unanswered),
-        )
-        return Estimate(
-            len(questions),
-            len(unanswered),
-            *tokens,
-            None if prices is None else sum(n * price for n, price in zip(tokens, prices)) / 1e6,
-        )
+        open_questions = [question for question in questions.values() if self.recall(question) is None]
+        sent = [part for question in open_questions for part in (question.messages, question.schema) if part]
+        tokens_in, tokens_out = sum(map(_tokens, sent)), answer_tokens * len(open_questions)
+        cost = prices and (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
+        return Estimate(len(questions), len(open_questions), tokens_in, tokens_out, cost)
 
     def ask_all(
         self,
-        questions: dict,  # {key: Question}
-        check=None,  # (key, answer) -> what is wrong with it, or None
+        questions: Mapping[Any, Question],
+        check: Callable[[Any, Any], str | None] | None = None,  # (key, answer) -> what is wrong, or None
         progress: bool = True,  # show a bar
     ) -> Answers:  # dicts where there is a schema, else text; in the order of the questions
         """Answer all questions, from the journal or by calls.
@@ -439,393 +815,100 @@ class LanguageModel:
 
         """
         self._stop.clear()
-        self._writable, self._rescue = False, None
-        found, failed, refused = {}, {}, set()
-        with (
-            ThreadPoolExecutor(self.concurrency) as pool,
-            tqdm(total=len(questions), desc=self.model, unit="answer", disable=not progress) as bar,
-        ):
-            futures = {
-                pool.submit(self._ask, question, check and (lambda answer, key=key: check(key, answer))): key
-                for key, question in questions.items()
-            }
+        self._answers.begin()
+        answers = Answers()
+        bar = tqdm(total=len(questions), desc=self.model, unit="answer", disable=not progress)
+        with ThreadPoolExecutor(self.concurrency) as pool, bar:
+            futures = {pool.submit(self._ask, key, asked, check): key for key, asked in questions.items()}
             try:
                 for future in as_completed(futures):
-                    key = futures[future]
-                    try:
-                        found[key] = future.result()
-                    # the error that stopped the run is among the other futures
-                    except _Stopped:
-                        continue
-                    except _Unanswered as e:
-                        if not (self.answered or isinstance(e, _Refused)):
-                            raise LanguageModelError(
-                                f"{self.model} has answered nothing yet. {key}: {e}"
-                            ) from None
-                        failed[key] = str(e)
-                        if isinstance(e, _Refused):
-                            refused.add(key)
-                    bar.set_postfix(calls=self.calls, tokens=self.tokens, failed=len(failed), refresh=False)
-                    bar.update()
+                    if self._collect(answers, futures[future], future):
+                        failed = len(answers.failed)
+                        bar.set_postfix(calls=self.calls, tokens=self.tokens, failed=failed, refresh=False)
+                        bar.update()
             except BaseException as e:
                 # Calls under way are paid for: `with` waits for them, and they reach the journal. No new one
                 # starts.
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 if isinstance(e, BudgetExceeded):
-                    done = sum(o.done() and not o.cancelled() and o.exception() is None for o in futures)
-                    raise BudgetExceeded(
-                        f"{e}: {done} of {len(questions)} questions are answered, and their answers are kept"
-                        f" in {self.journal}. Ask the same again with a larger limit to go on; no answer is"
-                        " paid for twice"
-                    ) from None
+                    raise self._out_of_budget(e, futures) from None
                 raise
-        answers = Answers()
-        answers.update((key, found[key]) for key in questions if key in found)
-        answers.failed.update((key, failed[key]) for key in questions if key in failed)
-        answers.refused |= refused
-        return answers
+        return answers.ordered(questions)
 
-    def _ask(self, question: Question, check):
+    def _collect(self, answers: Answers, key, future: Future) -> bool:
+        "Add one answer, or why there is none; false if it was not asked because the run ended."
+        try:
+            answers[key] = future.result()
+        except _Stopped:  # the error that stopped the run is among the other futures
+            return False
+        except _Unanswered as e:
+            if not (self.answered or isinstance(e, _Refused)):
+                raise LanguageModelError(f"{self.model} has answered nothing yet. {key}: {e}") from None
+            answers.failed[key] = str(e)
+            if isinstance(e, _Refused):
+                answers.refused.add(key)
+        return True
+
+    def _out_of_budget(self, error: BudgetExceeded, futures: Iterable[Future]) -> BudgetExceeded:
+        "The error with what was done, and how to go on."
+        futures = list(futures)
+        done = sum(
+            future.done() and not future.cancelled() and future.exception() is None for future in futures
+        )
+        return BudgetExceeded(
+            f"{error}: {done} of {len(futures)} questions are answered, and their answers are kept in"
+            f" {self.journal}. Ask the same again with a larger limit to go on; no answer is paid for twice"
+        )
+
+    def _check_budget(self):
+        "Raises `BudgetExceeded` where no call is left, `_Stopped` where the run has ended."
+        if self._stop.is_set():
+            raise _Stopped
+        if self.max_calls is not None and self.calls >= self.max_calls:
+            raise BudgetExceeded(f"The budget of {self.max_calls} calls is spent")
+        if self.max_tokens is not None and self.tokens >= self.max_tokens:
+            raise BudgetExceeded(f"The budget of {self.max_tokens} tokens is spent ({self.tokens} used)")
+
+    def _ask(self, key, question: Question, check) -> dict | str:
         "One question with its revisions."
         messages = list(question.messages)
-        for turn in range(self.revisions + 1):
+        for _ in range(self.revisions + 1):
             text = self._text(messages, question.schema)
             answer = read_json(text, question.schema) if question.schema else text
-            reason = check and check(answer)
+            reason = check and check(key, answer)
             if not reason:
                 return answer
-            messages += [
-                {"role": "assistant", "content": text},
-                {
-                    "role": "user",
-                    "content": f"That answer cannot be used: {reason}. Answer again, in the same form.",
-                },
-            ]
+            again = f"That answer cannot be used: {reason}. Answer again, in the same form."
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
         raise _Refused(f"{self.revisions + 1} answers were refused, the last because: {reason}")
 
-    def _text(self, messages: list, schema: dict | None) -> str:
+    def _text(self, messages: list[dict], schema: dict | None) -> str:
         """The usable answer to these turns, from the journal or by a call;
         the same turns are never asked twice at once.
         """
         key = self.key(messages, schema)
-        with self._lock:
+        with self._answers.lock:
             asking = self._asking[key]
         with asking:
-            text = self._recalled(key, schema)
-            return self._call(key, messages, schema) if text is None else text
+            text = self._answers.recall(key, schema)
+            return self._paid_text(key, messages, schema) if text is None else text
 
-    def _call(self, key: str, messages: list, schema: dict | None) -> str:
-        """One paid answer.
-
-        Until there is one, questions go one at a time: the first finds out how this server wants to be asked.
-        """
-        self._connect()
-        if bool(schema) in self._worked:
-            return self._attempts(key, messages, schema)
-        with self._first:
-            if bool(schema) not in self._worked:
-                return self._attempts(key, messages, schema)
-        return self._attempts(key, messages, schema)
-
-    def _attempts(self, key: str, messages: list, schema: dict | None) -> str:
-        openai, client = require("openai", "llm"), self._connect()
-        way, attempt, strikes = self._way, 0, 0
-        while attempt < self.attempts:
-            self._spend()
-            headers, fault, broken = {}, None, True  # broken: perhaps by the way of asking
-            try:
-                reply = client.chat.completions.create(
-                    model=self.model, **self._request(messages, schema, way)
-                )
-            except openai.APIStatusError as e:
-                fault, headers = f"status {e.status_code} ({e.message})", e.response.headers
-                if e.code in _REFUSED:
-                    raise _Refused(f"the server refuses the question: {e.message}") from None
-                if (
-                    e.code == "insufficient_quota"
-                    or e.status_code not in _UNFIT
-                    and not (e.status_code in _PASSING or e.status_code >= 500)
-                ):
-                    raise self._fatal(e.message) from None
-                if e.status_code in _UNFIT:
-                    another = self._another(way, messages, schema, e.message)
-                    # Mostly it is the model or the address that is not there; some servers say so of the
-                    # format.
-                    if e.status_code in (404, 405) and (
-                        bool(schema) in self._worked or another and another.format == way.format
-                    ):
-                        another = None
-                    if another is None and e.status_code in (400, 422):
-                        raise _Unanswered(f"the server refuses the question: {e.message}") from None
-                    if another is None:
-                        raise self._fatal(e.message) from None
-                    way, strikes = another, 0
-                    continue
-                broken = e.status_code in (500, 502)
-            except openai.APITimeoutError:
-                fault, broken = f"no answer within {self.timeout} s", False
-            except openai.APIConnectionError as e:
-                fault, broken = f"no connection to {client.base_url} ({e.__cause__ or e})", False
-                # Nobody listens, and nobody ever did: an address mistyped or a server not started, so minutes
-                # of patience are wasted.
-                if not self.answered and attempt >= 2 and type(e.__cause__).__name__ == "ConnectError":
-                    raise _Unanswered(fault) from None
-            except (openai.APIResponseValidationError, json.JSONDecodeError):
-                fault = "the reply is not JSON"
-            else:
-                try:
-                    text = self._read(reply, messages, schema)
-                except ValueError as e:
-                    fault = str(e)
-                else:
-                    self._way |= way
-                    self._keep(key, text, reply)
-                    self._worked.add(bool(schema))
-                    return text
-            wait = retry_delay(headers, attempt, self.backoff)
-            if wait > _LONGEST_WAIT:
-                raise self._fatal(f"the server wants {wait:.0f} s of patience ({fault})")
-            # Some servers break where others refuse. What failed twice, and never worked, is asked for in
-            # another way.
-            another = (
-                self._another(way, messages, schema, fault)
-                if broken and bool(schema) not in self._worked
-                else None
-            )
-            if another is None:
-                attempt += 1
-            elif strikes:
-                way, strikes = another, 0
-            else:
-                strikes += 1
-            if attempt < self.attempts:
-                self._stop.wait(wait)
-        raise _Unanswered(f"{self.attempts} attempts failed, the last with: {fault}")
-
-    def _another(self, way: _Way, messages: list, schema: dict | None, said: str) -> _Way | None:
-        "The next way to ask a server that refused this one with some words; None if none is left."
-        mergeable = not way.merged and any(
-            o["role"] in _SYSTEM for o in _with_schema(messages, schema, _FORMATS[way.format])
-        )
-        if self.temperature is not None and way.temperature and "temperature" in said.lower():
-            warnings.warn(
-                f"{self.model} takes no temperature={self.temperature:g}: it is asked without", stacklevel=2
-            )
-            return replace(way, temperature=False)
-        if mergeable and _ROLES.search(said):
-            return replace(way, merged=True)
-        if schema and way.format < len(_FORMATS) - 1:
-            return replace(way, format=way.format + 1)
-        return replace(way, merged=True) if mergeable else None
-
-    def _request(self, messages: list, schema: dict | None, way: _Way) -> dict:
-        "What is sent beside the model's name."
-        kind = _FORMATS[way.format] if schema else "plain"
-        turns = _with_schema(messages, schema, kind)
-        request = {"messages": _merged(turns) if way.merged else turns}
-        if self.temperature is not None and way.temperature:
-            request["temperature"] = self.temperature
-        if kind == "json_object":
-            request["response_format"] = {"type": "json_object"}
-        if kind == "json_schema":
-            request["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": schema, "strict": True},
-            }
-        return request
-
-    def _read(self, reply, messages, schema) -> str:
-        """The answer in a reply, counted, without the thinking.
-
-        Raises `ValueError` if it cannot be used, `_Refused` if the model will not answer.
-        """
-        choices, usage = (
-            getattr(reply, "choices", None),
-            getattr(getattr(reply, "usage", None), "total_tokens", None),
-        )
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        message = getattr(choice, "message", None)
-        text = _said(getattr(message, "content", None))
-        with self._lock:
-            self.tokens += usage if isinstance(usage, int) else _tokens(messages) + len(text) // 4
-        finish, declined = getattr(choice, "finish_reason", None), getattr(message, "refusal", None)
-        if finish == "content_filter" or declined:
-            raise _Refused(f"the model declines to answer: {declined or 'content filter'}")
-        if finish == "length":
-            raise ValueError("the answer is cut off at the server's limit of tokens")
-        if choice is None:
-            raise ValueError(
-                f"the reply holds no answer: {getattr(reply, 'error', None) or 'it has no choices'}"
-            )
-        if not text.strip():
-            thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-            raise ValueError(
-                "the answer is empty: the model only thought" if thought else "the answer is empty"
-            )
-        return _usable(text, schema)
-
-    def _connect(self):
-        """The client, made by the first question that needs a call, after the journal was found to be
-        writable.
-        """
-        openai = require("openai", "llm")
-        with self._lock:
-            if not self._writable:
-                try:
-                    check_writable(self.journal)
-                except OSError as e:
-                    raise LanguageModelError(
-                        f"The journal {self.journal} cannot be written ({e.strerror}), so nothing was asked:"
-                        " answers that are paid for would be lost. Name a file that can, with journal="
-                    ) from None
-                self._writable = True
-            if self._client is None:
-                # The client insists on a key; a server given by address may need none.
-                key = self.api_key or (
-                    None if os.environ.get("OPENAI_API_KEY") or not self.base_url else "none"
-                )
-                try:
-                    self._client = openai.OpenAI(
-                        base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=0
-                    )
-                except openai.OpenAIError:
-                    raise LanguageModelError(
-                        "There is no key: set OPENAI_API_KEY, or name a local server with base_url"
-                        " (--base-url)"
-                    ) from None
-            return self._client
-
-    def _fatal(self, why: str) -> LanguageModelError:
-        self._stop.set()
-        return LanguageModelError(
-            f"{self.model} cannot be asked: {why}. Check the key, the model's name and base_url, then ask the"
-            f" same again: what was answered is kept in {self.journal}"
-        )
-
-    def _spend(self):
-        "Count one call. Raises `BudgetExceeded` where there is none left."
-        with self._lock:
-            if self._stop.is_set():
-                raise _Stopped
-            if self.max_calls is not None and self.calls >= self.max_calls:
-                raise BudgetExceeded(f"The budget of {self.max_calls} calls is spent")
-            if self.max_tokens is not None and self.tokens >= self.max_tokens:
-                raise BudgetExceeded(f"The budget of {self.max_tokens} tokens is spent ({self.tokens} used)")
-            self.calls += 1
-
-    def _answers(self) -> dict:
-        "The journal: {hash: text}. What another process has added since is read too."
-        with self._lock:
-            try:
-                size = self.journal.stat().st_size
-            except FileNotFoundError:
-                return self._known
-            except OSError as e:
-                raise LanguageModelError(
-                    f"The journal {self.journal} cannot be read ({e.strerror}). Name another with journal="
-                ) from None
-            if size < self._read_to:
-                self._read_to = 0  # another file by now
-            if size > self._read_to:
-                try:
-                    with open(self.journal, "rb") as file:
-                        file.seek(self._read_to)
-                        data = file.read()
-                except OSError as e:
-                    raise LanguageModelError(
-                        f"The journal {self.journal} cannot be read ({e.strerror}). Name another with"
-                        " journal="
-                    ) from None
-                for line in data.split(b"\n"):
-                    self._known.update(self._entry(line))
-                self._read_to += data.rfind(b"\n") + 1  # half a line may be finished later
-            return self._known
-
-    def _entry(self, line: bytes) -> dict:
-        """One line of the journal as {hash:
-        text}; empty for one that a crash cut. Raises `LanguageModelError` if the file is no journal.
-        """
-        line = line.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r")
+    def _paid_text(self, key: str, messages: list[dict], schema: dict | None) -> str:
+        "The answer by a call, kept in the journal."
+        require("openai", "llm")
+        self._answers.check_writable()
         try:
-            entry = json.loads(line)
-            if isinstance(entry["key"], str) and isinstance(entry["text"], str):
-                return {entry["key"]: entry["text"]}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        if line[: len(_ENTRY)] == _ENTRY[: len(line)]:
-            return {}
-        raise LanguageModelError(
-            f"{self.journal} is no journal of answers: a line of it begins"
-            f" {line[:30].decode(errors='replace')!r}. Name another file with journal=, or mend this one (one"
-            " JSON object a line, in UTF-8)"
-        )
-
-    def _recalled(self, key: str, schema: dict | None) -> str | None:
-        "The usable answer in the journal, or None."
-        text = self._answers().get(key)
-        try:
-            return None if text is None else _usable(text, schema)
-        except ValueError:
-            return None
-
-    def _keep(self, key: str, text: str, reply):
-        """Append an answer to the journal and force it to disk before anyone sees it;
-        where that fails, keep it elsewhere and ask no more.
-        """
-        usage = getattr(getattr(reply, "usage", None), "total_tokens", None)
-        line = json.dumps(
-            dict(
-                key=key,
-                model=self.model,
-                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                tokens=usage if isinstance(usage, int) else None,
-                text=text,
-            ),
-            ensure_ascii=False,
-        ).encode(errors="replace")
-        with self._lock:
-            self.answered += 1
-            self._known[key] = text
-            try:
-                return _append(self._rescue or self.journal, line)
-            except OSError as e:
-                why = e.strerror
+            text, tokens = self._server.call(messages, schema)
+        except _Fatal as e:
             self._stop.set()
-            self._rescue = Path(tempfile.gettempdir()) / f"{self.journal.stem}-{os.getpid()}.jsonl"
-            # the journal may end with half a line, to which these lines will be added
-            try:
-                _append(self._rescue, b"\n" + line)
-            except OSError:
-                print(line.decode(), file=sys.stderr)  # the last place there is
-                where = "was printed to stderr: add that line to the journal"
-            else:
-                where = (
-                    f"is in {self._rescue}: add its lines to the journal (cat {self._rescue} >>"
-                    f" {self.journal})"
-                )
             raise LanguageModelError(
-                f"The journal {self.journal} cannot be written any more ({why}), so no more was asked. What"
-                f" was answered since {where}, when there is room again, and ask the same again: no answer is"
-                " paid for twice"
-            )
-
-
-def _tokens(content) -> int:
-    return len(content if isinstance(content, str) else json.dumps(content)) // 4
-
-
-def _with_schema(messages: list, schema: dict | None, kind: str) -> list:
-    "The turns, with the schema in words for servers that do not take it as a setting."
-    if not schema or kind == "json_schema":
-        return messages
-    return [
-        {
-            "role": "system",
-            "content": (
-                "Answer with one JSON object and nothing else. It must fit this JSON schema:"
-                f" {json.dumps(schema)}"
-            ),
-        },
-        *messages,
-    ]
+                f"{self.model} cannot be asked: {e}. Check the key, the model's name and base_url, then ask"
+                f" the same again: what was answered is kept in {self.journal}"
+            ) from None
+        try:
+            self._answers.keep(key, text, _journal_line(key, self.model, tokens, text))
+        except LanguageModelError:
+            self._stop.set()
+            raise
+        return text

@@ -9,8 +9,10 @@ __all__ = ['PROMPTS', 'DESCRIPTION_SCHEMA', 'GUIDANCE_QUESTION', 'DESCRIPTION_QU
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #657eaf81
 import ast, re
+from collections.abc import Callable, Iterable
+from typing import Literal
 import numpy as np
-from .language_model import LanguageModel, Question, final_answer
+from .language_model import Answers, LanguageModel, Question, final_answer
 from ..core.vocabulary import Vocabulary, tidy_name
 from .prompt_bank import PromptBank
 from .prompt_checks import ATTRIBUTES, PromptError, _SYMBOL, check_description, check_subclasses
@@ -27,7 +29,7 @@ PROMPTS = {  # the paper's two prompts, with places for the number `n` and the c
 def subclass_prompt(
     name: str,  # the class to be split, e.g. "dog"
     n: int = 10,  # how many subclasses to ask for (paper: 10)
-    prompt: str = "P2",  # "P1", or "P2" with the worked example before it
+    prompt: Literal["P1", "P2"] = "P2",  # "P2" has a worked example before the question
 ) -> str:
     """The text to send to a language model.
 
@@ -44,14 +46,39 @@ def subclass_prompt(
 # %% ../../nbs/text/05_prompt_writer.ipynb #19192d40
 # what stands before an item of a list
 _MARK = (
-    rf"(?:\d+[.):](?!\d)|\(\w{{1,2}}\)(?=\s)|[a-zA-Z]\)(?=\s)|\d?\ufe0f?\u20e3|{_SYMBOL}[\ufe0f\u200d]*|[-*•‣◦▪●○·–—+>](?=[\s*_]|[^\W\d])|\[["
-    r" xX]?\](?=\s))"
+    rf"(?:\d+[.):](?!\d)|\(\w{{1,2}}\)(?=\s)|[a-zA-Z]\)(?=\s)|\d?\ufe0f?\u20e3|{_SYMBOL}[\ufe0f\u200d]*"
+    r"|[-*•‣◦▪●○·–—+>](?=[\s*_]|[^\W\d])|\[[ xX]?\](?=\s))"
 )
 _INTRODUCTION = re.compile(
-    r"(?i)^[^:\n]*\b(?:subclass(?:es)?|subtypes?|subcategories|types?|kinds?|examples?|varieties|categories|breeds?|"
-    r"list|answers?|here)\b[^:\n]*:(?:[*_]+)?[ \t]*"
+    r"(?i)^[^:\n]*\b(?:subclass(?:es)?|subtypes?|subcategories|types?|kinds?|examples?|varieties|categories"
+    r"|breeds?|list|answers?|here)\b[^:\n]*:(?:[*_]+)?[ \t]*"
 )
-_MORE = {"etc", "and more", "and so on", "and others", "among others", "others", "more"}
+
+
+def _literal_list(text: str) -> list[str] | None:
+    "The list of texts that a text is in JSON or Python, perhaps the only value of a dict; None if it is none."
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return value if is_list else None
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _marked(lines: list[str]) -> list[str]:
+    "The lines with bullets or numbers that are not further in than the first of them."
+    marked = [line for line in lines if re.match(rf"\s*{_MARK}", line)]
+    numbered = [line for line in marked if re.match(r"[\s*_]*\d+[.)]", line)]
+    if len(numbered) > 1:
+        marked = numbered
+    least = min(map(_indent, marked), default=0)  # what is further in is about the line above
+    return [line for line in marked if _indent(line) == least]
 
 
 def _listed(text: str) -> list[str]:
@@ -59,30 +86,39 @@ def _listed(text: str) -> list[str]:
     of a list in JSON or Python, of the lines with bullets or numbers if there are any, else of all, cut at
     commas and semicolons.
     """
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = None
-    if isinstance(value, dict) and len(value) == 1:
-        (value,) = value.values()
-    if isinstance(value, list) and all(isinstance(o, str) for o in value):
-        return value
-    text = _INTRODUCTION.sub("", text, 1)
+    items = _literal_list(text)
+    if items is not None:
+        return items
+    text = _INTRODUCTION.sub("", text, count=1)
     # without fences and rules
-    lines = [o for o in text.splitlines() if not re.match(r"\s*(?:```|~~~|[-*_=]{3,}\s*$)", o)]
-    if len(headings := [o for o in lines if re.match(r"\s*#{1,6}\s", o)]) == 1:
-        lines.remove(*headings)
-    marked = [o for o in lines if re.match(rf"\s*{_MARK}", o)]
-    if len(numbered := [o for o in marked if re.match(r"[\s*_]*\d+[.)]", o)]) > 1:
-        marked = numbered
-    # what is further in is about the line above
-    indent = min((len(o) - len(o.lstrip()) for o in marked), default=0)
-    marked = [o for o in marked if len(o) - len(o.lstrip()) == indent]
-    return [
-        o
-        for line in (marked if len(marked) > 1 else lines)
-        for o in re.split(r"[,;，、；]|\s(?=\d+[.)]\s)", line)
-    ]
+    lines = [line for line in text.splitlines() if not re.match(r"\s*(?:```|~~~|[-*_=]{3,}\s*$)", line)]
+    headings = [line for line in lines if re.match(r"\s*#{1,6}\s", line)]
+    if len(headings) == 1:
+        lines.remove(headings[0])
+    marked = _marked(lines)
+    chosen = marked if len(marked) > 1 else lines
+    return [item for line in chosen for item in re.split(r"[,;，、；]|\s(?=\d+[.)]\s)", line)]
+
+# %% ../../nbs/text/05_prompt_writer.ipynb #276ca499
+_MORE = {"etc", "and more", "and so on", "and others", "among others", "others", "more"}
+
+
+def _reply(text: str, name: str) -> str:
+    "The answer without fences, the question said again, and further questions."
+    text = final_answer(text)
+    if fenced := re.findall(r"(?s)```[\w-]*\n(.*?)```", text):
+        text = fenced[-1]
+    # A chat model says the question again or opens with a line of its own; a completion model runs on to a
+    # new question.
+    text = re.sub(rf"(?is)^.*subclasses of {re.escape(name)}:", "", text).strip()
+    return re.split(r"(?m)^Q\d*:", re.sub(r"^[^\n]*:[ \t*_]*\n", "", text))[0].strip()
+
+
+def _undecorated(item: str) -> str:
+    "An item without marks, quotes and a leading `and`, in lower case."
+    item = re.sub(rf"^(?:\s*(?:A\d*:|{_MARK}|[*_]+))*\s*", "", item).strip().replace("\t", " | ")
+    item = item.strip(" \t\r.\"'`*_“”„«»‘’").lower()
+    return " ".join(item.removeprefix("and ").removeprefix("or ").split())
 
 
 def parse_answer(
@@ -95,26 +131,10 @@ def parse_answer(
 
     Only ornament is mended: see `why_not_plain`. LLM-supervision, with P1 or P2.
     """
-    text = final_answer(text)
-    if fenced := re.findall(r"(?s)```[\w-]*\n(.*?)```", text):
-        text = fenced[-1]
-    # A chat model says the question again or opens with a line of its own; a completion model runs on to a
-    # new question.
-    text = re.sub(rf"(?is)^.*subclasses of {re.escape(name.strip())}:", "", text).strip()
-    text = re.split(r"(?m)^Q\d*:", re.sub(r"^[^\n]*:[ \t*_]*\n", "", text))[0].strip()
-    name, found = name.strip().lower(), []
-    for item in _listed(text):
-        item = (
-            re.sub(rf"^(?:\s*(?:A\d*:|{_MARK}|[*_]+))*\s*", "", item)
-            .strip()
-            .replace("\t", " | ")
-            .strip(" \t\r.\"'`*_“”„«»‘’")
-            .lower()
-        )
-        item = " ".join(item.removeprefix("and ").removeprefix("or ").split())
-        if item and item not in _MORE and item not in (name, f"{name}s") and item not in found:
-            found.append(item)
-    return found[:n]
+    name = name.strip()
+    items = dict.fromkeys(map(_undecorated, _listed(_reply(text, name))))  # each once
+    unwanted = {"", name.lower(), f"{name.lower()}s", *_MORE}
+    return [item for item in items if item not in unwanted][:n]
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #3114fc8f
 DESCRIPTION_SCHEMA = {
@@ -139,17 +159,17 @@ DESCRIPTION_QUESTION = (
     " not compare with other categories."
 )
 
-
+# %% ../../nbs/text/05_prompt_writer.ipynb #9cd7cd20
 def description_question(
     name: str,  # the class
     guidance: str,  # the model's answer to GUIDANCE_QUESTION
-    words: tuple[str, ...] = (),  # other words for the class
+    words: Iterable[str] = (),  # other words for the class
     context: str = "",  # what the photographs are, e.g. "photographs of German streets"
 ) -> Question:
     """The second step of LMSeg for one class;
     the answer has the members of DESCRIPTION_SCHEMA. LMSeg, figure 3 (our wording).
     """
-    others = ", ".join(o for o in words if o != name)
+    others = ", ".join(word for word in words if word != name)
     text = DESCRIPTION_QUESTION.format(
         guidance=guidance.strip(),
         name=name,
@@ -163,10 +183,16 @@ FILTER_QUESTION = (
     "These are categories, one per line:\n{names}\n\nWhich of them can be seen as a region of pixels in"
     " {context}? Leave out only what cannot occur there. Answer with the names as they are written."
 )
+_FILTER_SCHEMA = {
+    "type": "object",
+    "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1}},
+    "required": ["names"],
+    "additionalProperties": False,
+}
 
 
 def keep_categories(
-    model,  # `LanguageModel`
+    model: LanguageModel,
     vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
     context: str,  # what the photographs are
 ) -> list[str]:  # names, in the vocabulary's order
@@ -175,40 +201,65 @@ def keep_categories(
     Raises `PromptError` without a usable answer. LMSeg, second version (our reading).
     """
     vocabulary = Vocabulary.of(vocabulary)
-    schema = {
-        "type": "object",
-        "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1}},
-        "required": ["names"],
-        "additionalProperties": False,
-    }
     text = FILTER_QUESTION.format(names="\n".join(vocabulary.names), context=context)
+    question = Question([{"role": "user", "content": text}], _FILTER_SCHEMA)
 
     def check(_, answer):
-        strange = [o for o in answer["names"] if tidy_name(o) not in vocabulary.names]
+        strange = [name for name in answer["names"] if tidy_name(name) not in vocabulary.names]
         return f"{', '.join(strange[:5])}: not in the list" if strange else None
 
-    answers = model.ask_all(
-        {"filter": Question([{"role": "user", "content": text}], schema)}, check, progress=False
-    )
+    answers = model.ask_all({"filter": question}, check, progress=False)
     if "filter" not in answers:
         raise PromptError(f"The categories could not be filtered: {answers.failed['filter']}")
-    kept = set(map(tidy_name, answers["filter"]["names"]))
-    return [o for o in vocabulary.names if o in kept or o in vocabulary.background]
+    kept = {*map(tidy_name, answers["filter"]["names"]), *vocabulary.background}
+    return [name for name in vocabulary.names if name in kept]
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #80969dea
-def _turn(text: str, context: str = "") -> list:
-    return [*([{"role": "system", "content": context}] if context else []), {"role": "user", "content": text}]
+def _guidance(model: LanguageModel, known: str | None) -> str:
+    "How to describe, in the model's words; asked for unless known. Raises `PromptError` if there is no answer."
+    if known:
+        return known
+    answers = model.ask_all({"guidance": _GUIDANCE}, progress=False)
+    if not answers:
+        reason = answers.failed["guidance"]
+        raise PromptError(f"No guidance: {reason}. Pass guidance=, or ask another model")
+    return answers["guidance"]
 
 
+def _turns(text: str, context: str = "") -> list[dict]:
+    system = [{"role": "system", "content": context}] if context else []
+    return [*system, {"role": "user", "content": text}]
+
+
+_GUIDANCE = Question(_turns(GUIDANCE_QUESTION))
+
+
+def _description_check(bank: PromptBank, vocabulary: Vocabulary, count) -> Callable[[str, dict], str]:
+    "What is wrong with an answer, sentences that another class has included."
+    owner = {text: name for name in bank.classes for text in bank[name].values()}
+
+    def check(name, answer):
+        # The reason is part of the next question: it must not depend on which answer came in first more than
+        # it has to.
+        wrong = check_description(answer, name, vocabulary, count)
+        if not wrong:
+            shared = [text for text in answer.values() if owner.setdefault(text, name) != name]
+            wrong = [f"another category has this sentence already: {text!r}" for text in shared]
+        return "; ".join(wrong)
+
+    return check
+
+# %% ../../nbs/text/05_prompt_writer.ipynb #c036813f
 def write_descriptions(
     model: LanguageModel,
     vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
     bank: PromptBank | None = None,  # filled in place; default: a new one
-    count=None,  # text -> number of tokens of the encoder that will read it; None: length is not checked
+    # text -> number of tokens of the encoder that will read it; None: length is not checked
+    count: Callable[[str], int] | None = None,
     context: str = "",  # what the photographs are, e.g. "photographs of German streets"
     # the answer to GUIDANCE_QUESTION; default: the bank's, else the model is asked
     guidance: str | None = None,
-    names=None,  # only these, e.g. from `keep_categories`
+    names: Iterable[str] | None = None,  # only these, e.g. from `keep_categories`
     dry_run: bool = False,  # only print what it would take
     prices: tuple[float, float] | None = None,  # per million tokens, in and out, for the dry run
     progress: bool = True,  # show a bar
@@ -219,42 +270,22 @@ def write_descriptions(
     """
     vocabulary = Vocabulary.of(vocabulary)
     bank = PromptBank.new(vocabulary, "descriptions") if bank is None else bank
-    lacking, first = bank.missing(vocabulary, names), {"guidance": Question(_turn(GUIDANCE_QUESTION))}
-    known = guidance or bank.prompts.get("guidance") or model.recall(first["guidance"])
-    if lacking and not known and not dry_run:
-        answers = model.ask_all(first, progress=False)
-        if not answers:
-            raise PromptError(
-                f"No guidance: {answers.failed['guidance']}. Pass guidance=, or ask another model"
-            )
-        known = answers["guidance"]
-    # A dry run does not know the guidance yet; it will be a paragraph.
-    questions = {
-        name: description_question(
-            name, known or "." * 800, vocabulary.words[vocabulary.names.index(name)], context
-        )
-        for name in lacking
-    }
+    lacking = bank.missing(vocabulary, names)
+    known = guidance or bank.prompts.get("guidance") or model.recall(_GUIDANCE)
+    if lacking and not dry_run:
+        known = _guidance(model, known)
+    text = known or "." * 800  # a dry run does not know the guidance yet; it will be a paragraph
+    words = dict(zip(vocabulary.names, vocabulary.words))
+    questions = {name: description_question(name, text, words[name], context) for name in lacking}
     if dry_run:
-        print(model.estimate(questions if known or not lacking else first | questions, prices))
+        first = {} if known or not lacking else {"guidance": _GUIDANCE}
+        print(model.estimate(first | questions, prices))
         return bank
-    owner = {text: name for name in bank.classes for text in bank[name].values()}
-
-    def check(name, answer):
-        # The reason is part of the next question: it must not depend on which answer came in first more than
-        # it has to.
-        wrong = check_description(answer, name, vocabulary, count) or [
-            f"another category has this sentence already: {o!r}"
-            for o in answer.values()
-            if owner.setdefault(o, name) != name
-        ]
-        return "; ".join(wrong)
-
-    answers = model.ask_all(questions, check, progress)
+    answers = model.ask_all(questions, _description_check(bank, vocabulary, count), progress)
     if answers:
         bank.fill(
             vocabulary,
-            {name: {o: answer[o] for o in ATTRIBUTES} for name, answer in answers.items()},
+            {name: {part: answer[part] for part in ATTRIBUTES} for name, answer in answers.items()},
             model=model.model,
             prompts={
                 "guidance_question": GUIDANCE_QUESTION,
@@ -266,16 +297,17 @@ def write_descriptions(
     bank.failed = dict(answers.failed)
     return bank
 
-
+# %% ../../nbs/text/05_prompt_writer.ipynb #dc74559e
 def write_subclasses(
     model: LanguageModel,
     vocabulary,  # a `Vocabulary`, or what `Vocabulary.of` takes
     bank: PromptBank | None = None,  # filled in place; default: a new one
     n: int = 10,  # subclasses per class
-    prompt: str = "P2",  # or "P1"
-    count=None,  # text -> number of tokens of the encoder that will read it; None: length is not checked
+    prompt: Literal["P1", "P2"] = "P2",
+    # text -> number of tokens of the encoder that will read it; None: length is not checked
+    count: Callable[[str], int] | None = None,
     context: str = "",  # a first turn that says what the photographs are; the paper has none
-    names=None,  # only these
+    names: Iterable[str] | None = None,  # only these
     dry_run: bool = False,  # only print what it would take
     prices: tuple[float, float] | None = None,  # per million tokens, in and out, for the dry run
     progress: bool = True,  # show a bar
@@ -286,23 +318,18 @@ def write_subclasses(
     """
     vocabulary = Vocabulary.of(vocabulary)
     bank = PromptBank.new(vocabulary, "subclasses") if bank is None else bank
-    questions = {
-        name: Question(
-            _turn(subclass_prompt(name, n, prompt), context and f"The classes are those of {context}.")
-        )
-        for name in bank.missing(vocabulary, names)
-    }
+    about = context and f"The classes are those of {context}."
+    lacking = bank.missing(vocabulary, names)
+    questions = {name: Question(_turns(subclass_prompt(name, n, prompt), about)) for name in lacking}
     if dry_run:
         print(model.estimate(questions, prices, answer_tokens=6 * n))
         return bank
+
     # The answer is text, as the paper's was: P1 and P2 begin it, and `parse_answer` reads any form of list.
-    answers = model.ask_all(
-        questions,
-        lambda name, text: "; ".join(
-            check_subclasses(parse_answer(text, name, n), name, vocabulary, n, count)
-        ),
-        progress,
-    )
+    def check(name, text):
+        return "; ".join(check_subclasses(parse_answer(text, name, n), name, vocabulary, n, count))
+
+    answers: Answers = model.ask_all(questions, check, progress)
     if answers:
         bank.fill(
             vocabulary,
@@ -315,28 +342,35 @@ def write_subclasses(
     return bank
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #b3a088d9
+def _odd_ones(vectors: np.ndarray, outlier: float) -> set[int]:
+    "Of each pair of rows at most this similar, the one that is less like the rest."
+    similar = vectors @ vectors.T
+    total, odd = similar.sum(1), set()
+    for i in range(len(vectors)):
+        for j in range(i + 1, len(vectors)):
+            if similar[i, j] <= outlier and not {i, j} & odd:
+                odd.add(i if total[i] < total[j] else j)
+    return odd
+
+
 def filter_subclasses(
     subclasses: dict[str, list[str]],  # {class: subclasses}
-    embed,  # list of N texts -> N x d array of unit vectors
+    embed: Callable[[list[str]], np.ndarray],  # list of N texts -> N x d array of unit vectors
     outlier: float | None = None,  # drop the odd one of a pair at most this similar (repository: 0.46)
     rival: float | None = None,  # drop what is at least this similar to another class (repository: 0.95)
 ) -> dict[str, list[str]]:  # in the same order; a class may end up with none
-    "Drop subclasses by similarity. Repository of LLM-supervision (SYSTEMS 5.1); None switches a filter off."
-    names, kept = list(subclasses), {}
-    vectors = np.asarray(embed(names)) if rival is not None else None
+    "Drop subclasses by similarity, as the repository of LLM-supervision does; None switches a filter off."
+    kept = {}
+    vectors = np.asarray(embed(list(subclasses))) if rival is not None else None
     for k, (name, kinds) in enumerate(subclasses.items()):
         if not kinds:
             kept[name] = []
             continue
         own, out = np.asarray(embed(list(kinds))), set()
         if outlier is not None:
-            similar = own @ own.T
-            total = similar.sum(1)
-            for i in range(len(kinds)):
-                for j in range(i + 1, len(kinds)):
-                    if similar[i, j] <= outlier and not {i, j} & out:
-                        out.add(i if total[i] < total[j] else j)
+            out |= _odd_ones(own, outlier)
         if rival is not None:
-            out |= {i for i, row in enumerate(own @ np.delete(vectors, k, 0).T) if (row >= rival).any()}
-        kept[name] = [o for i, o in enumerate(kinds) if i not in out]
+            close = own @ np.delete(vectors, k, 0).T >= rival
+            out |= set(np.flatnonzero(close.any(1)).tolist())
+        kept[name] = [kind for i, kind in enumerate(kinds) if i not in out]
     return kept

@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'load_templates']
 
+# %% ../../nbs/text/02_templates.ipynb #c0a59eaa
+from collections.abc import Sequence
+
 # %% ../../nbs/text/02_templates.ipynb #b3e91f35
 _SIZED = ("a photo of a %s {}.", "This is a photo of a %s {}.", "There is a %s {} in the scene.")
 
@@ -21,10 +24,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-
+# %% ../../nbs/text/02_templates.ipynb #3835ab83
 def load_templates(
-    # `plain`, `single`, `vild14`, `imagenet80`, one sentence with `{}`, or several
-    templates: str | tuple[str, ...] | list[str],
+    templates: str
+    | Sequence[str],  # `plain`, `single`, `vild14`, `imagenet80`, a sentence with `{}`, or several
 ) -> tuple[str, ...]:  # sentences, each with `{}` where the word goes
     """The sentences of a template set.
 
@@ -33,7 +36,7 @@ def load_templates(
     if templates == "imagenet80":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-        return tuple(o("{}") for o in OPENAI_IMAGENET_TEMPLATES)
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     if isinstance(templates, str):
         if "{}" not in templates and templates not in TEMPLATES:
             raise ValueError(
@@ -41,9 +44,9 @@ def load_templates(
                 " sentence with {} in it."
             )
         templates = TEMPLATES.get(templates, (templates,))
-    for o in templates:
-        if o.count("{}") != 1:
-            raise ValueError(f"A template needs exactly one {{}} for the word: {o!r}")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"A template needs exactly one {{}} for the word: {template!r}")
     if not templates:
         raise ValueError("There is no template. Use 'plain' for the bare word.")
     return tuple(templates)
