@@ -132,7 +132,7 @@ def has_option(
     system: str,  # of `list_systems`
     option: str,
 ) -> bool:
-    "Whether a system can be asked for a option. Raises `ValueError` for an unknown system."
+    "Whether a system can be asked for an option. Raises `ValueError` for an unknown system."
     return option in option_kinds(_system_class(system).config_class)
 
 
