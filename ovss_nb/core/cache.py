@@ -136,7 +136,7 @@ class Cache:
         except (OSError, SafetensorError) as e:
             raise CacheError(
                 f"The cache folder {self.root} cannot be written ({e}). "
-                "Make room, or choose another: Cache(root) or the variable OVSS_NB_CACHE"
+                "Free some space, or choose another: Cache(root) or the variable OVSS_NB_CACHE"
             ) from e
 
     def try_put(
