@@ -18,40 +18,28 @@ from ovss_nb.encoders.simseg import PREFIXES, SimSegEncoder
 from ovss_nb.encoders.registry import create_encoder
 from ovss_nb.systems.registry import create
 
-SMALL = dict(
-    weights="random",
-    size=64,
-    width=16,
-    depth=4,
-    heads=2,
-    queries=3,
-    channels=8,
-    start=1,
-    encoder_scale=1.0,
-    supervised=1,
-    patch=16,
-    templates="single",
-)
+SMALL = dict(weights="random", size=64, width=16, depth=4, heads=2, queries=3, channels=8, proposal_start=1)
+SMALL |= dict(encoder_scale=1.0, supervised=1, patch=16, templates="single")
 
 
 def prefixed(state, prefix):
-    return {prefix + name: o for name, o in state.items()}
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 WRAPPINGS = {
-    "plain": lambda o: o,
-    "state_dict": lambda o: dict(state_dict=o, epoch=3, optimizer=dict(lr=0.1)),
-    "model": lambda o: dict(model=o),
-    "model_state_dict": lambda o: dict(model_state_dict=o, step=7),
-    "module.": lambda o: prefixed(o, "module."),
-    "_orig_mod.": lambda o: prefixed(o, "_orig_mod."),
-    "module._orig_mod.": lambda o: prefixed(o, "module._orig_mod."),
-    "_orig_mod.module.": lambda o: prefixed(o, "_orig_mod.module."),
-    "state_dict of module.": lambda o: dict(state_dict=prefixed(o, "module.")),
-    "model of a state_dict": lambda o: dict(model=dict(state_dict=prefixed(o, "_orig_mod."))),
-    "ema": lambda o: dict(ema=o, step=3),
-    "teacher": lambda o: dict(teacher=prefixed(o, "module."), optimizer=dict(state={}, lr=0.1)),
-    "lightning": lambda o: dict(state_dict=prefixed(o, "model."), hyper_parameters=dict(lr=0.1)),
+    "plain": lambda state: state,
+    "state_dict": lambda state: dict(state_dict=state, epoch=3, optimizer=dict(lr=0.1)),
+    "model": lambda state: dict(model=state),
+    "model_state_dict": lambda state: dict(model_state_dict=state, step=7),
+    "module.": lambda state: prefixed(state, "module."),
+    "_orig_mod.": lambda state: prefixed(state, "_orig_mod."),
+    "module._orig_mod.": lambda state: prefixed(state, "module._orig_mod."),
+    "_orig_mod.module.": lambda state: prefixed(state, "_orig_mod.module."),
+    "state_dict of module.": lambda state: dict(state_dict=prefixed(state, "module.")),
+    "model of a state_dict": lambda state: dict(model=dict(state_dict=prefixed(state, "_orig_mod."))),
+    "ema": lambda state: dict(ema=state, step=3),
+    "teacher": lambda state: dict(teacher=prefixed(state, "module."), optimizer=dict(state={}, lr=0.1)),
+    "lightning": lambda state: dict(state_dict=prefixed(state, "model."), hyper_parameters=dict(lr=0.1)),
 }
 
 
@@ -95,8 +83,8 @@ def as_simseg(tmp_path):
 
     def theirs(state):
         return {
-            next(v + name[len(k) :] for k, v in PREFIXES.items() if name.startswith(k)): o
-            for name, o in state.items()
+            next(v + name[len(k) :] for k, v in PREFIXES.items() if name.startswith(k)): tensor
+            for name, tensor in state.items()
         }
 
     return theirs(made.state_dict()), lambda path: theirs(SimSegEncoder.from_checkpoint(path).state_dict())
@@ -114,18 +102,22 @@ def as_san(tmp_path):
 
     def loaded(path):
         made = create("san", encoder, cache=None, **SMALL | dict(weights=str(path)))
-        return {f"network.{name}": o for name, o in made.network.state_dict().items()}
+        return {f"network.{name}": tensor for name, tensor in made.network.state_dict().items()}
 
     return load_file(tmp_path / "own.safetensors"), loaded
 
 
-@pytest.fixture(scope="module", params=[as_clip, as_simseg, as_blip, as_san], ids=lambda o: o.__name__)
+@pytest.fixture(
+    scope="module", params=[as_clip, as_simseg, as_blip, as_san], ids=lambda maker: maker.__name__
+)
 def loader(request, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp("loader"))
 
 
 def same(state, loaded):
-    return state.keys() <= loaded.keys() and all(torch.equal(o, loaded[name]) for name, o in state.items())
+    return state.keys() <= loaded.keys() and all(
+        torch.equal(tensor, loaded[name]) for name, tensor in state.items()
+    )
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -138,7 +130,9 @@ def test_every_loader_takes_every_wrapping(loader, wrapping, tmp_path):
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin"])
 def test_safetensors_by_any_name(loader, name, tmp_path):
     state, load = loader
-    save_file({f"module.{key}": o.clone().contiguous() for key, o in state.items()}, tmp_path / name)
+    save_file(
+        {f"module.{key}": tensor.clone().contiguous() for key, tensor in state.items()}, tmp_path / name
+    )
     assert same(state, load(tmp_path / name))
 
 
@@ -189,10 +183,10 @@ def test_what_is_no_checkpoint_is_one_error(loader, kind, tmp_path, monkeypatch)
 
 def test_what_is_missing_and_too_much_is_named(loader, tmp_path):
     state, load = loader
-    gone = next(o for o in reversed(list(state)) if state[o].ndim > 1)
+    gone = next(name for name in reversed(list(state)) if state[name].ndim > 1)
     torch.save(
         dict(
-            model={name: o for name, o in state.items() if name != gone}
+            model={name: tensor for name, tensor in state.items() if name != gone}
             | {gone.replace(".", ".odd.", 1) + "x": state[gone]}
         ),
         tmp_path / "weights.pth",
@@ -213,7 +207,7 @@ def test_what_a_file_is_its_content_says_not_its_suffix(tmp_path):
     torch.save(dict(a=torch.ones(2)), tmp_path / "pickle.safetensors")
     torch.save(dict(a=torch.ones(2)), tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
     save_file(dict(a=torch.ones(2)), tmp_path / "table.pt")
-    assert all(list(read_weights(o)) == ["a"] for o in tmp_path.iterdir())
+    assert all(list(read_weights(path)) == ["a"] for path in tmp_path.iterdir())
 
 
 def test_of_two_tables_none_is_guessed(tmp_path):
