@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from ovss_nb.encoders.clip import CLIPEncoder
-from ovss_nb.encoders.sam import fit_longest
+from ovss_nb.core.images import fit_longest
 from ovss_nb.components.fusion import sample_regions
 from ovss_nb.text.prompt_checks import PromptError
 from ovss_nb.systems.catseg import (
@@ -26,7 +26,7 @@ from ovss_nb.systems.catseg import (
     merge_views,
     convert_checkpoint,
 )
-from ovss_nb.encoders.lite_sam import create_second
+from ovss_nb.encoders.registry import create_aux_encoder
 from ovss_nb.systems.lmseg import LMSeg
 from ovss_nb.systems.trained import state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.text.text_bank import TextBank
@@ -621,10 +621,10 @@ def test_descriptions_and_the_fallback():
 
 def test_second_encoders_by_name():
     pytest.importorskip("segment_anything", reason="needs the extra `sam`")
-    with pytest.raises(ValueError, match="no second encoder"):
+    with pytest.raises(ValueError, match="no aux_encoder"):
         LMSeg(small_clip(), aux_encoder="dino", **SMALL)
     with pytest.raises(ValueError, match="Which weights for vit_b"):
-        create_second("sam:vit_b")
+        create_aux_encoder("sam:vit_b")
 
 
 def test_foreign_windows_are_refused():

@@ -102,7 +102,7 @@ class Reference:
             hidden = hidden / (1 + np.exp(-1.702 * hidden))
         return self.scaled(self.linear(hidden, f"{block}.mlp.c_proj"), f"{block}.ls_2")
 
-    def run(self, image, way, residual="cls", start=LAYERS // 6):
+    def run(self, image, way, residual="cls", surgery_start=LAYERS // 6):
         """Projected tokens N x d of one image in one of the ways, class token first;
         and the tokens after each block.
         """
@@ -110,9 +110,9 @@ class Reference:
         for i in range(LAYERS):
             block = f"transformer.resblocks.{i}"
             q, k, v = self.qkv(x, block)
-            if way == "vv" and i == start:
+            if way == "vv" and i == surgery_start:
                 second = x.copy()
-            if way == "vv" and i >= start:
+            if way == "vv" and i >= surgery_start:
                 second += self.attend(v, v, v, block)
             if way == "value" and i == LAYERS - 1:
                 kept = np.repeat(x[:1], len(x), 0) if residual == "cls" else x
@@ -150,8 +150,8 @@ WAYS = [
     ("value", dict(residual="cls")),
     ("value", dict(residual="token")),
     ("vv", {}),
-    ("vv", dict(start=0)),
-    ("vv", dict(start=4)),
+    ("vv", dict(surgery_start=0)),
+    ("vv", dict(surgery_start=4)),
 ]
 
 
@@ -164,7 +164,7 @@ WAYS = [
 @pytest.mark.parametrize("way,options", WAYS, ids=lambda o: str(o))
 def test_dense_equals_plain_algebra(way, options, size, vision):
     model, x = tiny(**vision), images(*size)
-    dense = CLIPEncoder(model, dense=way, device="cpu", **options).dense(x)
+    dense = CLIPEncoder(model, dense_mode=way, device="cpu", **options).dense(x)
     assert dense.shape == (2, DIM, size[0] // PATCH, size[1] // PATCH)
     reference = Reference(model, exact_gelu=not vision.get("quick_gelu", True))
     for b in range(2):
@@ -175,7 +175,7 @@ def test_dense_equals_plain_algebra(way, options, size, vision):
 def test_ways_differ():
     model, x = tiny(), images(48, 72)
     maps = [
-        CLIPEncoder(model, dense=way, device="cpu", **options).dense(x)
+        CLIPEncoder(model, dense_mode=way, device="cpu", **options).dense(x)
         for way, options in WAYS
         if way != "loda"
     ]
@@ -185,7 +185,11 @@ def test_ways_differ():
 
 
 def test_default_start_is_a_sixth_of_the_blocks():
-    assert [CLIPEncoder(tiny(layers=n), dense="vv", device="cpu").start for n in (4, 6, 12)] == [0, 1, 2]
+    assert [CLIPEncoder(tiny(layers=n), dense_mode="vv", device="cpu").surgery_start for n in (4, 6, 12)] == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("way", ["tokens", "value", "vv"])
@@ -203,17 +207,20 @@ def test_default_start_is_a_sixth_of_the_blocks():
 def test_pooled_equals_open_clip(way, vision):
     model, x = tiny(**vision), images(32, 32)
     assert torch.allclose(
-        CLIPEncoder(model, dense=way, device="cpu").encode(x).pooled, model.encode_image(x), atol=1e-5, rtol=0
+        CLIPEncoder(model, dense_mode=way, device="cpu").encode(x).pooled,
+        model.encode_image(x),
+        atol=1e-5,
+        rtol=0,
     )
 
 
 def test_loda_pools_the_five_largest_per_channel():
     x, model = images(48, 72), tiny()
-    encoded = CLIPEncoder(model, dense="loda", device="cpu").encode(x)
+    encoded = CLIPEncoder(model, dense_mode="loda", device="cpu").encode(x)
     largest = np.sort(encoded.dense.flatten(2).numpy(), -1)[..., -5:].mean(-1)
     assert np.allclose(encoded.pooled.numpy(), largest, atol=1e-6)
     assert (
-        encoded.pooled - CLIPEncoder(model, dense="tokens", device="cpu").encode(x).pooled
+        encoded.pooled - CLIPEncoder(model, dense_mode="tokens", device="cpu").encode(x).pooled
     ).abs().max() > 1e-2
 
 
@@ -226,7 +233,9 @@ def test_other_size_equals_open_clip_built_for_that_size():
     )
     wide.load_state_dict(state)
     assert torch.allclose(
-        CLIPEncoder(model, dense="tokens", device="cpu").encode(x).pooled, wide.encode_image(x), atol=1e-5
+        CLIPEncoder(model, dense_mode="tokens", device="cpu").encode(x).pooled,
+        wide.encode_image(x),
+        atol=1e-5,
     )
 
 
@@ -243,7 +252,11 @@ def test_bf16_is_close():
     for way in ("tokens", "value", "vv"):
         a, b = (
             CLIPEncoder(
-                tiny(text=WORDS), dense=way, precision=o, device="cpu", tokenizer=open_clip.SimpleTokenizer()
+                tiny(text=WORDS),
+                dense_mode=way,
+                precision=o,
+                device="cpu",
+                tokenizer=open_clip.SimpleTokenizer(),
             )
             for o in ("fp32", "bf16")
         )
@@ -256,7 +269,7 @@ def test_bf16_is_close():
 @pytest.mark.parametrize("way,options", WAYS, ids=lambda o: str(o))
 def test_cuda_agrees_with_the_cpu(way, options):
     x = images(48, 72)
-    cpu, cuda = (CLIPEncoder(tiny(), dense=way, device=o, **options).encode(x) for o in ("cpu", "auto"))
+    cpu, cuda = (CLIPEncoder(tiny(), dense_mode=way, device=o, **options).encode(x) for o in ("cpu", "auto"))
     assert cuda.dense.is_cuda
     # TF32 in the convolution
     assert torch.allclose(cpu.dense, cuda.dense.cpu(), atol=5e-3) and torch.allclose(
@@ -287,7 +300,7 @@ def test_catseg_dense_clip():
         text=dict(context_length=77, vocab_size=100, width=64, heads=1, layers=1),
     )
     model.load_state_dict(state)
-    encoder = CLIPEncoder(model, dense="value", residual="cls", device="cpu")
+    encoder = CLIPEncoder(model, dense_mode="value", residual="cls", device="cpu")
 
     def close(a, b):
         assert a.shape == b.shape and (a - b).abs().max() <= 1e-5
@@ -301,7 +314,7 @@ def test_catseg_dense_clip():
         close(layer.flatten(2).permute(2, 0, 1), golden[name][1:])
     close(model.encode_text(golden["in.tokens"]), golden["out.text"])
     assert (
-        CLIPEncoder(model, dense="value", residual="token", device="cpu")
+        CLIPEncoder(model, dense_mode="value", residual="token", device="cpu")
         .dense(golden["in.image_64"])
         .flatten(2)
         .mT
@@ -315,7 +328,7 @@ def test_ebseg_surgery(case):
     golden = doubles.golden("ebseg_surgery")
     model = tiny(embed_dim=32, image_size=64, patch_size=16, width=64, layers=6, head_width=16)
     model.visual.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
-    encoder, x = CLIPEncoder(model, dense="vv", device="cpu"), golden[f"in.{case}.image"]
+    encoder, x = CLIPEncoder(model, dense_mode="vv", device="cpu"), golden[f"in.{case}.image"]
     assert (F.normalize(encoder.dense(x), dim=1) - golden[f"out.{case}.dense_map"]).abs().max() <= 1e-5
     assert (encoder.layers(x, [3])[0] - golden[f"out.{case}.plain_patch_feat_4"]).abs().max() <= 1e-5
 
@@ -383,9 +396,9 @@ def test_checkpoint_file(folder, suffix):
     state, path = tiny(seed=7, text=WORDS).state_dict(), folder / f"weights.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     x = images(48, 72)
-    encoder = CLIPEncoder("ovss-test-quick", path, dense="tokens", device="cpu")
+    encoder = CLIPEncoder("ovss-test-quick", path, dense_mode="tokens", device="cpu")
     assert torch.equal(
-        encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense="tokens", device="cpu").dense(x)
+        encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense_mode="tokens", device="cpu").dense(x)
     )
     assert encoder.text(["cat"]).shape == (1, DIM)
     # The same weights under another activation are another encoder.
@@ -402,10 +415,10 @@ def test_local_folder(tmp_path):
         )
     )
     save_file(tiny(seed=7, text=WORDS).state_dict(), tmp_path / "open_clip_model.safetensors")
-    encoder, x = CLIPEncoder(f"local-dir:{tmp_path}", dense="tokens", device="cpu"), images(32, 32)
+    encoder, x = CLIPEncoder(f"local-dir:{tmp_path}", dense_mode="tokens", device="cpu"), images(32, 32)
     assert encoder.mean == (0.5, 0.5, 0.5) and encoder.std == (0.25, 0.25, 0.25)
     assert torch.equal(
-        encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense="tokens", device="cpu").dense(x)
+        encoder.dense(x), CLIPEncoder(tiny(seed=7, text=WORDS), dense_mode="tokens", device="cpu").dense(x)
     )
     (tmp_path / "open_clip_model.safetensors").unlink()
     # never random by accident
@@ -540,7 +553,7 @@ def test_normalization_belongs_into_the_fingerprint(published):
     assert (
         len(
             {
-                CLIPEncoder("ovss-test", path, dense=o, like="a", device="cpu").fingerprint
+                CLIPEncoder("ovss-test", path, dense_mode=o, like="a", device="cpu").fingerprint
                 for o in ("tokens", "value", "vv", "loda")
             }
         )
@@ -755,10 +768,10 @@ def test_offline_names_the_fix(tmp_path):
         (dict(model="ViT-B-16-SigLIP", pretrained="random"), "no ViT image tower"),
         (dict(model="ViT-B-61", pretrained="random"), "did you mean 'ViT-B-16'"),
         (dict(model="ViT-B-16", pretrained="opneai"), "neither a file nor a tag.*openai"),
-        (dict(dense="values"), "'tokens', 'value', 'vv' or 'loda'"),
+        (dict(dense_mode="values"), "'tokens', 'value', 'vv' or 'loda'"),
         (dict(residual="none"), "'cls' or 'token'"),
         (dict(precision="fp16"), "'fp32' or 'bf16'"),
-        (dict(dense="vv", start=7), "from 0 to 6"),
+        (dict(dense_mode="vv", surgery_start=7), "from 0 to 6"),
         (dict(pretrained="openai"), "leave `pretrained` away"),
     ],
 )
@@ -772,10 +785,12 @@ def test_towers_that_cannot_be_read():
         CLIPEncoder(tiny(attentional_pool=True, attn_pooler_heads=2))
     custom = tiny(qk_norm=True)
     with pytest.raises(ValueError, match="cannot take it apart"):
-        CLIPEncoder(custom, dense="value", device="cpu")
+        CLIPEncoder(custom, dense_mode="value", device="cpu")
     x = images(32, 32)
     assert torch.allclose(
-        CLIPEncoder(custom, dense="tokens", device="cpu").encode(x).pooled, custom.encode_image(x), atol=1e-5
+        CLIPEncoder(custom, dense_mode="tokens", device="cpu").encode(x).pooled,
+        custom.encode_image(x),
+        atol=1e-5,
     )
 
 

@@ -864,7 +864,7 @@ class Blind(Encoder):
         (lambda: small(proposal_start=6), "numbers from 0 to 5"),
         (lambda: small(fused_layers=(1, 2)), "fused_layers must be a list of 3"),
         (lambda: small(surgery_start=-1), "surgery_start must be a whole number from 0 up"),
-        (lambda: small(aux_encoder="dino"), "no second encoder"),
+        (lambda: small(aux_encoder="dino"), "no aux_encoder"),
         (lambda: small(weights=None), "no weights"),
         (lambda: small(overlap="meaning"), "overlap must be"),
         (lambda: small().scores(photo(), small().encode_text(WORDS)), "encode_image"),

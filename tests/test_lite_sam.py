@@ -24,7 +24,8 @@ from ovss_nb.encoders.lite_sam import (
     edge_strength,
     load_neck,
 )
-from ovss_nb.encoders.sam import SAMEncoder, fit_longest
+from ovss_nb.core.images import fit_longest
+from ovss_nb.encoders.sam import SAMEncoder
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 

@@ -39,7 +39,7 @@ def tiny(**vision):
         p.copy_(
             noise / p[0].numel() ** 0.5 if p.ndim > 1 else noise * 0.2 + (1 if name.endswith("weight") else 0)
         )
-    return CLIPEncoder(model, dense="tokens", device="cpu")
+    return CLIPEncoder(model, dense_mode="tokens", device="cpu")
 
 
 @pytest.fixture(scope="module", params=["plain", "layer scale", "lite"])
@@ -147,8 +147,8 @@ def test_ebseg_second_path(case, encoder):
 
 def test_the_second_path_is_the_encoders_own():
     images, plain = random(2, 3, 96, 64), tiny()
-    vv = CLIPEncoder(plain.model, dense="vv", device="cpu")
-    tokens, second = carry(vv.blocks[vv.start :], at_split(vv, images, vv.start))
+    vv = CLIPEncoder(plain.model, dense_mode="vv", device="cpu")
+    tokens, second = carry(vv.blocks[vv.surgery_start :], at_split(vv, images, vv.surgery_start))
     assert torch.allclose(vv.project(second[:, 1:]).mT.unflatten(-1, (6, 4)), vv.dense(images), atol=1e-5)
     assert torch.allclose(vv.pool(tokens), vv.encode(images).pooled, atol=1e-5)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
-from ovss_nb.encoders.sam import fit_longest
+from ovss_nb.core.images import fit_longest
 from ovss_nb.core.images import load_image
 from ovss_nb.inference.onnx_run import OnnxSystem, enlarge_argmax, fit_input, load_bank, save_bank
 from ovss_nb.systems.registry import create

@@ -20,7 +20,8 @@ from ovss_nb.encoders.blip import BLIPMatcher, load_blip
 from ovss_nb.benchmarks.evaluate import evaluate
 from ovss_nb.components.salience import class_maps, salience_labels
 from ovss_nb.systems.base import EncodedImage
-from ovss_nb.systems.pnp_ovss import DatasetClasses, MatchedImage, PnPOVSS, PnPOVSSConfig, create_matcher
+from ovss_nb.encoders.registry import create_matcher
+from ovss_nb.systems.pnp_ovss import DatasetClasses, MatchedImage, PnPOVSS, PnPOVSSConfig
 from ovss_nb.core.vocabulary import Vocabulary
 
 WORDS = ["background", "cat", "dog", "traffic light", "t-shirt"]
@@ -181,7 +182,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_matchers_and_mixed_sizes(system, matcher):
-    with pytest.raises(ValueError, match="say which BLIP"):
+    with pytest.raises(ValueError, match="say which blip"):
         create_matcher("blip")
     with pytest.raises(ValueError, match="There is no size 'huge'"):
         create_matcher("blip:random:huge")

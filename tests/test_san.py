@@ -41,7 +41,9 @@ def tiny_clip(quick_gelu=True):
         dict(image_size=32, patch_size=8, width=32, layers=4, head_width=16),
         dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1),
     )
-    return CLIPEncoder(open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu), dense="tokens", device="cpu")
+    return CLIPEncoder(
+        open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu), dense_mode="tokens", device="cpu"
+    )
 
 
 def bank(vectors):
@@ -391,7 +393,7 @@ def test_half_precision_encoder():
             dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1),
             quick_gelu=True,
         ),
-        dense="tokens",
+        dense_mode="tokens",
         precision="bf16",
         device="cpu",
     )

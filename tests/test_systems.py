@@ -194,7 +194,7 @@ def test_systems_run_on_clip(way):
         vision_cfg=dict(layers=3, width=64, patch_size=16, image_size=64, head_width=32),
         text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
     )
-    encoder = CLIPEncoder(model, dense=way, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
+    encoder = CLIPEncoder(model, dense_mode=way, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
     for name in list_systems():
         system = create(name, encoder, cache=None, **(KNOBS[name] | dict(size=96)))
         result = system.segment(PHOTOS / "chelsea.png", ["background", "cat", "dog"])

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
-from ..encoders.base import Encoder
+from ..encoders.base import Encoder, as_vit
 from .sliding_window import cut_windows, even_offsets, merge_windows, window_corners
 from .mask_classification import mlp
 
@@ -80,7 +80,7 @@ def small_grid(grid: tuple[int, int], reduction: int = 2) -> tuple[int, int]:
 
 
 def see_views(
-    encoder: Encoder,  # with `embed` and `blocks`, as CLIP and lite have
+    encoder: Encoder,  # a `ViTEncoder`, such as CLIP or lite
     images: torch.Tensor,  # B x 3 x H x W, normalized, sides multiples of the stride
     size: int | None,  # pixels per side of a slice; None: no slices, the small view alone
     layers,  # numbers of the layers to keep
@@ -90,12 +90,10 @@ def see_views(
 
     Raises `ValueError` for layers that it does not have, and as `cut_slices`.
     """
-    blocks, stride = list(getattr(encoder, "blocks", ())), encoder.stride
-    if not blocks or not layers or not all(0 <= o <= len(blocks) for o in layers):
-        raise ValueError(
-            f"layers of {encoder.name} go from 0 to {len(blocks)}, got {sorted(layers)}. Take an encoder with"
-            " transformer blocks, such as lite or clip:ViT-B-16/openai"
-        )
+    encoder = as_vit(encoder, "to look into")
+    blocks, stride = encoder.blocks, encoder.stride
+    if not layers or not all(0 <= layer <= len(blocks) for layer in layers):
+        raise ValueError(f"layers of {encoder.name} go from 0 to {len(blocks)}, got {sorted(layers)}")
 
     def see(x):
         grid, x, seen = tuple(o // stride for o in x.shape[-2:]), encoder.embed(x), {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'PILLOW_ERRORS', 'IMAGE_SUFFIXES', 'ImageError', 'is_system_file', 'is_image_name', 'image_size',
-           'check_limits', 'check_bands', 'Picture', 'open_picture', 'load_image']
+           'check_limits', 'check_bands', 'Picture', 'open_picture', 'load_image', 'fit_shortest', 'fit_longest']
 
 # %% ../../nbs/core/08_images.ipynb #79c57009
 import operator, os, re, shlex, struct, sys, threading, warnings, zlib
@@ -1088,3 +1088,31 @@ def load_image(
             if pixels.flags.c_contiguous and pixels.flags.writeable and pixels.base is None
             else pixels.copy()
         )
+
+# %% ../../nbs/core/08_images.ipynb #4d63e870
+def fit_shortest(
+    height: int,
+    width: int,  # of the image, pixels
+    size: int,  # wanted shorter side, pixels
+    longest: int | None = None,  # limit of the longer side; default: four times `size`
+    step: int | None = None,  # round to multiples of so many pixels; default: to one, half a pixel goes up
+    least: int = 1,  # no side is shorter than this
+) -> tuple[int, int]:  # height and width, pixels
+    "The size of an image whose shorter side becomes `size`."
+    scale = min(size / min(height, width), (longest or 4 * size) / max(height, width))
+    sides = height * scale, width * scale
+    if step is None:
+        high, wide = (int(side + 0.5) for side in sides)
+    else:
+        high, wide = (max(1, round(side / step)) * step for side in sides)
+    return max(least, high), max(least, wide)
+
+
+def fit_longest(
+    height: int,
+    width: int,  # of the image, pixels
+    size: int = 1024,  # wanted longer side, pixels
+) -> tuple[int, int]:  # height and width, pixels
+    "The size of an image whose longer side becomes `size`, rounded as SAM rounds (half a pixel goes up)."
+    scale = size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'affinity_auc', 'edge_strength', 'boundary_matches', 'boundary_f', 'details', 'Merge', 'LiteNeck',
-           'at_stride_16', 'load_neck', 'LiteSAMEncoder', 'create_second']
+           'at_stride_16', 'load_neck', 'LiteSAMEncoder']
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #fca3e2db
 from importlib.resources import as_file, files
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from .base import choose_device, Encoder, ImageFeatures
 from .lite import load_efficientnet_lite0
-from .sam import SAMEncoder, fit_longest
+from ..core.images import fit_longest
 from ..core.options import Count, checked_arguments, fit_option
 
 # %% ../../nbs/encoders/07_lite_sam.ipynb #2a616333
@@ -370,28 +370,3 @@ def pyramid(self: LiteSAMEncoder, images: torch.Tensor) -> list[torch.Tensor]:
             " with zeros at the right and bottom."
         )
     return self.levels(images)
-
-# %% ../../nbs/encoders/07_lite_sam.ipynb #5ec0d002
-def create_second(
-    # "lite_sam", "lite_sam:WEIGHTS" or "sam:MODEL/CHECKPOINT", e.g. "sam:vit_b/sam_vit_b_01ec64.pth"
-    spec: str,
-    # pixels of the longer side that `preprocess` gives; default: the encoder's own
-    size: int | None = None,
-    device: str | torch.device = "auto",
-) -> Encoder:  # with `levels` and `pyramid`
-    """An encoder of edges from a short description.
-
-    Raises `ValueError` for another description, and what the encoder itself raises for missing weights or
-    packages.
-    """
-    kind, _, rest = spec.partition(":")
-    sizes = {} if size is None else dict(size=size)
-    if kind == "lite_sam":
-        return LiteSAMEncoder(rest or None, device=device, **sizes)
-    if kind != "sam" or not rest:
-        raise ValueError(
-            f"no second encoder {spec!r}: write lite_sam, lite_sam:WEIGHTS or sam:vit_b/CHECKPOINT, e.g."
-            " sam:vit_b/sam_vit_b_01ec64.pth"
-        )
-    model, _, checkpoint = rest.partition("/")
-    return SAMEncoder(model, checkpoint or None, device=device, **sizes)

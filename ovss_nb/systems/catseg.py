@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..components.cost_aggregation import CostAggregation, cost_map, window_mask
 from ..components.sliding_window import cut_windows, merge_windows, window_corners, window_offsets
-from ..encoders.base import Encoder, ImageFeatures
+from ..encoders.base import Encoder, ImageFeatures, as_vit
 from ..core.images import load_image
 from ..core.options import Count, Index, Range, Share
 from .base import EncodedImage
@@ -29,6 +29,7 @@ from ovss_nb.systems.trained import (
     tune_queries_values,
 )
 from ..text.text_bank import TextBank
+from ..encoders.clip import CLIPEncoder
 
 # %% ../../nbs/systems/09_catseg.ipynb #86763fc4
 @dataclass(frozen=True)
@@ -87,12 +88,7 @@ def guidance_blocks(
     3 and 7 of 12, 7 and 15 of 24. Raises `ValueError` for an encoder without transformer blocks, or other
     numbers.
     """
-    count = len(getattr(encoder, "blocks", ()))
-    if count < 2:
-        raise ValueError(
-            f"{encoder.name} has no transformer blocks to guide the decoder. Take an encoder such as lite or"
-            " clip:ViT-B-16/openai"
-        )
+    count = len(as_vit(encoder, "to guide the decoder", 2).blocks)
     chosen = chosen or (max(0, count // 3 - 1), 2 * count // 3 - 1)
     if len(chosen) != 2 or not all(0 <= o < count for o in chosen):
         raise ValueError(f"guidance_layers must be two blocks from 0 to {count - 1}, not {chosen}")
@@ -550,16 +546,12 @@ class CATSeg(TrainedSystem):
             return None
         network, clip, masks = convert_checkpoint(state)
         c, encoder = self.config, self.encoder
-        if (
-            not hasattr(encoder, "model")
-            or getattr(encoder, "way", None) != "value"
-            or encoder.residual != "cls"
-        ):
+        if not isinstance(encoder, CLIPEncoder) or encoder.dense_mode != "value" or encoder.residual != "cls":
             raise ValueError(
-                f"{path} is a checkpoint of CAT-Seg's authors, for CLIP with dense='value' and"
+                f"{path} is a checkpoint of CAT-Seg's authors, for CLIP with dense_mode='value' and"
                 f" residual='cls', not for {encoder.name}"
             )
-        if type(encoder.blocks[0].mlp.gelu).__name__ != "QuickGELU":
+        if encoder.activation != "QuickGELU":
             raise ValueError(
                 f"{path} holds a CLIP with QuickGELU, but {encoder.name} has another activation: take"
                 " clip:ViT-B-16-quickgelu/random, or clip:ViT-L-14-336-quickgelu/random"

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from ..core.cache import Cache
-from ..encoders.base import Encoder, ImageFeatures
-from ..encoders.lite_sam import create_second
+from ..encoders.base import Encoder, ImageFeatures, as_vit
+from ..encoders.registry import create_aux_encoder
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets, match_masks, ssc_loss
 from ..components.mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
@@ -34,6 +34,8 @@ from .trained import TrainedConfig, TrainedSystem, alike, state_dict_difference,
 from ..text.text_bank import TextBank
 from ..benchmarks.protocols import system_facts
 from ..core.vocabulary import Vocabulary, load_vocabulary
+from ..encoders.clip import CLIPEncoder
+from ..encoders.sam import SAMEncoder
 
 # %% ../../nbs/systems/12_ebseg.ipynb #5039ee3b
 RELEASED = {  # what differs between the released models, of B/16 and of L/14 (SYSTEMS 3.1 and 3.7)
@@ -395,7 +397,7 @@ class EBSeg(TrainedSystem):
     """Mask queries named by three opinions (Shan et al. 2024; EB-1 to EB-12). Scores are not negative, and
     their sum over classes is not one.
 
-    Raises as `TrainedSystem`, as `create_second`, and `ValueError` for an encoder without open_clip's
+    Raises as `TrainedSystem`, as `create_aux_encoder`, and `ValueError` for an encoder without open_clip's
     transformer blocks.
     """
 
@@ -422,14 +424,10 @@ class EBSeg(TrainedSystem):
         super().__init__(encoder, config, cache, **options)
 
     def build(self) -> EBSegNetwork:
-        c, blocks = self.config, getattr(self.encoder, "blocks", ())
-        if len(blocks) < 2 or not hasattr(self.encoder, "embed"):
-            raise ValueError(
-                f"{self.encoder.name} has no transformer blocks for mask attention. Take an encoder such as"
-                " lite or clip:ViT-B-16/openai"
-            )
+        c, vit = self.config, as_vit(self.encoder, "for mask attention", 2)
+        blocks = vit.blocks
         if self.aux_encoder is None and c.aux_encoder != "none":
-            self.aux_encoder = create_second(c.aux_encoder, device=self.encoder.device)
+            self.aux_encoder = create_aux_encoder(c.aux_encoder, device=self.encoder.device)
         self.config = c = c.completed(self.encoder)
         count, default = len(blocks), lambda value, other: other if value is None else value
         self.proposal_start, self.surgery_start, self.fused_layers = (
@@ -449,11 +447,11 @@ class EBSeg(TrainedSystem):
             )
         step = self.encoder.stride / c.encoder_scale
         self.multiple = int(step) if step % 32 == 0 else 32  # so that both grids fit, where that can be
-        width = blocks[0].attn.embed_dim
+        width = vit.width
         return EBSegNetwork(
             self.encoder.dim,
             width,
-            blocks[0].attn.num_heads,
+            vit.heads,
             (self.aux_encoder.width if self.aux_encoder else width,) * 4,
             c,
             logit_scale(self.encoder, c.logit_scale),
@@ -847,23 +845,16 @@ class EBSeg(TrainedSystem):
         """
         if any(o.startswith("sem_seg_head.") for o in state):
             network, clip, sam = convert_checkpoint(state)
-            model = getattr(self.encoder, "model", None)
-            if type(
-                getattr(getattr(self.encoder.blocks[0], "mlp", None), "gelu", None)
-            ).__name__ != "QuickGELU" or not hasattr(model, "visual"):
+            if not isinstance(self.encoder, CLIPEncoder) or self.encoder.activation != "QuickGELU":
                 raise ValueError(
                     f"{path} is a checkpoint of EBSeg's authors, with a CLIP that has QuickGELU, unlike"
                     f" {self.encoder.name}. Take {self.authors}"
                 )
-            if wrong := state_dict_difference(clip, model.state_dict()):
+            if wrong := state_dict_difference(clip, self.encoder.model.state_dict()):
                 raise ValueError(
                     f"{path} holds another CLIP than {self.encoder.name}.\n{wrong}\nTake {self.authors}"
                 )
-            if (
-                self.aux_encoder is None
-                or not hasattr(self.aux_encoder, "global_blocks")
-                or not hasattr(self.aux_encoder, "model")
-            ):
+            if not isinstance(self.aux_encoder, SAMEncoder):
                 raise ValueError(f"{path} was trained with SAM as second encoder. Take {self.authors}")
             expected = {
                 name: o

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 import torch
 from ..encoders.base import Encoder
-from ..encoders.lite_sam import create_second
-from ..encoders.sam import fit_longest
+from ..encoders.registry import create_aux_encoder
+from ..core.images import fit_longest
 from ..components.fusion import FeatureFusion
 from ..core.options import Count, Share
 from ..text.prompt_bank import PromptBank
@@ -77,7 +77,7 @@ class LMSeg(CATSeg):
     """CAT-Seg with descriptions of the classes and with CLIP and SAM fused (arXiv 2412.00364; LM-1 to LM-7).
 
     The second encoder runs once per image, and not at all if `fusion_weight` is 1.0. Raises as `CATSeg`
-    does, and as `create_second`.
+    does, and as `create_aux_encoder`.
     """
 
     config_class, network_class = LMSegConfig, LMSegNetwork
@@ -101,7 +101,7 @@ class LMSeg(CATSeg):
         if self.config.fusion_weight == 1:
             self.aux_encoder = None  # nobody will ask
         elif self.aux_encoder is None:
-            self.aux_encoder = create_second(
+            self.aux_encoder = create_aux_encoder(
                 self.config.aux_encoder, self.config.aux_size, self.encoder.device
             )
         return super().build(other=self.aux_encoder.dim if self.aux_encoder else self.encoder.dim)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..encoders.base import Encoder
+from ..encoders.base import Encoder, as_vit
 from ..components.fusion import sample_regions
 from ..core.images import load_image
 from ..components.mask_losses import mask_classification_loss, mask_targets
@@ -201,13 +201,8 @@ class MROVSeg(TrainedSystem):
     config_class = MROVSegConfig
 
     def build(self) -> MROVSegNetwork:
-        c, encoder = self.config, self.encoder
-        blocks, stride = list(getattr(encoder, "blocks", ())), encoder.stride
-        if len(blocks) < 2:
-            raise ValueError(
-                f"{encoder.name} has no transformer blocks to look into. Take an encoder such as lite or"
-                " clip:ViT-B-16/openai"
-            )
+        c, encoder = self.config, as_vit(self.encoder, "to look into", 2)
+        blocks, stride = encoder.blocks, encoder.stride
         if c.size % stride:
             raise ValueError(
                 f"size={c.size} is no multiple of the {stride} pixels that {encoder.name} takes as one place:"

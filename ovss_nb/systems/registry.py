@@ -21,7 +21,7 @@ from ovss_nb.core.options import (
     read_option,
     read_options,
 )
-from ..encoders.registry import _look_up, create_encoder
+from ..encoders.registry import create_encoder, look_up
 
 if TYPE_CHECKING:  # brings torch
     from ovss_nb.systems.base import System
@@ -124,7 +124,7 @@ def resize_rule(
 
 # %% ../../nbs/systems/14_registry.ipynb #38fa483c
 def _system_class(name: str):
-    module, cls, _ = _look_up(fit_option("system", name, str), SYSTEMS, "system")
+    module, cls, _ = look_up(fit_option("system", name, str), SYSTEMS, "system")
     return getattr(import_module(module), cls)
 
 

@@ -25,6 +25,8 @@ from ..core.options import Count, Index, NotNegative, Positive
 from .base import EncodedImage
 from .trained import TrainedConfig, TrainedSystem, state_dict_difference, logit_scale
 from ..text.text_bank import TextBank
+from ..encoders.base import as_vit
+from ..encoders.clip import CLIPEncoder
 
 # %% ../../nbs/systems/11_san.ipynb #2872ad9a
 @dataclass(frozen=True)
@@ -237,13 +239,8 @@ class SAN(TrainedSystem):
     )
 
     def build(self) -> SideNetwork:
-        c, blocks = self.config, list(getattr(self.encoder, "blocks", ()))
-        count = len(blocks)
-        if not blocks:
-            raise ValueError(
-                f"{self.encoder.name} has no transformer blocks to send proposals through. Take an encoder"
-                " such as lite or clip:ViT-B-16/openai"
-            )
+        c, vit = self.config, as_vit(self.encoder, "to send proposals through")
+        count = len(vit.blocks)
         if c.encoder_scale is None:
             self.config = c = replace(
                 c, encoder_scale=0.7 if count >= 24 or self.encoder.stride == 14 else 0.5
@@ -265,8 +262,8 @@ class SAN(TrainedSystem):
             )
         return SideNetwork(
             self.encoder.dim,
-            blocks[0].attn.embed_dim,
-            blocks[0].attn.num_heads if c.bias_per_head else 1,
+            vit.width,
+            vit.heads if c.bias_per_head else 1,
             len(self.fused_layers),
             logit_scale(self.encoder, c.logit_scale),
             c,
@@ -471,10 +468,7 @@ class SAN(TrainedSystem):
         if not any(o.startswith("side_adapter_network.") for o in state):
             return None
         network, clip, start = convert_checkpoint(state)
-        if (
-            not hasattr(self.encoder, "model")
-            or type(self.encoder.blocks[0].mlp.gelu).__name__ != "QuickGELU"
-        ):
+        if not isinstance(self.encoder, CLIPEncoder) or self.encoder.activation != "QuickGELU":
             raise ValueError(
                 f"{path} holds a CLIP with QuickGELU, which {self.encoder.name} is not. Pass {self.authors}"
             )

@@ -58,8 +58,7 @@ def logit_scale(
     chosen: float | None = None,  # the option; none: the encoder's own
 ) -> float:
     "What cosines are multiplied by before a softmax: the chosen number, else CLIP's own, else 100."
-    own = getattr(getattr(encoder, "model", None), "logit_scale", None)
-    return chosen or (100.0 if own is None else float(own.detach().exp()))
+    return chosen or (100.0 if encoder.logit_scale is None else encoder.logit_scale)
 
 
 def alike(keys) -> list[list[int]]:
