@@ -19,7 +19,7 @@ from ..core.checkpoints import read_weights
 from ..core.images import fit_longest
 from ..core.optional import require
 from ..core.options import Count, checked_arguments, fit_option
-from .base import Encoder, ImageFeatures, choose_device, patch_grid, resize_positions
+from .base import Encoder, ImageFeatures, choose_device, resize_positions
 
 # %% ../../nbs/encoders/06_sam.ipynb #28237e5c
 CHECKPOINTS = {
