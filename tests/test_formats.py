@@ -615,7 +615,7 @@ def test_labelme_takes_the_picture_along(photo, tmp_path):
     save_labelme(result, tmp_path / "c.json", "gone.jpg")
     assert opens_in_labelme(tmp_path / "c.json")["imagePath"] == "gone.jpg"
     same(load_labelme(tmp_path / "c.json"), MAPS[0])
-    with pytest.raises(SegmentationError, match="no picture to put inside"):
+    with pytest.raises(SegmentationError, match="no image to put inside"):
         save_labelme(MAPS[0], tmp_path / "d.json", photo, embed=True)
 
 
@@ -694,11 +694,11 @@ def test_labelme_masks(tmp_path):
 
 
 def test_labelme_with_an_empty_picture(tmp_path):
-    "labelme takes an empty text for none; what is no picture is named without Python's words."
+    "labelme takes an empty text for none; what is no image is named without Python's words."
     assert (
         load_labelme(stored(tmp_path / "x.json", labelme_file([SQUARE], imageData=""))).mask("cat").sum() == 9
     )
-    with pytest.raises(SegmentationError, match="'imageData' is no picture") as e:
+    with pytest.raises(SegmentationError, match="'imageData' is no image") as e:
         load_labelme(stored(tmp_path / "x.json", labelme_file([SQUARE], imageData="aaaa")))
     assert "BytesIO" not in str(e.value)
 
@@ -712,9 +712,9 @@ def test_labelme_without_a_size_looks_at_the_picture(photo, tmp_path):
     ):
         content = labelme_file([SQUARE], imageHeight=None, imageWidth=None) | changes
         assert load_labelme(stored(tmp_path / "x.json", content)).labels.shape == (31, 43)
-        with pytest.raises(SegmentationError, match="its picture has 31 x 43"):
+        with pytest.raises(SegmentationError, match="its image has 31 x 43"):
             load_labelme(stored(tmp_path / "x.json", content | dict(imageHeight=6, imageWidth=8)))
-    with pytest.raises(SegmentationError, match="no 'imageHeight', and its picture is not there"):
+    with pytest.raises(SegmentationError, match="no 'imageHeight', and its image is not there"):
         load_labelme(stored(tmp_path / "x.json", labelme_file([SQUARE], imageHeight=None)))
 
 
