@@ -23,7 +23,7 @@ from ovss_nb.components.multi_resolution import (
     cut_slices,
     resize,
     merge_slices,
-    see_views,
+    encode_views,
     separable,
     small_grid,
 )
@@ -109,7 +109,7 @@ def test_restored_tokens_are_those_of_each_slice(clip, side, size):
     "Against the encoder's own `layers`, slice by slice, also where they overlap."
     images = random(2, 3, *side)
     with torch.no_grad():
-        views = see_views(clip, images, size, [1, 4])
+        views = encode_views(clip, images, size, [1, 4])
         for b in range(2):
             total, count = (
                 torch.zeros(32, side[0] // 16, side[1] // 16),
@@ -128,7 +128,7 @@ def test_restored_tokens_are_those_of_each_slice(clip, side, size):
 def test_small_view_and_class_token(clip):
     images = random(1, 3, 80, 112)  # 5 x 7 places: the small view has 3 x 4
     with torch.no_grad():
-        views = see_views(clip, images, None, [0, 3])
+        views = encode_views(clip, images, None, [0, 3])
         small = F.interpolate(images, (48, 64), mode="bilinear", antialias=True)
         x = clip.embed(small)
         assert torch.allclose(views.low[0].flatten(2).mT, x[:, 1:], atol=1e-5) and torch.allclose(
@@ -152,7 +152,7 @@ def test_the_small_grid_is_what_a_strided_convolution_gives(reduction):
 @pytest.mark.parametrize("layers", [[], [5], [-1]])
 def test_unknown_layers_are_refused(clip, layers):
     with pytest.raises(ValueError, match="layers"):
-        see_views(clip, torch.zeros(1, 3, 64, 64), 32, layers)
+        encode_views(clip, torch.zeros(1, 3, 64, 64), 32, layers)
 
 
 def test_an_encoder_without_blocks_is_refused():
@@ -160,7 +160,7 @@ def test_an_encoder_without_blocks_is_refused():
         name, stride = "blockless", 16
 
     with pytest.raises(ValueError, match="transformer blocks"):
-        see_views(Blockless(), torch.zeros(1, 3, 64, 64), 32, [0])
+        encode_views(Blockless(), torch.zeros(1, 3, 64, 64), 32, [0])
 
 
 # ---- fusion
@@ -213,7 +213,7 @@ def test_every_kind_of_fusion_learns(kind, normalize):
 
 # ---- adapter
 
-SIZES = dict(layers=3, width=16, depth=4, heads=2, queries=5, grid=4)
+SIZES = dict(num_fused=3, width=16, depth=4, heads=2, queries=5, grid=4)
 
 
 def layers(batch=1, seed=0):
@@ -394,7 +394,7 @@ def seen(request):
     encoder = ENCODERS[request.param]()
     images = random(2, 3, 4 * encoder.stride, 6 * encoder.stride)
     with torch.no_grad():
-        return encoder, images, see_views(encoder, images, 2 * encoder.stride, [2, 3])
+        return encoder, images, encode_views(encoder, images, 2 * encoder.stride, [2, 3])
 
 
 def attend(encoder, views, masks, positions):

@@ -25,7 +25,7 @@ from ovss_nb.components.multi_resolution import (
     MaskPyramid,
     MultiResAdapter,
     Views,
-    see_views,
+    encode_views,
     small_grid,
 )
 from ..core.options import Count, Index, NotNegative, Positive, Range
@@ -273,7 +273,7 @@ class MROVSeg(TrainedSystem):
 
     def _views(self, images: torch.Tensor) -> list[Views]:
         "What the encoder sees of normalized images of one size, one by one."
-        views = see_views(
+        views = encode_views(
             self.encoder, images, self.slice if self.sliced else None, self.kept, self.config.reduction
         )
 
