@@ -10,10 +10,10 @@ __all__ = ['DEMO', 'parse_classes', 'result_names', 'write_report', 'save_result
 # %% ../../nbs/app/04_cli.ipynb #2d0768d5
 import argparse, errno, hashlib, html, io, json, os, sys, time, warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 from .experiments import add_commands
 from ..core.cache import Cache
@@ -38,6 +38,9 @@ from ovss_nb.core.vocabulary import (
     read_lines,
 )
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # brings torch
+    from ovss_nb.systems.base import System
 
 # %% ../../nbs/app/04_cli.ipynb #42144dc8
 def parse_classes(
@@ -74,7 +77,7 @@ def _folders(files: list[Path]) -> dict[Path, str]:
 
 # %% ../../nbs/app/04_cli.ipynb #c4ee08d6
 def result_names(
-    paths: list[str | Path],  # files; one that is there twice gets two names
+    paths: Sequence[str | Path],  # files; one that is there twice gets two names
 ) -> list[str]:  # per file a relative path without suffix, with `/` between folders
     """What the results of some files are called: the files' own names, in their folders below the last one
     that all share.
@@ -330,12 +333,12 @@ def _report(out: Path, rows: dict[int, dict], title: str, note: str):
 def run(
     # each file with the words to look for; a pair that comes twice counts once
     images: list[tuple[Path, Vocabulary]],
-    system,  # from `create`
+    system: "System",  # from `create`
     out: Path,
     title: str,
     note: str,
-    formats=(),  # further files per image, see `ovss_nb.core.formats.FORMATS`
-    **reading,  # `limits` and `bands`, as `load_image` takes them
+    formats: Iterable[str] = (),  # further files per image, see `ovss_nb.core.formats.FORMATS`
+    **reading: Any,  # `limits` and `bands`, as `load_image` takes them
     # the files that could not be segmented, or whose results could not be written
 ) -> list[tuple[Path, Exception]]:
     """Segment images into `out`, write the report, and return the failures.
@@ -685,9 +688,9 @@ def run_onnx(args) -> int:
     options, reading = _options(args), _reading(args)
     check_writable(args.out / "report")
     image = load_image(args.check, **reading) if args.check else None  # before anything is exported
+    vocabularies = [parse_classes(text, "--vocabulary") for text in args.vocabulary]
     from ovss_nb.inference.onnx_export import agreement, export_system, stored_bank
 
-    vocabularies = [parse_classes(text, "--vocabulary") for text in args.vocabulary]
     system = create(args.system, args.encoder, device="cpu", **options)
     stems = [Path(text).stem if os.path.isfile(text) else "" for text in args.vocabulary]
     weights = args.encoder.partition(":")[2]

@@ -17,7 +17,7 @@ from ..core.files import file_stem
 from ..core.optional import require
 from ..text.prompt_bank import PromptBank
 from ..text.prompt_checks import ATTRIBUTES, PromptError
-from ..core.vocabulary import Vocabulary, list_vocabularies
+from ..core.vocabulary import Vocabulary, VocabularySource, list_vocabularies
 
 # %% ../../nbs/app/02_prompt_table.ipynb #4909a89d
 _TITLES = {
@@ -123,7 +123,7 @@ class PromptTable:
         self,
         bank: PromptBank | str | Path,  # a bank, its file, or a vocabulary with a shipped one, e.g. "VOC-21"
         # a `Vocabulary`, or what `Vocabulary.of` takes; default: the shipped one that the bank names
-        vocabulary: Any = None,
+        vocabulary: VocabularySource | None = None,
         kind: Literal["descriptions", "subclasses"] = "descriptions",  # only with a vocabulary's name
         # text -> number of tokens of the encoder that will read it; None: length is not checked
         count: Callable[[str], int] | None = None,

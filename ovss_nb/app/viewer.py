@@ -28,7 +28,14 @@ from ..systems.registry import SYSTEMS, create, has_option, shipped_weights
 from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
 from ..systems.base import EncodedImage, System
-from ..core.vocabulary import Vocabulary, VocabularyWarning, list_vocabularies, read_lines, write_lines
+from ovss_nb.core.vocabulary import (
+    Vocabulary,
+    VocabularySource,
+    VocabularyWarning,
+    list_vocabularies,
+    read_lines,
+    write_lines,
+)
 
 # %% ../../nbs/app/03_viewer.ipynb #539c4bf2
 def _neighbors(count: int, pixels: int, at: np.typing.ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,10 +244,17 @@ class Viewer:
     Raises `ImageError`, `VocabularyError`, and what `create` raises.
     """
 
+    image: np.ndarray  # H x W x 3, what is looked at
+    source: Any  # where it came from
+    vocabulary: Vocabulary
+    system: str
+    encoder: str
+    crf: bool
+
     def __init__(
         self,
         image: Any,  # path, bytes, PIL image, array or tensor
-        words: Any,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
+        words: VocabularySource,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
         system: str = DEFAULT_SYSTEM,  # one of `list_systems()`
         encoder: str | Encoder = "lite",  # a description for `create_encoder`, or an encoder
         # more to choose from, and their options, e.g. {"catseg": dict(weights="catseg.safetensors")}; those
@@ -270,7 +284,7 @@ class Viewer:
     def change(
         self,
         image: Any = None,
-        words: Any = None,
+        words: VocabularySource | None = None,
         system: str | None = None,
         encoder: str | None = None,
         crf: bool | None = None,
@@ -596,7 +610,7 @@ class ViewerForm(_Controls):
 # %% ../../nbs/app/03_viewer.ipynb #3f7b101c
 def app_notebook(
     image: str | os.PathLike,  # path of the image
-    words: Any,  # as `Viewer` takes them
+    words: VocabularySource,  # as `Viewer` takes them
     **choices: Any,  # system, encoder and options of a `Viewer`
 ) -> dict:  # a notebook, ready for JSON
     "A notebook of one cell that shows a `Viewer`."
@@ -614,7 +628,7 @@ def app_notebook(
 # %% ../../nbs/app/03_viewer.ipynb #d7d3d541
 def serve(
     image: str | os.PathLike,  # path of the image
-    words: Any,  # as `Viewer` takes them
+    words: VocabularySource,  # as `Viewer` takes them
     port: int = 8866,
     browser: bool = True,  # open it
     **choices: Any,  # system, encoder and options of a `Viewer`
