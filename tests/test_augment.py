@@ -125,7 +125,7 @@ def test_each_color_changes_with_a_chance_of_its_own(jitter, low, high):
                         photo,
                         n,
                         **({"jitter": jitter} if jitter != 0.5 else {}),
-                        **{o: 0 for o in COLORS if o != option},
+                        **{color: 0 for color in COLORS if color != option},
                     )
                     != photo
                 ).any()
@@ -134,8 +134,8 @@ def test_each_color_changes_with_a_chance_of_its_own(jitter, low, high):
         )
         for option in COLORS
     }
-    assert all(low <= o.mean() <= high for o in changed.values()), {
-        option: o.mean() for option, o in changed.items()
+    assert all(low <= value.mean() <= high for value in changed.values()), {
+        option: value.mean() for option, value in changed.items()
     }
     if jitter == 0.5:
         assert all(
@@ -193,7 +193,7 @@ def test_colors_change_as_in_ssd():
     photo = np.random.default_rng(1).integers(60, 170, (16, 16, 3), dtype=np.uint8)
 
     def hsv(x):
-        return np.array([colorsys.rgb_to_hsv(*o) for o in x.reshape(-1, 3) / 255])
+        return np.array([colorsys.rgb_to_hsv(*pixel) for pixel in x.reshape(-1, 3) / 255])
 
     for n in range(20):
         change = recolored(photo, n, jitter=1, contrast=0, saturation=0, hue=0).astype(int) - photo

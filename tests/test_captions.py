@@ -161,9 +161,13 @@ def test_noun_table_has_no_leftovers():
     table = caption_nouns()
     nouns, same, up = table["nouns"], table["same"], table["up"]
     assert len(set(nouns)) == len(nouns) and all(
-        o == o.strip().lower() and o.replace(" ", "").replace("-", "").isalpha() for o in nouns
+        noun == noun.strip().lower() and noun.replace(" ", "").replace("-", "").isalpha() for noun in nouns
     )
-    assert set(same.values()) <= set(nouns) and not set(same) & set(nouns) and not any(" " in o for o in same)
+    assert (
+        set(same.values()) <= set(nouns)
+        and not set(same) & set(nouns)
+        and not any(" " in word for word in same)
+    )
     for word, noun in same.items():
         assert noun_counts([word])[noun] == 1
     for noun in nouns:
@@ -196,7 +200,9 @@ def test_noun_table_has_no_leftovers():
     ],
 )
 def test_noun_counts(sentence, expected):
-    assert set(noun_counts([sentence])) == {o for o in expected.split("|" if "|" in expected else " ") if o}
+    assert set(noun_counts([sentence])) == {
+        noun for noun in expected.split("|" if "|" in expected else " ") if noun
+    }
 
 
 def test_captions_are_counted_not_words():
@@ -209,7 +215,7 @@ def test_noun_targets():
     nouns, targets, frequency = noun_targets(counts, 1)
     assert (
         set(nouns) == {"dog", "cat", "tree"}
-        and nouns == [o for o in caption_nouns()["nouns"] if o in nouns]
+        and nouns == [noun for noun in caption_nouns()["nouns"] if noun in nouns]
         and targets.dtype == np.float32
     )
     assert dict(zip(nouns, frequency.tolist())) == {"dog": 3, "cat": 1, "tree": 1}

@@ -219,7 +219,7 @@ def test_benchmark(tmp_path, monkeypatch):
     ways = {row["way"]: row for row in metrics["pnp_ovss"]}
     assert (
         list(ways) == ["ours", "ours, one text", "plain", "plain, frozen"]
-        and max(ways[o]["difference"] for o in ("plain", "plain, frozen")) <= 1e-4
+        and max(ways[kind]["difference"] for kind in ("plain", "plain, frozen")) <= 1e-4
     )
     assert ways["plain"]["gflops"] == ways["plain, frozen"]["gflops"] > 2 * ways["ours"]["gflops"]
     few, ours, plain = metrics["cost_aggregation"]
@@ -302,7 +302,8 @@ def test_tune(tmp_path, monkeypatch):
     assert (
         metrics["found"].keys() == metrics["space"].keys()
         and metrics["found"]["drop_iter"] == 1
-        and max(metrics["best_tpe"], metrics["best_random"]) == max(o["count"] for o in metrics["tried"])
+        and max(metrics["best_tpe"], metrics["best_random"])
+        == max(setting["count"] for setting in metrics["tried"])
     )
     with pytest.raises(Exception, match="no option 'heads'"):
         run("tune", tmp_path / "again", monkeypatch, **tiny | dict(space=dict(heads=[0])))
@@ -324,7 +325,7 @@ def test_pnp_ablation(tmp_path, monkeypatch):
         crf_limit=1,
     )
     tables = metrics["tables"]["VOC-21"]
-    assert [len(tables[o]) for o in ("clip", "oracle")] == [9, 9] and metrics["images"] == {"VOC-21": 2}
+    assert [len(tables[kind]) for kind in ("clip", "oracle")] == [9, 9] and metrics["images"] == {"VOC-21": 2}
     for rows in tables.values():
         assert all(
             row["images"] == (1 if "CRF" in name else 2)
@@ -366,7 +367,7 @@ def test_train(tmp_path, monkeypatch):
     )
     metrics = run("train", tmp_path, monkeypatch, **tiny)
     assert metrics["loss_last"] < 0.5 * metrics["loss_first"]
-    seen = {way: o["VOC-21"]["seen"] for way, o in metrics["table"].items()}
+    seen = {way: value["VOC-21"]["seen"] for way, value in metrics["table"].items()}
     assert seen["trained"] > max(seen["untrained"], seen["commonest class"]) and metrics["training"][
         "unseen"
     ] == ["sheep", "sofa"]

@@ -31,7 +31,7 @@ from ovss_nb.core.vocabulary import Vocabulary
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="needs the extra `onnx`")
-from ovss_nb.inference.onnx_export import GRAPHS, agreement, export_system, stored_bank
+from ovss_nb.inference.onnx_export import GRAPHS, label_agreement, export_system, stored_bank
 
 PHOTOS = Path(data.__file__).parent
 WORDS = {"cat": ["cat", "kitten"], "dog": ["dog"], "wall": ["wall", "curtain", "paper"]}
@@ -165,7 +165,7 @@ def test_labels_agree(name, tmp_path):
     system = build(name)
     export_system(system, tmp_path / "graph", ["VOC-21"])
     for photo, words in (("chelsea.png", WORDS), ("coffee.png", ["cup", "table"]), ("rocket.jpg", "VOC-21")):
-        assert agreement(system, tmp_path / "graph", PHOTOS / photo, words) >= 0.999, (photo, words)
+        assert label_agreement(system, tmp_path / "graph", PHOTOS / photo, words) >= 0.999, (photo, words)
     # A stored bank knows all that the graph asks for.
     assert (
         OnnxSystem(tmp_path / "graph").segment(PHOTOS / "rocket.jpg", "VOC-21").labels
@@ -318,16 +318,16 @@ def test_the_check_looks_at_what_lies_there(tiny, tmp_path):
     words = ["cat", "table"]
     export_system(tiny, tmp_path / "graph", [words, ["cat", "floor"]])
     file = stored_bank(tmp_path / "graph", words)
-    assert agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words) >= 0.999
+    assert label_agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words) >= 0.999
     embeddings, names, _ = load_bank(file)
     save_bank(embeddings[::-1], names, file)
-    assert agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words) < 0.9
+    assert label_agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words) < 0.9
     save_bank(embeddings, ["cat", "floor"], file)
     with pytest.raises(ValueError, match="other names|holds the names cat, floor"):
-        agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words)
+        label_agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words)
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no bank"):
-        agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words)
+        label_agreement(tiny, tmp_path / "graph", PHOTOS / "chelsea.png", words)
 
 
 def test_inputs_are_never_written_over(tiny, tmp_path):

@@ -64,7 +64,7 @@ def mosaic(height, width, seed=0):
 
 def tiled(pixels, system, words=WORDS, **kw):
     with open_picture(pixels) as picture:
-        return np.concatenate([o for _, o in label_rows(picture, system, words, progress=False, **kw)])
+        return np.concatenate([row for _, row in label_rows(picture, system, words, progress=False, **kw)])
 
 
 @pytest.mark.parametrize("overlap, margin", [(0.6, 20), (0.8, 20), (0.7, 28)])
@@ -134,12 +134,12 @@ def test_geotiff_keeps_its_place_and_its_holes(tmp_path):
     with rasterio.open(tmp_path / "big.tif") as source, rasterio.open(tmp_path / "labels.tif") as file:
         assert file.crs == source.crs and file.transform == source.transform and file.dtypes == ("uint8",)
         assert [file.colormap(1)[k][:3] for k in range(3)] == [
-            tuple(o) for o in Segmentation(np.zeros((1, 1), int), ["a", "b", "c"]).palette.tolist()
+            tuple(color) for color in Segmentation(np.zeros((1, 1), int), ["a", "b", "c"]).palette.tolist()
         ]
         assert (file.read_masks(1) == source.dataset_mask()).all() and file.tags(1)["class_2"] == "sky & blue"
     found = load_tiff(tmp_path / "labels.tif")
     assert found.names == ("red", "green", "sky & blue") and found.areas() == pytest.approx(
-        {o: areas.get(o, 0) for o in found.names}
+        {name: areas.get(name, 0) for name in found.names}
     )
     assert load_tiff(tmp_path / "labels.tif", (10, 20, 30, 40)).labels.shape == (30, 40)
     pixels[:30, :40] = 255  # what holds no data is shown as white
@@ -160,7 +160,7 @@ def test_kinds_of_tiff(kind, tmp_path):
         colors = {k: (60 * k, 255 - 60 * k, k, 255) for k in range(4)}
         with rasterio.open(path, "r+") as file:
             file.write_colormap(1, colors)
-        wanted = np.array([o[:3] for o in colors.values()], np.uint8)[pixels[..., 0] // 64]
+        wanted = np.array([color[:3] for color in colors.values()], np.uint8)[pixels[..., 0] // 64]
     elif kind == "alpha":
         write_tiff(path, np.dstack([pixels[..., ::-1], np.full(pixels.shape[:2], 255, np.uint8)]))
         with rasterio.open(path, "r+") as file:
@@ -527,13 +527,13 @@ def test_strips_are_seen_at_the_usual_scale(shape, tmp_path):
     segment_tiles(pixels, WORDS, system, out, progress=False)
     assert Segmentation.from_png(out).labels.shape == shape
     side = min(96, max(shape))
-    assert {o.shape for o in scales.seen} == {(side, side, 3)} and len(scales.seen) == (
+    assert {scale.shape for scale in scales.seen} == {(side, side, 3)} and len(scales.seen) == (
         1 if max(shape) <= 96 else len(window_offsets(max(shape), 96, 0.25, 16))
     )
     # mirrored beyond its edge only
     assert all(
-        (o[: shape[0], : shape[1]] == pixels[:side, left : left + side]).all()
-        for o, left in zip(scales.seen[:1], [0])
+        (scale[: shape[0], : shape[1]] == pixels[:side, left : left + side]).all()
+        for scale, left in zip(scales.seen[:1], [0])
     )
 
 
@@ -602,8 +602,14 @@ def test_tiff_orientation(orientation, kind, tmp_path):
         entries = sorted(
             [(274, 3, 1, orientation)]
             + [
-                (tag, *(int.from_bytes(data[o + a : o + b], "little") for a, b in ((2, 4), (4, 8), (8, 12))))
-                for tag, o in tags.items()
+                (
+                    tag,
+                    *(
+                        int.from_bytes(data[value + a : value + b], "little")
+                        for a, b in ((2, 4), (4, 8), (8, 12))
+                    ),
+                )
+                for tag, value in tags.items()
                 if tag != 284
             ]
         )

@@ -151,7 +151,7 @@ def test_frames_of_other_videos(frames, tmp_path):
         and results["000003"].labels.shape == (95, 127)
         and not list((tmp_path / "out").glob("*.jpg"))
     )
-    write_video([o[:95, :127] for o in frames], tmp_path / "odd.mp4")
+    write_video([frame[:95, :127] for frame in frames], tmp_path / "odd.mp4")
     with open_frames(tmp_path / "odd.mp4") as (_, _, found):
         assert next(read for _, read in found)().shape == (94, 126, 3)
 
@@ -241,12 +241,12 @@ def test_the_overlay_runs_as_fast_as_the_source(frames, tmp_path, rate, every):
 
 
 def test_uneven_times_are_kept(frames, tmp_path):
-    times = [Fraction(o, 10) for o in (0, 1, 5, 6, 14, 15)]
+    times = [Fraction(n, 10) for n in (0, 1, 5, 6, 14, 15)]
     write_video(frames, tmp_path / "a.mp4", times=times)
     label(tmp_path / "a.mp4", tmp_path / "out")
     overlay_video(tmp_path / "out", tmp_path / "b.mp4")
     with av.open(str(tmp_path / "b.mp4")) as container:
-        assert [o.time for o in container.decode(video=0)] == [float(o) for o in times]
+        assert [frame.time for frame in container.decode(video=0)] == [float(time) for time in times]
 
 
 def test_a_folder_of_frames_has_no_rate(frames, tmp_path):
@@ -273,12 +273,12 @@ def test_impossible_rates(frames, tmp_path, rate):
 
 def test_another_step_never_mixes(video, tmp_path):
     label(video, tmp_path / "out", every=2)
-    before = {o.name: o.stat().st_mtime_ns for o in (tmp_path / "out").glob("*.png")}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
     with pytest.raises(ValueError, match="every=2, now every=3"):
         label(video, tmp_path / "out", every=3)
-    assert {o.name: o.stat().st_mtime_ns for o in (tmp_path / "out").glob("*.png")} == before
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")} == before
     label(video, tmp_path / "out")  # a finer step needs all that is there
-    assert {o: (tmp_path / "out" / o).stat().st_mtime_ns for o in before} == before and len(
+    assert {old: (tmp_path / "out" / old).stat().st_mtime_ns for old in before} == before and len(
         list((tmp_path / "out").glob("*.png"))
     ) == 6
     overlay_video(tmp_path / "out", tmp_path / "b.mp4")
@@ -315,7 +315,7 @@ def test_a_replaced_video_is_labelled_again(video, frames, tmp_path):
     old = label(video, tmp_path / "out")
     (tmp_path / "out/notes.txt").write_text("mine")
     times, size = video.stat(), video.stat().st_size
-    write_video([255 - o for o in frames[:4]], video, rate=10)
+    write_video([255 - frame for frame in frames[:4]], video, rate=10)
     with open(video, "ab") as file:
         file.write(bytes(max(0, size - video.stat().st_size)))
     os.utime(video, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -324,11 +324,11 @@ def test_a_replaced_video_is_labelled_again(video, frames, tmp_path):
     fresh = label(video, tmp_path / "fresh")
     assert (
         len(new) == 4
-        and all((new[o].labels == fresh[o].labels).all() for o in fresh)
-        and any((new[o].labels != old[o].labels).any() for o in new)
+        and all((new[name].labels == fresh[name].labels).all() for name in fresh)
+        and any((new[item].labels != old[item].labels).any() for item in new)
     )
-    assert {o.name for o in (tmp_path / "out").iterdir()} - {"notes.txt"} == {
-        o.name for o in (tmp_path / "fresh").iterdir()
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"notes.txt"} == {
+        name.name for name in (tmp_path / "fresh").iterdir()
     }
 
 
@@ -380,7 +380,7 @@ def test_a_replaced_frame_is_labelled_again(frames, tmp_path):
 
 def packets(path):
     with av.open(str(path)) as container:
-        return [(o.pos, o.size) for o in container.demux(video=0) if o.size]
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
 
 
 def spoil(path, *numbers):
@@ -414,7 +414,7 @@ def test_one_damaged_frame_of_a_video(frames, tmp_path):
         encoder = Counting()
         found = dict(segment_video(path, WORDS, MaskCLIP(encoder, size=48), tmp_path / "out", progress=False))
         assert (
-            [name for name, o in found.items() if isinstance(o, Exception)] == ["000002"]
+            [name for name, value in found.items() if isinstance(value, Exception)] == ["000002"]
             and isinstance(found["000002"], ImageError)
             and len(found) == 6
         )
@@ -423,9 +423,9 @@ def test_one_damaged_frame_of_a_video(frames, tmp_path):
             and "0.20 s" in str(found["000002"])
             and encoder.images == (0 if turn else 5)
         )
-        assert all((found[o].labels == whole[o].labels).all() for o in found if o != "000002") and not list(
-            (tmp_path / "out").glob("000002*")
-        )
+        assert all(
+            (found[result].labels == whole[result].labels).all() for result in found if result != "000002"
+        ) and not list((tmp_path / "out").glob("000002*"))
         overlay_video(tmp_path / "out", tmp_path / "b.mp4")
         with open_frames(tmp_path / "b.mp4") as (count, rate, shown):
             shown = [read().astype(int) for _, read in shown]
@@ -439,11 +439,11 @@ def test_damage_in_h264(frames, tmp_path):
     write_video(frames * 4, tmp_path / "a.mp4", rate=10)
     spoil(tmp_path / "a.mp4", 7, 8)
     found = label(tmp_path / "a.mp4", tmp_path / "out")
-    failed = [o for o in found.values() if isinstance(o, Exception)]
+    failed = [result for result in found.values() if isinstance(result, Exception)]
     assert failed and len(found) == 24 and len(failed) < 20
     overlay_video(tmp_path / "out", tmp_path / "b.mp4")
     with av.open(str(tmp_path / "b.mp4")) as container:
-        assert [o.time for o in container.decode(video=0)] == [i / 10 for i in range(24)]
+        assert [frame.time for frame in container.decode(video=0)] == [i / 10 for i in range(24)]
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "empty"])
@@ -460,13 +460,13 @@ def test_one_damaged_frame_of_a_folder(frames, tmp_path, kind):
         assert (
             isinstance(found["0"], ImageError)
             and "0.png" in str(found["0"])
-            and sum(isinstance(o, Segmentation) for o in found.values()) == 5
+            and sum(isinstance(result, Segmentation) for result in found.values()) == 5
         )
     overlay_video(tmp_path / "out", tmp_path / "b.mp4", rate=5)
     with open_frames(tmp_path / "b.mp4") as (count, _, _):
         assert count == 6
     (tmp_path / "in/0.png").write_bytes(whole)
-    assert all(isinstance(o, Segmentation) for o in label(tmp_path / "in", tmp_path / "out").values())
+    assert all(isinstance(value, Segmentation) for value in label(tmp_path / "in", tmp_path / "out").values())
     for path in (tmp_path / "in").iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(ImageError, match="none of the 6 frames"):
@@ -491,10 +491,10 @@ def test_frames_that_are_no_files(frames, tmp_path):
         and "3.png does not exist" in str(found["3"])
         and isinstance(found["2"], Segmentation)
     )
-    before = {o: o.stat().st_mtime_ns for o in (tmp_path / "out").glob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
     (tmp_path / "in").rename(tmp_path / "moved")
     assert len(label(tmp_path / "moved", tmp_path / "out")) == 4 and before == {
-        o: o.stat().st_mtime_ns for o in (tmp_path / "out").glob("*.png")
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")
     }
 
 
@@ -508,7 +508,7 @@ def test_files_that_do_not_say_how_long_they_are(frames, tmp_path):
         container.mux(stream.encode())
     for name, count in (("a.png", 1), ("a.h264", 6)):
         found = label(tmp_path / name, tmp_path / name[2:])
-        assert len(found) == count and all(isinstance(o, Segmentation) for o in found.values())
+        assert len(found) == count and all(isinstance(result, Segmentation) for result in found.values())
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "avi"])
@@ -517,7 +517,7 @@ def test_a_file_that_was_cut(frames, tmp_path, suffix):
     write_video(frames * 4, path, rate=10)
     path.write_bytes(path.read_bytes()[: packets(path)[14][0]])
     found = label(path, tmp_path / "out")
-    failed = [str(o) for o in found.values() if isinstance(o, Exception)]
+    failed = [str(result) for result in found.values() if isinstance(result, Exception)]
     assert len(failed) == 1 and "cut" in failed[0] and 12 <= len(found) <= 16
     overlay_video(tmp_path / "out", tmp_path / "b.mp4")
     with open_frames(tmp_path / "b.mp4") as (count, rate, _):
@@ -560,7 +560,7 @@ def test_frames_that_change_size(frames, tmp_path):
     for i, frame in enumerate(frames):
         Image.fromarray(frame[: 96 - 20 * (i > 2)]).save(tmp_path / f"in/{i}.png")
     found = label(tmp_path / "in", tmp_path / "out")
-    assert [o.labels.shape[0] for o in found.values()] == [96] * 3 + [76] * 3
+    assert [result.labels.shape[0] for result in found.values()] == [96] * 3 + [76] * 3
     with pytest.raises(ImageError, match="one size.*3.overlay.jpg is 76 x 128, the first is 96 x 128"):
         overlay_video(tmp_path / "out", tmp_path / "b.mp4", rate=5)
     assert not (tmp_path / "b.mp4").exists()
@@ -591,7 +591,7 @@ def test_the_source_is_never_written_over(video, frames, tmp_path, way):
     digest = file_digest(video)
     with pytest.raises(OverwriteError):
         label(tmp_path / "in", folder)
-    assert sorted(o.name for o in (tmp_path / "in").iterdir()) == [f"{i}.png" for i in range(6)]
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == [f"{i}.png" for i in range(6)]
     label(video, tmp_path / "out")
     with pytest.raises(OverwriteError):
         overlay_video(tmp_path / "out", file)
@@ -641,8 +641,8 @@ def test_a_killed_process_goes_on(frames, tmp_path):
     )
     assert len(found) == 12 and 6 <= encoder.images <= 8
     fresh = label(tmp_path / "a.mp4", tmp_path / "fresh")
-    for o in fresh:
-        assert (found[o].labels == fresh[o].labels).all()
+    for name in fresh:
+        assert (found[name].labels == fresh[name].labels).all()
     assert (tmp_path / "out/frames.jsonl").read_bytes() == (tmp_path / "fresh/frames.jsonl").read_bytes()
 
 

@@ -689,7 +689,7 @@ def run_onnx(args) -> int:
     check_writable(args.out / "report")
     image = load_image(args.check, **reading) if args.check else None  # before anything is exported
     vocabularies = [parse_classes(text, "--vocabulary") for text in args.vocabulary]
-    from ovss_nb.inference.onnx_export import agreement, export_system, stored_bank
+    from ovss_nb.inference.onnx_export import label_agreement, export_system, stored_bank
 
     system = create(args.system, args.encoder, device="cpu", **options)
     stems = [Path(text).stem if os.path.isfile(text) else "" for text in args.vocabulary]
@@ -701,7 +701,7 @@ def run_onnx(args) -> int:
     if image is None:
         return 0
     for vocabulary in vocabularies:
-        share = 100 * agreement(system, args.out, image, vocabulary)
+        share = 100 * label_agreement(system, args.out, image, vocabulary)
         bank = stored_bank(args.out, vocabulary).name
         print(f"{share:.3f} % of the pixels of {args.check.name} agree, {len(vocabulary)} classes, {bank}")
     return 0

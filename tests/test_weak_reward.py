@@ -124,11 +124,11 @@ def test_settings_share_maps(tuner):
         for image, labels in zip(tuner.images, tuner.labels(options)):
             assert np.array_equal(labels, system.segment(image, tuner.vocabulary).labels)
         assert tuner.passes - start == 3 * (1, 1, 1, 2, 3, 4, 4)[n]
-    assert set(MAP_OPTIONS) < {o for o in tuner.system.config.to_dict()}
+    assert set(MAP_OPTIONS) < {name for name in tuner.system.config.to_dict()}
     asked = sum(map(len, tuner.classes))
     found = [
-        tuner.reward(o.image, labels, own)
-        for o, labels, own in zip(tuner.images, tuner.labels(dict(layer=0)), tuner.classes)
+        tuner.reward(image.image, labels, own)
+        for image, labels, own in zip(tuner.images, tuner.labels(dict(layer=0)), tuner.classes)
     ]
     measured = tuner.measure(dict(layer=0))
     assert measured["count"] == sum(wins for wins, _ in found) / asked and measured[
@@ -146,9 +146,10 @@ def test_both_samplers_repeat_and_go_on(tuner, tmp_path):
     }
     for sampler, trials in found.items():
         assert len(trials) == 14 and all(
-            isinstance(o, Trial) and o.reward == o.count and o.options.keys() == SPACE.keys() for o in trials
+            isinstance(trial, Trial) and trial.reward == trial.count and trial.options.keys() == SPACE.keys()
+            for trial in trials
         )
-        assert all(o.options[option] in values for o in trials for option, values in SPACE.items())
+        assert all(trial.options[option] in values for trial in trials for option, values in SPACE.items())
         part = search(tuner, tmp_path / f"{sampler}2", 5, SPACE, sampler=sampler, progress=False)
         assert (
             part == trials[:5]
@@ -196,8 +197,10 @@ def test_tpe_learns(tmp_path):
     late = {
         sampler: np.mean(
             [
-                o.reward
-                for o in search(Peak(), tmp_path / sampler, 45, space, sampler=sampler, progress=False)[25:]
+                trial.reward
+                for trial in search(Peak(), tmp_path / sampler, 45, space, sampler=sampler, progress=False)[
+                    25:
+                ]
             ]
         )
         for sampler in ("tpe", "random")
@@ -209,7 +212,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
-from test_tune import SPACE, make, search
+from test_weak_reward import SPACE, make, search
 tuner = make()
 measure = tuner.measure
 def slowly(options):
@@ -241,7 +244,7 @@ def test_killed_and_resumed(tuner, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     assert search(tuner, tmp_path / "run", 16, SPACE, progress=False) == calm
     # one under way at each kill
-    assert len(lines()) <= len({repr(sorted(o.options.items())) for o in calm}) + 2
+    assert len(lines()) <= len({repr(sorted(trial.options.items())) for trial in calm}) + 2
 
 
 def test_refusals(tuner, tmp_path, monkeypatch):

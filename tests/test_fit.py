@@ -61,11 +61,11 @@ def step(model, batch):
 
 
 def state(model):
-    return {name: o.clone() for name, o in model.state_dict().items()}
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def equal(one, other):
-    return one.keys() == other.keys() and all(o.equal(other[name]) for name, o in one.items())
+    return one.keys() == other.keys() and all(value.equal(other[name]) for name, value in one.items())
 
 
 def read(run):
@@ -96,7 +96,7 @@ NURSERY = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
-from test_train import *
+from test_fit import *
 import tempfile
 with tempfile.TemporaryDirectory() as warm: train_once(Path(warm), 0, SHORT)   # what torch imports on first use
 real = {(o, name): getattr(o, name) for o, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (torch, "save"))}
@@ -206,7 +206,7 @@ def test_killed_before_every_file_operation(tmp_path):
                     state(resumed), state(undisturbed)
                 )
                 assert (run / "log.csv").read_bytes() == (tmp_path / "calm/log.csv").read_bytes()
-                assert len(checkpoints(run)) == 2 and not [o for o in (run / "checkpoints").glob(".*")]
+                assert len(checkpoints(run)) == 2 and not [path for path in (run / "checkpoints").glob(".*")]
             deadly += 1
     assert deadly > 40
 
@@ -248,9 +248,10 @@ def test_features_killed_before_every_file_operation(tmp_path):
             assert code in (0, -signal.SIGKILL)
             found = features_once(folder, 0)
             assert all(
-                np.array_equal(found[key], o) and found[key].dtype == o.dtype for key, o in wanted.items()
+                np.array_equal(found[key], value) and found[key].dtype == value.dtype
+                for key, value in wanted.items()
             )
-            asked = [int(o) for o in folder.with_suffix(".asked").read_text().split()]
+            asked = [int(key) for key in folder.with_suffix(".asked").read_text().split()]
             assert set(asked) == set(range(23)) and len(asked) <= 23 + 4
             deadly += 1
     assert deadly > 12
@@ -332,17 +333,19 @@ def test_loop_equals_torch_written_out(tmp_path):
                 and abs(log[i]["gradient"] - norm) < 1e-5
                 and log[i]["lr"] == optimizer.param_groups[0]["lr"]
             )
-    assert all((o - p).abs().max() < 1e-6 for o, p in zip(state(model).values(), state(other).values()))
+    assert all(
+        (tensor - p).abs().max() < 1e-6 for tensor, p in zip(state(model).values(), state(other).values())
+    )
 
 
 def test_log(calm):
     run, log, _ = calm
     assert (
         read(run) == log
-        and [o["step"] for o in log] == list(range(2, 15, 2))
+        and [row["step"] for row in log] == list(range(2, 15, 2))
         and set(log[0]) == {"step", "lr", "loss", "gradient", "largest"}
     )
-    assert {o.name for o in run.iterdir()} - {".lock"} == {"log.csv", "checkpoints"}
+    assert {path.name for path in run.iterdir()} - {".lock"} == {"log.csv", "checkpoints"}
 
 
 def test_it_learns(tmp_path):
@@ -398,13 +401,13 @@ def test_on_interval(tmp_path):
 
     log = fit(model, step, batches, tmp_path, on_interval=on_interval, **RECIPE)
     assert (
-        [o["step"] for o in log] == [2, 4, 6]
+        [row["step"] for row in log] == [2, 4, 6]
         and modes == [(True, False)] * 3
         and model.norm.training
         and not model.drop.training
     )
     table = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert [o["score"] for o in table] == ["", "0.5", ""] and checkpoints(tmp_path)[
+    assert [row["score"] for row in table] == ["", "0.5", ""] and checkpoints(tmp_path)[
         -1
     ].name == "step-00000006"
     assert fit(model, step, batches, tmp_path, on_interval=on_interval, **RECIPE) == log and len(modes) == 3
@@ -420,7 +423,7 @@ def test_bf16(tmp_path, calm):
     log = fit(Small(), looked, batches, tmp_path / "a", **RECIPE | dict(precision="bf16"))
     assert (
         set(seen) == {torch.bfloat16}
-        and all(abs(o["loss"] / p["loss"] - 1) < 0.1 for o, p in zip(log, calm[1]))
+        and all(abs(trial["loss"] / p["loss"] - 1) < 0.1 for trial, p in zip(log, calm[1]))
         and log != calm[1]
     )
     with pytest.raises(OSError):
@@ -459,7 +462,7 @@ def test_numbers_that_are_none(tmp_path, spoil, message):
     assert "The checkpoint of step 3 is whole" in str(e.value)
     model = Small()
     load_weights(model, tmp_path)
-    assert all(o.isfinite().all() for o in model.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -532,13 +535,13 @@ def test_checkpoints_hold_what_is_trained(calm):
         "norm.running_var",
         "norm.num_batches_tracked",
     }
-    assert [o.name for o in checkpoints(calm[0])] == ["step-00000012", "step-00000014"]
+    assert [trial.name for trial in checkpoints(calm[0])] == ["step-00000012", "step-00000014"]
 
 
 def test_keep(tmp_path):
     for n in range(5):
         save_checkpoint(Small(), tmp_path, n, {}, keep=3)
-    assert [int(o.name[5:]) for o in checkpoints(tmp_path)] == [2, 3, 4]
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
@@ -625,9 +628,9 @@ def test_groups_as_in_the_papers():
         setattr(model, name, nn.Parameter(torch.zeros(shape)))
     model.frozen = nn.Linear(2, 2).requires_grad_(False)
     found = {
-        name: (o["factor"], o["weight_decay"])
-        for o in parameter_groups(model, 0.1, {"^clip.*attn": 0.01, "clip": 0.1})
-        for name in o["names"]
+        name: (group["factor"], group["weight_decay"])
+        for group in parameter_groups(model, 0.1, {"^clip.*attn": 0.01, "clip": 0.1})
+        for name in group["names"]
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     decay = {
@@ -659,7 +662,7 @@ def test_groups_learn_at_their_rate(tmp_path):
         tmp_path,
         **RECIPE | dict(steps=1, warmup=0, weight_decay=0.0, clip=None, groups={"first": 0.01}),
     )
-    moved = {name: (o - before[name]).abs().max() for name, o in state(model).items()}
+    moved = {name: (value - before[name]).abs().max() for name, value in state(model).items()}
     assert (
         0.9e-4 < moved["first.weight"] < 1.1e-4
         and 0.9e-2 < moved["last.weight"] < 1.1e-2
@@ -740,7 +743,7 @@ def as_a_pair(folder, resume):
 def pair(folder, resume=False):
     script = folder / "pair.py"
     script.write_text(
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport torch; torch.set_num_threads(1)\nfrom test_train"
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport torch; torch.set_num_threads(1)\nfrom test_fit"
         " import *\nas_a_pair(Path(sys.argv[2]), sys.argv[3] == 'True')\n"
     )
     return subprocess.run(
@@ -769,7 +772,7 @@ def test_two_processes_train_as_one(tmp_path):
     """
     killed = pair(tmp_path)
     assert killed.returncode and (tmp_path / "1.json").exists(), killed.stderr
-    one, two = (json.loads((tmp_path / f"{o}.json").read_text()) for o in range(2))
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     model = quiet()
     alone = fit(model, step, batches, tmp_path / "alone", **SHARED)
     for ours, theirs in zip(alone, one["whole"], strict=True):
@@ -779,10 +782,10 @@ def test_two_processes_train_as_one(tmp_path):
     shared = Small()
     load_weights(shared, tmp_path / "whole")
     # a batch norm counts the batches of its own process
-    trained = {name for name, o in model.named_parameters() if o.requires_grad}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(
-        (o - p).abs().max() < 1e-5
-        for (name, o), p in zip(state(model).items(), state(shared).values())
+        (tensor - p).abs().max() < 1e-5
+        for (name, tensor), p in zip(state(model).items(), state(shared).values())
         if name in trained
     )
     assert (
@@ -790,15 +793,19 @@ def test_two_processes_train_as_one(tmp_path):
         and "The loss is nan at step 3" in one["nan"]
         and "cannot be shared by 2 processes" in one["odd"]
     )
-    assert [o["step"] for o in one["stopped"]] == [o["score"] for o in one["stopped"]] == [2, 4, 6, 8, 10]
+    assert (
+        [row["step"] for row in one["stopped"]]
+        == [row["score"] for row in one["stopped"]]
+        == [2, 4, 6, 8, 10]
+    )
     assert checkpoints(tmp_path / "dies")[-1].name == "step-00000006"
     again = pair(tmp_path, resume=True)
     assert not again.returncode, again.stderr
     assert (tmp_path / "dies/log.csv").read_bytes() == (tmp_path / "calm/log.csv").read_bytes()
     model = Small()
     load_weights(model, tmp_path / "calm")
-    first, second = (torch.load(tmp_path / f"weights{o}.pt", weights_only=True) for o in range(2))
-    assert equal(first, state(model)) and all(first[o].equal(second[o]) for o in trained)
+    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in range(2))
+    assert equal(first, state(model)) and all(first[name].equal(second[name]) for name in trained)
     with pytest.raises(TrainingError, match="processes=2"):
         _read_state(checkpoints(tmp_path / "dies")[-1], dict(processes=1))
 
@@ -822,14 +829,14 @@ def test_average(tmp_path, calm):
     weights = Small()
     load_weights(weights, tmp_path / "a", average=False)
     expected = after[1].clone()
-    for o, seen in zip(after[2:] + [weights.last.weight], shown[1:]):
-        expected = 0.8 * expected + 0.2 * o
+    for array, seen in zip(after[2:] + [weights.last.weight], shown[1:]):
+        expected = 0.8 * expected + 0.2 * array
         assert torch.allclose(expected, seen, atol=1e-6)
     assert torch.allclose(model.last.weight, expected, atol=1e-6) and equal(state(weights), calm[2])
     finished = Small()
     load_weights(finished, tmp_path / "a")
-    assert equal(state(finished), state(model)) and [o["loss"] for o in log[-1:]] == [
-        o["loss"] for o in read(tmp_path / "a")[-1:]
+    assert equal(state(finished), state(model)) and [row["loss"] for row in log[-1:]] == [
+        row["loss"] for row in read(tmp_path / "a")[-1:]
     ]
     failed = [0]
 
@@ -890,8 +897,8 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = events.Scalars("loss")
-    assert [o.step for o in found] == list(range(1, 15)) and np.allclose(
-        [o.value for o in found], [o["loss"] for o in log]
+    assert [result.step for result in found] == list(range(1, 15)) and np.allclose(
+        [result.value for result in found], [row["loss"] for row in log]
     )
 
 
@@ -960,9 +967,9 @@ def look_of(notebook="train"):
         "cells"
     ]
     source = next(
-        "".join(o["source"])
-        for o in cells
-        if o["cell_type"] == "code" and "def look(dataset, rows)" in "".join(o["source"])
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code" and "def look(dataset, rows)" in "".join(cell["source"])
     )
     return source[: source.index("def stored")]
 
@@ -986,7 +993,7 @@ def test_features_belong_to_the_content_of_pictures(tmp_path):
     exec(look_of(), place)
 
     def means(dataset):
-        return [round(float(o)) for o in place["look"](dataset, range(3))["mean"][:, 0]]
+        return [round(float(i)) for i in place["look"](dataset, range(3))["mean"][:, 0]]
 
     animals, kitchen = (
         labelled_set(tmp_path / "animals/train", 60),
@@ -1018,9 +1025,9 @@ def test_no_experiment_keeps_by_name(notebook):
     ]
     kept = [
         line
-        for o in cells
-        if o["cell_type"] == "code"
-        for line in "".join(o["source"]).splitlines()
+        for cell in cells
+        if cell["cell_type"] == "code"
+        for line in "".join(cell["source"]).splitlines()
         if re.search(
             r"= cached_features\(|return cached_features\(|cached_features\(|key = Cache\.key\(", line
         )
@@ -1052,7 +1059,7 @@ def test_captions_and_their_pictures_have_digests(tmp_path):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    sets = [CaptionSet.open(tmp_path / o) for o in ("folder", "shard")]
+    sets = [CaptionSet.open(tmp_path / kind) for kind in ("folder", "shard")]
     assert [sets[0].image_digest(i) for i in range(3)] == [sets[1].image_digest(i) for i in range(3)] and len(
         {sets[0].image_digest(i) for i in range(3)}
     ) == 3
@@ -1108,10 +1115,10 @@ def test_two_processes_compute_features_once(tmp_path):
     threads = [
         threading.Thread(target=lambda: results.append(features_once(tmp_path / "f", 0.02))) for _ in range(3)
     ]
-    for o in threads:
-        o.start()
-    for o in threads:
-        o.join()
-    assert len(results) == 3 and sorted(int(o) for o in (tmp_path / "f.asked").read_text().split()) == list(
-        range(23)
-    )
+    for thread in threads:
+        thread.start()
+    for item in threads:
+        item.join()
+    assert len(results) == 3 and sorted(
+        int(key) for key in (tmp_path / "f.asked").read_text().split()
+    ) == list(range(23))
