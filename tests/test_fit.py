@@ -19,6 +19,7 @@ from ovss_nb.training.checkpoint import checkpoints, load_weights, save_checkpoi
 from ovss_nb.training.feature_cache import TrainingError, cached_features
 from ovss_nb.training.fit import Batches, _read_state, fit, step_generator
 from ovss_nb.training.optimizer import parameter_groups, schedule_factor
+from ovss_nb.training.recipes import stored_images
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX's")
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -945,7 +946,7 @@ def test_features_of_another_encoder(tmp_path):
 
 
 class Mean:
-    "What the experiment's `preprocess` asks of a system: features that say what picture they are of."
+    "What `stored_images` asks of a system: features that say what image they are of."
 
     def __init__(self):
         self.asked = 0
@@ -959,19 +960,6 @@ class Mean:
 
     def to_cache(self, image):
         return dict(mean=torch.from_numpy(image.reshape(-1, 3).mean(0)))
-
-
-def look_of(notebook="train"):
-    "The cell of the experiment that keeps features, as it stands in the notebook."
-    cells = json.loads((Path(__file__).parent.parent / f"nbs/experiments/{notebook}.ipynb").read_text())[
-        "cells"
-    ]
-    source = next(
-        "".join(cell["source"])
-        for cell in cells
-        if cell["cell_type"] == "code" and "def look(dataset, rows)" in "".join(cell["source"])
-    )
-    return source[: source.index("def stored")]
 
 
 def labelled_set(root, level, suffix="bmp"):
@@ -989,11 +977,10 @@ def test_features_belong_to_the_content_of_pictures(tmp_path):
     an edited picture may have its old size and time; a set that was moved finds its features again.
     """
     model = Mean()
-    place = dict(model=model, torch=torch, cached_features=cached_features, features=tmp_path / "features")
-    exec(look_of(), place)
 
     def means(dataset):
-        return [round(float(i)) for i in place["look"](dataset, range(3))["mean"][:, 0]]
+        kept = stored_images(model, dataset, range(3), tmp_path / "features", progress=False)
+        return [round(float(level)) for level in kept["mean"][:, 0]]
 
     animals, kitchen = (
         labelled_set(tmp_path / "animals/train", 60),
@@ -1017,7 +1004,7 @@ def test_features_belong_to_the_content_of_pictures(tmp_path):
     assert means(FolderDataset.open(tmp_path / "renamed")) == [100, 101, 102] and model.asked == asked
 
 
-@pytest.mark.parametrize("notebook", ["train", "train_lite", "train_lite_itm", "tune", "pnp_ablation"])
+@pytest.mark.parametrize("notebook", ["train_lite", "train_lite_itm", "tune", "pnp_ablation"])
 def test_no_experiment_keeps_by_name(notebook):
     "Neither stems nor names may be what a kept result is known by."
     cells = json.loads((Path(__file__).parent.parent / f"nbs/experiments/{notebook}.ipynb").read_text())[

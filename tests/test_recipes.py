@@ -1,9 +1,7 @@
-"""The training notebook's recipes are the papers':
+"""The recipes are the papers':
 every number, one published text per class, and what of CLIP is trained.
 """
 
-import json
-from pathlib import Path
 import open_clip
 import pytest
 import torch
@@ -11,31 +9,17 @@ from torch.nn import functional as F
 from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.systems.registry import create
-from ovss_nb.text.text_bank import TextBank, class_prompts
 from ovss_nb.training.optimizer import parameter_groups
+from ovss_nb.training.recipes import recipes, tuned_bank
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 
-def notebook_code(start, end):
-    """The part of the training notebook's code from a line that begins with `start` to one that begins with
-    `end`.
-    """
-    cells = json.loads(
-        (Path(__file__).parent.parent / "nbs/experiments/train.ipynb").read_text(encoding="utf-8")
-    )["cells"]
-    code = "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
-    return "\n" + code[code.index("\n" + start) : code.index("\n" + end)]
-
-
-def recipes(encoder="clip:ViT-B-16-quickgelu/openai", aux_encoder="sam:vit_b/sam.pth"):
-    exec(
-        notebook_code("SMALL = ", "if recipe not in"), found := dict(encoder=encoder, aux_encoder=aux_encoder)
-    )
-    return found["RECIPES"]
+def published(encoder="clip:ViT-B-16-quickgelu/openai", aux_encoder="sam:vit_b/sam.pth"):
+    return recipes(encoder, aux_encoder)
 
 
 SAN_CROPS = dict(shortest=[320, 960], step=64, longest=2560, crop=640)
-PAPERS = {  # SYSTEMS 2.2, 1.4 and 1.6, 3.8, 4.6
+PAPERS = {
     "coco-stuff-80k": dict(
         steps=80_000,
         batch=4,
@@ -96,11 +80,11 @@ PAPERS = {  # SYSTEMS 2.2, 1.4 and 1.6, 3.8, 4.6
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_recipes_are_the_papers(name):
-    found = recipes()[name]
+    found = published()[name]
     assert {key: found[key] for key in PAPERS[name]} == PAPERS[name] and found["unseen"] == []
     assert all(options["first_word"] for options in found["options"].values())
     Augmentation(**found["augmentation"])
-    large = recipes("clip:ViT-L-14-336-quickgelu/openai")[name]
+    large = published("clip:ViT-L-14-336-quickgelu/openai")[name]
     assert (
         large["lr"] == (8e-5 if name == "coco-stuff-ebseg" else PAPERS[name]["lr"])
         and large["options"].get("mrovseg", {}).get("size", 672) == 672
@@ -174,26 +158,13 @@ def test_published_texts_are_one_per_class(name):
 
 
 def test_a_tuned_text_tower_reads_the_published_texts():
-    "The training notebook's own reading of words, while the text tower learns."
+    "Words read anew, while the text tower learns."
     model, stuff = text_system("catseg", first_word=True), load_vocabulary("COCO-Stuff-171")
     model.tune()
 
-    def vocabulary_of(chosen):
-        return Vocabulary(tuple(stuff.names[k] for k in chosen), tuple(stuff.words[k] for k in chosen))
-
-    exec(
-        notebook_code("def read(", "def teach("),
-        found := dict(
-            spoken_anew=True,
-            model=model,
-            vocabulary_of=vocabulary_of,
-            class_prompts=class_prompts,
-            F=F,
-            torch=torch,
-            TextBank=TextBank,
-        ),
-    )
-    bank = found["read"](0, [1, 3, 62])  # bicycle, motorcycle, tv: all have a second word
+    chosen = (1, 3, 62)  # bicycle, motorcycle, tv: all have a second word
+    words = Vocabulary(tuple(stuff.names[k] for k in chosen), tuple(stuff.words[k] for k in chosen))
+    bank = tuned_bank(model, words)
     assert bank.embeddings.shape[:2] == (3, 1) and bank.embeddings.requires_grad
     expected = F.normalize(
         model.encoder.text([f"A photo of a {stuff.names[k]} in the scene" for k in (1, 3, 62)]), dim=-1
@@ -207,7 +178,7 @@ def test_san_trains_the_position_table():
     """
     model, found = (
         text_system("san", size=64, keep_aspect=False, first_word=True, templates="single", loss_points=16),
-        recipes()["coco-stuff-san"],
+        published()["coco-stuff-san"],
     )
     tuned = model.tune() if found["tune"] else []
     groups = parameter_groups(

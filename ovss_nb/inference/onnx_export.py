@@ -25,7 +25,7 @@ from ..components.mask_classification import mask_scores
 from .onnx_run import OnnxSystem, enlarge_argmax, load_bank, save_bank
 from ..systems.base import System
 from ..systems.catseg import CATSeg, cut_views, encode_with_layers
-from ..systems.ebseg import USES, EBSeg, balance
+from ..systems.ebseg import USES, EBSeg, adaptive_balance
 from ..systems.lmseg import LMSeg
 from ..systems.maskclip import MaskCLIP
 from ..systems.mrovseg import MROVSeg, SlicedImage
@@ -329,7 +329,7 @@ class _EBSegGraph(_QueryGraph):
             system.network.classifier.compare(embeddings, bank, c.pooling)
             for embeddings in (answers.A, answers.B, answers.D)
         )
-        probabilities = balance(*opinions, seen, *(USES[c.use] or (c.alpha, c.beta, c.gamma)))
+        probabilities = adaptive_balance(*opinions, seen, *(USES[c.use] or (c.alpha, c.beta, c.gamma)))
         masks = F.interpolate(answers.masks, image.frame, mode="bilinear", align_corners=False)[
             ..., : image.filled[0], : image.filled[1]
         ]
