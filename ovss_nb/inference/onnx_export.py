@@ -164,7 +164,7 @@ def _merge(logits: torch.Tensor, corners: list, window: int, side: tuple[int, in
     whole = F.interpolate(logits[-1:], side, mode="bilinear", align_corners=False)
     return (sum(placed(logits[i : i + 1], *corner) for i, corner in enumerate(corners)) / count + whole) / 2
 
-
+# %% ../../nbs/inference/05_onnx_export.ipynb #0f39a5e4
 class _CATSegGraph(_Look):
     "Views, guides, cost aggregation, and the merged views."
 
@@ -227,7 +227,7 @@ def _view_points(
         [columns[:, None].expand(-1, grid[0], -1), rows[..., None].expand(-1, -1, grid[1])], -1
     )
 
-
+# %% ../../nbs/inference/05_onnx_export.ipynb #bd629fcc
 class _LMSegGraph(_CATSegGraph):
     "CAT-Seg with fused features."
 
@@ -295,7 +295,7 @@ class _QueryGraph(_Look):
             else masks.float()
         )
 
-
+# %% ../../nbs/inference/05_onnx_export.ipynb #f2a31c33
 class _SANGraph(_QueryGraph):
     def forward(self, pixels, text):
         x = self.normalized(pixels)
@@ -313,7 +313,7 @@ class _MROVSegGraph(_QueryGraph):
         embeddings, masks, _ = self.system.outputs([SlicedImage(None, None, None, views, size, size)])[-1]
         return mask_scores(self.system.class_logits(embeddings, _bank(text)).float(), self.enlarged(masks))
 
-
+# %% ../../nbs/inference/05_onnx_export.ipynb #ad369b8f
 class _EBSegGraph(_QueryGraph):
     "EBSeg asks which classes were trained: K booleans, one more input."
 
@@ -433,7 +433,7 @@ def _card(system: System, graph: Any, banks: dict[str, Vocabulary]) -> dict[str,
     graph_file = dict(system=name, file=f"{name}.onnx", inputs=graph.rules)
     return dict(banks=stored) | graph_file | takes | dict(seen=seen, made=system.describe())
 
-
+# %% ../../nbs/inference/05_onnx_export.ipynb #4022898c
 def export_system(
     system: System,  # from `ovss_nb.create`, with device="cpu"
     folder: str | Path,  # is made if need be

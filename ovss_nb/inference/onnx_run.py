@@ -129,7 +129,7 @@ def _check_vectors(card: dict, embeddings: np.ndarray):
             f" {dim} numbers, K x P x {dim}, not {shape}"
         )
 
-
+# %% ../../nbs/inference/04_onnx_run.ipynb #9cd37d60
 class OnnxSystem:
     """A folder written by `ovss_nb.inference.onnx_export.export_system`, run by onnxruntime (extra `onnx`).
     Needs no torch.

@@ -59,7 +59,7 @@ class _Grid:
         self._enlarging: dict[int, torch.Tensor] = {}
 
     def matrix(self, weights: np.ndarray, patches: int | None, device: torch.device) -> torch.Tensor:
-        "Weights times enlargement, pixels x patches; the weights alone if there is nothing to enlarge (None)."
+        "Weights times enlargement, pixels x patches; the weights alone if nothing is enlarged (None)."
         if patches is None:
             return torch.from_numpy(weights).to(device)
         if patches not in self._enlarging:
@@ -173,7 +173,7 @@ def _plan(
     stride = getattr(system.encoder, "stride", 1) * tile
     return picture, _Grid(picture.size, tile, overlap, stride // seen if stride % seen == 0 else 1, margin)
 
-
+# %% ../../nbs/inference/02_tiles.ipynb #bfbb0009
 @torch.inference_mode()
 def label_rows(
     picture: Picture,

@@ -68,7 +68,7 @@ def _check_frame(shape: tuple, first: tuple, name: Any):
             f" {first[0]} x {first[1]}"
         )
 
-
+# %% ../../nbs/inference/03_video.ipynb #15c2320f
 def write_video(
     frames: Iterable[Any],  # H x W x 3 uint8 arrays, or paths of images, all of one size
     path: str | Path,  # *.mp4, or another container that holds H.264
@@ -222,14 +222,14 @@ def _folder_frames(source: Path, limits: Any, bands: Any) -> tuple[int, None, It
     read = partial(load_image, limits=limits, bands=bands)
     return len(paths), None, ((path.stem, Frame(partial(read, path), path=path)) for path in paths)
 
-
+# %% ../../nbs/inference/03_video.ipynb #c7948fd8
 @contextmanager
 def open_frames(
     source: str | Path,  # a video file, or a folder of images
     # of those images, see `load_image`
     limits: tuple[float, float] | str | None = None,
     bands: tuple[int, ...] | None = None,
-    # number of frames or None, frames per second or None, and (name, `Frame`), where a frame is called to be read
+    # number of frames or None, frames per second or None, (name, `Frame`) where a frame is called to be read
 ) -> Iterator[tuple[int | None, Fraction | None, Iterator[tuple[str, Frame]]]]:
     """The frames of a video or a folder, one at a time.
 
@@ -357,7 +357,7 @@ def _claim(out: Path, question: dict, source: Path) -> tuple[Journal, dict[str, 
     _write_journal(path, question, records.values())
     return Journal(path), records
 
-
+# %% ../../nbs/inference/03_video.ipynb #66581cab
 def _label_frame(
     frame: Frame, labels: Path, overlay: Path | None, known: bool, vocabulary: Vocabulary, system: Any
 ) -> Segmentation:
@@ -415,7 +415,7 @@ def _label_next(
         journal.append(record)
     return result, record, labelled and not known
 
-
+# %% ../../nbs/inference/03_video.ipynb #30084e99
 def _check_video(source: Path, out: Path, words: Any, every: int):
     "Raises `ValueError` for an impossible step or folder, `ImageError` for a folder of results."
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:

@@ -175,7 +175,7 @@ def stored_image(model: Any, kept: dict[str, np.ndarray], i: int) -> Any:
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10021
 def tuned_bank(model: Any, vocabulary: Vocabulary) -> TextBank:
-    "A bank of words through a text tower that is being tuned, as `encode_text` would make it of a frozen one."
+    "A bank of words through a text tower that is being tuned, as `encode_text` makes it of a frozen one."
     words = model.read_words(vocabulary)
     config = model.config
     prompts = class_prompts(words, config.prompts, config.templates, model.stand_ins(words))
