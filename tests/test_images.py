@@ -10,7 +10,7 @@ import skimage
 import torch
 from PIL import Image, features
 
-from ovss_nb.core.images import MAX_PIXELS, ImageError, image_size, load_image, open_picture
+from ovss_nb.core.images import MAX_PIXELS, ImageError, image_size, load_image, open_image
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 
@@ -356,9 +356,9 @@ def write_raster(path, a, **options):
 
 
 def at_both_doors(path, **reading):
-    "The image by `load_image`, which must be what `open_picture` gives by windows."
+    "The image by `load_image`, which must be what `open_image` gives by windows."
     whole = load_image(path, **reading)
-    with open_picture(path, **reading) as picture:
+    with open_image(path, **reading) as picture:
         top, left = picture.size[0] // 3, picture.size[1] // 4
         part = picture.read(top, left, 11, 13)
         assert picture.size == whole.shape[:2] and (part == whole[top : top + 11, left : left + 13]).all()
@@ -520,7 +520,7 @@ def test_a_mask_for_a_photo_is_said(suffix, photo, tmp_path):
     [(3, 3), (5, 2), (1,), (1, 2, 3), ("a", "b"), "auto", "12", 7, (0, float("nan")), (0, float("inf"))],
 )
 def test_limits_that_mean_nothing(limits, photo):
-    for door in load_image, lambda *a, **kw: open_picture(*a, **kw).__enter__():
+    for door in load_image, lambda *a, **kw: open_image(*a, **kw).__enter__():
         with pytest.raises(ImageError, match="black and white"):
             door(photo, limits=limits)
 
@@ -536,7 +536,7 @@ def test_float_and_signed_files(photo, tmp_path):
         holed = np.where(np.arange(40)[:, None, None] < 10, np.float32(empty), part)
         path = write_raster(tmp_path / "c.tif", holed, **({} if np.isnan(empty) else dict(nodata=empty)))
         assert (at_both_doors(path) == hole).all() and at_both_doors(path, limits="stretch")[10:].min() == 0
-        with open_picture(path) as picture:
+        with open_image(path) as picture:
             assert (picture.holes(8, 0, 4, 1)[:, 0] == [0, 0, 255, 255]).all()
     for name, a, limits in (
         ("f255.tif", part * 255, (0, 255)),
@@ -679,7 +679,7 @@ def test_no_data_and_masks_are_white_at_both_doors(photo, tmp_path):
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "L", "1", "LA", "RGBA"])
 def test_plain_tiff_is_the_same_at_both_doors(mode, cat, tmp_path):
     cat.convert(mode).save(tmp_path / "a.tif")
-    with open_picture(tmp_path / "a.tif") as picture:
+    with open_image(tmp_path / "a.tif") as picture:
         assert abs(picture.read(0, 0, *picture.size).astype(int) - load_image(tmp_path / "a.tif")).max() <= 1
     assert (load_image(tmp_path / "a.tif") == np.asarray(cat.convert(mode).convert("RGB"))).all()
 

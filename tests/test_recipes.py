@@ -131,7 +131,9 @@ def text_system(name, **options):
         ),
         san=dict(width=16, depth=4, heads=2, queries=4),
         mrovseg=dict(size=64, width=16, depth=5, heads=2, queries=4),
-        ebseg=dict(aux_encoder="none", width=16, encoder_layers=1, groups=4, queries=4, decoder_layers=3, heads=2),
+        ebseg=dict(
+            aux_encoder="none", width=16, encoder_layers=1, groups=4, queries=4, decoder_layers=3, heads=2
+        ),
     )
     return create(
         name,

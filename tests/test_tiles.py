@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from doubles import Colors
 from ovss_nb.encoders.base import Encoder, ImageFeatures
 from ovss_nb.core.files import OverwriteError
-from ovss_nb.core.images import ImageError, load_image, open_picture
+from ovss_nb.core.images import ImageError, load_image, open_image
 from ovss_nb.core.segmentation import Segmentation
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.simseg import SimSeg
@@ -63,7 +63,7 @@ def mosaic(height, width, seed=0):
 
 
 def tiled(pixels, system, words=WORDS, **kw):
-    with open_picture(pixels) as picture:
+    with open_image(pixels) as picture:
         return np.concatenate([row for _, row in label_rows(picture, system, words, progress=False, **kw)])
 
 
@@ -181,8 +181,10 @@ def test_kinds_of_tiff(kind, tmp_path):
     else:
         Image.fromarray(pixels).save(path)
         wanted = pixels
-    with open_picture(path) as picture:
-        assert (picture.read(0, 0, 60, 72) == wanted).all() and (picture.place is None) == (kind == "plain")
+    with open_image(path) as picture:
+        assert (picture.read(0, 0, 60, 72) == wanted).all() and (picture.georeference is None) == (
+            kind == "plain"
+        )
     segment_tiles(path, WORDS, MaskCLIP(Colors(), size=48), tmp_path / "labels.tif", progress=False)
     with rasterio.open(tmp_path / "labels.tif") as file:
         assert len(file.gcps[0]) == (3 if kind == "points" else 0) and file.shape == (60, 72)
@@ -193,7 +195,7 @@ def test_pictures_stand_upright(tmp_path):
     pixels, exif = mosaic(60, 96), Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    with open_picture(tmp_path / "a.png") as picture:
+    with open_image(tmp_path / "a.png") as picture:
         assert picture.size == (96, 60) and (picture.read(0, 0, 96, 60) == np.rot90(pixels, -1)).all()
 
 
@@ -202,10 +204,10 @@ def test_pillow_opens_what_our_limit_allows(tmp_path):
     our limit is twice that, and what lies above names the way out.
     """
     Image.new("1", (10000, 9500)).save(tmp_path / "large.png")
-    with open_picture(tmp_path / "large.png") as picture:
+    with open_image(tmp_path / "large.png") as picture:
         assert picture.size == (9500, 10000) and picture.read(9000, 9000, 4, 5).shape == (4, 5, 3)
     Image.new("1", (20000, 9500)).save(tmp_path / "larger.png")
-    with pytest.raises(ImageError, match="tiled TIFF"), open_picture(tmp_path / "larger.png"):
+    with pytest.raises(ImageError, match="tiled TIFF"), open_image(tmp_path / "larger.png"):
         pass
 
 
@@ -215,9 +217,9 @@ def test_without_rasterio(tmp_path):
     Image.fromarray(mosaic(60, 60)).save(tmp_path / "plain.tif")
     code = """import sys; sys.modules["rasterio"] = None
 from ovss_nb.core.optional import MissingExtra
-from ovss_nb.inference.tiles import open_picture, segment_tiles
-with open_picture("plain.tif") as picture: assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
-for call in (lambda: open_picture("geo.tif").__enter__(), lambda: segment_tiles("plain.tif", ["red"], None, "labels.tif")):
+from ovss_nb.inference.tiles import open_image, segment_tiles
+with open_image("plain.tif") as picture: assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
+for call in (lambda: open_image("geo.tif").__enter__(), lambda: segment_tiles("plain.tif", ["red"], None, "labels.tif")):
     try: call()
     except MissingExtra as e: print(e)"""
     out = subprocess.run(
@@ -624,7 +626,7 @@ def test_tiff_orientation(orientation, kind, tmp_path):
     whole = load_image(path)
     if kind != "mask":
         assert (whole == np.asarray(scene)).all()
-    with open_picture(path) as picture:
+    with open_image(path) as picture:
         assert (
             picture.size == (60, 96)
             and (picture.read(0, 0, 60, 96) == whole).all()
@@ -706,5 +708,5 @@ def test_bands_and_limits_reach_the_tiles(tmp_path):
 def test_four_bit_grey_reaches_white(tmp_path):
     grey = mosaic(60, 72)[..., 0] >> 4
     write_tiff(tmp_path / "a.tif", grey, NBITS=4)
-    with open_picture(tmp_path / "a.tif") as picture:
+    with open_image(tmp_path / "a.tif") as picture:
         assert (picture.read(0, 0, 60, 72) == np.repeat(grey[..., None] * 17, 3, 2)).all()

@@ -20,7 +20,7 @@ from ..core.cache import Cache
 from ..core.files import Journal, atomic_path, check_writable, file_digest, file_stem, refuse_overwrite
 from ..core.optional import MissingExtra, require
 from ..core.formats import FORMATS, save_as
-from ..core.images import check_bands, check_limits, load_image, open_picture
+from ..core.images import check_bands, check_limits, load_image, open_image
 from ..text.language_model import LanguageModel
 from ..core.options import Count, Index, NotNegative, Range, argument
 from ..encoders.registry import list_encoders
@@ -595,7 +595,7 @@ def run_tiles(args) -> int:
     if args.out.parent.is_dir():
         check_writable(args.out)
     # before a system is loaded; what it warns of is said again below
-    with warnings.catch_warnings(action="ignore"), open_picture(args.file, **reading):
+    with warnings.catch_warnings(action="ignore"), open_image(args.file, **reading):
         pass
     from ovss_nb.inference.tiles import segment_tiles
 

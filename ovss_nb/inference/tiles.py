@@ -20,7 +20,7 @@ from ..components.sliding_window import window_offsets, window_weights
 from ..core.cache import Cache
 from ..core.files import atomic_path, file_digest, refuse_overwrite
 from ..core.optional import require
-from ..core.images import Picture, check_bands, check_limits, open_picture
+from ..core.images import ImageWindows, check_bands, check_limits, open_image
 from ..core.options import Count, Index, Range, fit_option
 from ..core.segmentation import Segmentation, SegmentationError, default_palette
 from ..systems.pnp_ovss import PnPOVSS
@@ -28,7 +28,7 @@ from ..systems.simseg import SimSeg
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/inference/02_tiles.ipynb #07f1d5f1
-def _mirrored(picture: Picture, least: int) -> Picture:
+def _mirrored(picture: ImageWindows, least: int) -> ImageWindows:
     "The image, mirrored beyond its lower and right edges where a side has fewer than `least` pixels."
     height, width = picture.size
     if min(height, width) >= least:
@@ -38,7 +38,7 @@ def _mirrored(picture: Picture, least: int) -> Picture:
         inside = picture.read(top, left, min(h, height - top), min(w, width - left))
         return np.pad(inside, ((0, h - inside.shape[0]), (0, w - inside.shape[1]), (0, 0)), mode="symmetric")
 
-    return Picture((max(height, least), max(width, least)), read)
+    return ImageWindows((max(height, least), max(width, least)), read)
 
 # %% ../../nbs/inference/02_tiles.ipynb #b6951522
 def _enlarging(patches: int, pixels: int) -> torch.Tensor:
@@ -161,8 +161,8 @@ def _end_row(grid: _Grid, alive: dict[int, dict[int, _Tile]], end: int):
 
 # %% ../../nbs/inference/02_tiles.ipynb #0cae74f9
 def _plan(
-    picture: Picture, system: Any, tile: int | None, overlap: float, margin: int | None
-) -> tuple[Picture, _Grid]:
+    picture: ImageWindows, system: Any, tile: int | None, overlap: float, margin: int | None
+) -> tuple[ImageWindows, _Grid]:
     "The image, mirrored if it must be, and its tiles."
     tile, margin = fit_option("tile", tile, Count | None), fit_option("margin", margin, Index | None)
     overlap = fit_option("overlap", overlap, Annotated[float, Range(0, 1, "high")])
@@ -176,7 +176,7 @@ def _plan(
 # %% ../../nbs/inference/02_tiles.ipynb #bfbb0009
 @torch.inference_mode()
 def label_rows(
-    picture: Picture,
+    picture: ImageWindows,
     system: Any,  # from `ovss_nb.create`
     words: Any,  # what `Vocabulary.of` takes
     tile: int | None = None,  # pixels that are seen at once; default: the system's input size
@@ -220,14 +220,14 @@ def label_rows(
                 yield top, strip[: height - top, :width]
 
 # %% ../../nbs/inference/02_tiles.ipynb #67696f3e
-def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: Picture):
+def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: ImageWindows):
     "A GeoTIFF with palette and names, at the location of `picture`, and empty where that has no data."
     rasterio = require("rasterio", "geo")
     from rasterio.errors import NotGeoreferencedWarning
     from rasterio.windows import Window
 
     (height, width), palette = labels.shape, default_palette(vocabulary.names)
-    location = dict(picture.place or {})
+    location = dict(picture.georeference or {})
     points = location.pop("gcps", None)
     kind = dict(driver="GTiff", height=height, width=width, count=1, dtype=labels.dtype)
     kind |= dict(compress="deflate", bigtiff="if_safer")
@@ -250,7 +250,7 @@ def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture:
                     file.write_mask(picture.holes(top, 0, len(rows), width), window=window)
 
 
-def _write_png(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: Picture):
+def _write_png(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: ImageWindows):
     "As `Segmentation.save_png`, without its copies of the labels."
     image, palette = Image.fromarray(labels), default_palette(vocabulary.names)
     if labels.dtype == np.uint8:
@@ -307,7 +307,7 @@ def segment_tiles(
     dtype = np.dtype(np.uint8 if len(vocabulary) <= 256 else np.uint16)
     partial, state = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
     limits, bands = check_limits(limits), check_bands(bands)
-    with open_picture(source, limits, bands) as picture:
+    with open_image(source, limits, bands) as picture:
         height, width = picture.size
         files = picture.files or ((Path(source),) if isinstance(source, (str, Path)) else ())
         refuse_overwrite((out, partial, state), source, words, *files)
