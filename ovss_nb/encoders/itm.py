@@ -117,7 +117,7 @@ class CrossAttention:
 
 @contextmanager
 def seen_attention(module: nn.Module) -> Iterator[CrossAttention]:
-    "Within this context, what passes through a module is left in what is yielded, and can be differentiated by."
+    "Within this context, what passes through a module is left in what is yielded, as a part of the graph."
     seen = CrossAttention()
 
     def hook(module, inputs):
@@ -294,7 +294,7 @@ def align(
     vectors: torch.Tensor,  # n x dim, patches and sentences, n >= dim
     rest: tuple[float, float] = (11.5, 5.0),  # see `align_attention`; the first head sees most
 ):
-    "Start where like attends to like; residual branches start small. Raises `ValueError` for too few vectors."
+    "Start where like attends to like; residual branches start small. `ValueError` for too few vectors."
     width, dim = transformer.stem.weight.shape
     if len(vectors) < dim:
         raise ValueError(f"{len(vectors)} vectors cannot span {dim} directions; give at least {dim}")
