@@ -70,7 +70,7 @@ def matcher(network):
 
 @pytest.fixture(scope="module")
 def images(matcher):
-    return torch.cat([matcher.preprocess(o) for o in (PHOTO, PHOTO[:, ::-1].copy())])
+    return torch.cat([matcher.preprocess(image) for image in (PHOTO, PHOTO[:, ::-1].copy())])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def tokens(matcher, images):
 @pytest.mark.parametrize("size", [(96, 96), (48, 160), (128, 64), (16, 16)], ids=str)
 def test_logits_are_the_librarys(network, matcher, size):
     "At the trained size and others, padded rows and rows alone, whichever image they go with."
-    images = torch.cat([matcher.preprocess(o, size) for o in (PHOTO, PHOTO[::-1].copy())])
+    images = torch.cat([matcher.preprocess(image, size) for image in (PHOTO, PHOTO[::-1].copy())])
     prompts, index = matcher.prompts(TEXTS), [1, 0, 1]
     with torch.no_grad():
         theirs = network(
@@ -120,17 +120,18 @@ def test_texts_of_an_image_share_its_keys_and_values(network, matcher, images, i
     tokens = matcher.image_tokens(torch.cat([images, images[:1].flip(-2)]))
     prompts, made = matcher.prompts([*TEXTS, ["dog"], "A cup of coffee on a table."]), []
     modules = [
-        getattr(layer.crossattention.self, o)
+        getattr(layer.crossattention.self, part)
         for layer in network.text_encoder.encoder.layer
-        for o in ("key", "value")
+        for part in ("key", "value")
     ]
     handles = [
-        o.register_forward_hook(lambda module, inputs, output: made.append(len(output))) for o in modules
+        module.register_forward_hook(lambda module, inputs, output: made.append(len(output)))
+        for module in modules
     ]
     try:
         ours = matcher.match(tokens, prompts, index)
     finally:
-        [o.remove() for o in handles]
+        [handle.remove() for handle in handles]
     with torch.no_grad():
         hidden = network.text_encoder(
             input_ids=prompts.ids,
@@ -145,8 +146,8 @@ def test_probabilities_are_the_librarys(network, matcher, tokens, layer):
     prompts = matcher.prompts(TEXTS[:2])
     plain = matcher.match(tokens, prompts)
     with matcher.cross_attention(layer) as seen:
-        assert [len(matcher.attention_module(o)._forward_pre_hooks) for o in range(3)] == [
-            int(o == layer) for o in range(3)
+        assert [len(matcher.attention_module(layer)._forward_pre_hooks) for layer in range(3)] == [
+            int(each == layer) for each in range(3)
         ]
         logits = matcher.match(tokens, prompts)
     with torch.no_grad():
@@ -165,7 +166,7 @@ def test_probabilities_are_the_librarys(network, matcher, tokens, layer):
     assert min((every[a] - every[b]).abs().max() for a, b in ((0, 1), (1, 2), (0, 2))) > 1e-2
     # nothing before this layer was kept
     assert torch.equal(logits.detach(), plain) and M.is_leaf and M.requires_grad
-    assert not any(matcher.attention_module(o)._forward_pre_hooks for o in range(3))
+    assert not any(matcher.attention_module(layer)._forward_pre_hooks for layer in range(3))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -184,16 +185,16 @@ def test_gradient_equals_finite_differences(network, tokens, layer):
     assert (gradient[0][:, ~prompts.mask[0]] == 0).all() and (~prompts.mask[0]).any()
     rng = np.random.default_rng(0)
     for _ in range(10):
-        place = tuple(int(rng.integers(o)) for o in gradient.shape)
-        place = (
-            place[0],
-            place[1],
-            0 if layer == 2 else place[2] % int(prompts.mask[place[0]].sum()),
-            place[3],
+        entry = tuple(int(rng.integers(side)) for side in gradient.shape)
+        entry = (
+            entry[0],
+            entry[1],
+            0 if layer == 2 else entry[2] % int(prompts.mask[entry[0]].sum()),
+            entry[3],
         )
         assert (
-            gradient[place] != 0
-            and abs(finite_difference(z, matcher.attention_module(layer), place) - float(gradient[place]))
+            gradient[entry] != 0
+            and abs(finite_difference(z, matcher.attention_module(layer), entry) - float(gradient[entry]))
             <= 1e-6 * gradient.abs().max()
         )
 
@@ -244,7 +245,9 @@ def bicubic(table, size):
         for i in range(new):
             center = (i + 0.5) * old / new - 0.5
             near = range(int(np.floor(center)) - 1, int(np.floor(center)) + 3)
-            rows.append(sum(kernel(center - o) * np.take(table, min(max(o, 0), old - 1), axis) for o in near))
+            rows.append(
+                sum(kernel(center - row) * np.take(table, min(max(row, 0), old - 1), axis) for row in near)
+            )
         table = np.stack(rows, axis)
     return table
 
@@ -282,7 +285,7 @@ def test_first_token_and_spans(matcher):
     )
     words = matcher.tokenizer
     assert [prompts.ids[0, a:b].tolist() for a, b in prompts.spans[0]] == [
-        words(o, add_special_tokens=False)["input_ids"] for o in names
+        words(name, add_special_tokens=False)["input_ids"] for name in names
     ]
     assert [words.decode(prompts.ids[0, a:b]) for a, b in prompts.spans[0]] == [
         "cat",
@@ -349,7 +352,7 @@ def test_847_names_are_cut_into_the_fewest_parts_that_fit(matcher):
     names = list(load_vocabulary("ADE-847").names)
     parts, split = split_names(matcher, names), split_prompts(matcher, [names])
     sizes = split.mask.sum(1).tolist()
-    lengths = [len(matcher.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in names]
+    lengths = [len(matcher.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
     assert sum(parts, []) == names and len(parts) == len(split) == fewest_parts(lengths, 512 - 5) > 1
     # evenly
     assert max(sizes) <= 512 and max(sizes) - min(sizes) < 20 and split.lists.tolist() == [0] * len(parts)
@@ -384,7 +387,7 @@ def test_each_name_has_the_map_of_its_own_part(matcher, tokens, monkeypatch, lim
 
     merged = split.name_maps(salience(split, torch.tensor(index)[split.lists]))
     assert (
-        [len(o) for o in merged] == [7, 0, 4]
+        [len(maps) for maps in merged] == [7, 0, 4]
         and split.ids.shape[1] <= limit
         and split.lists.tolist() == owners
     )
@@ -420,7 +423,7 @@ def test_what_cannot_be_cut(matcher, monkeypatch):
     monkeypatch.setattr(matcher, "limit", 512)
     # full, and one too many
     assert split_prompts(matcher, [["cat"] * 507]).ids.shape == (1, 512) and [
-        len(o) for o in split_names(matcher, ["cat"] * 508)
+        len(name) for name in split_names(matcher, ["cat"] * 508)
     ] == [254, 254]
 
 
@@ -435,8 +438,8 @@ OUTSIDE = [
     ("vision_model.post_layernorm.weight", "visual_encoder.norm.weight"),
     ("vision_model.post_layernorm.bias", "visual_encoder.norm.bias"),
 ] + [
-    (o, o)
-    for o in (
+    (kind, kind)
+    for kind in (
         "text_encoder.embeddings.word_embeddings.weight",
         "text_encoder.embeddings.position_embeddings.weight",
         "text_encoder.embeddings.LayerNorm.weight",
@@ -474,9 +477,9 @@ def names_of(image_blocks, text_blocks):
         for end in ("weight", "bias")
     ]
     pairs += [
-        (f"text_encoder.encoder.layer.{i}.{o}.{end}",) * 2
+        (f"text_encoder.encoder.layer.{i}.{part}.{end}",) * 2
         for i in range(text_blocks)
-        for o in TEXT_BLOCK
+        for part in TEXT_BLOCK
         for end in ("weight", "bias")
     ]
     return {theirs: ours for ours, theirs in pairs}
@@ -489,8 +492,8 @@ def original(network, image_blocks, text_blocks):
     table, weights = names_of(image_blocks, text_blocks), network.state_dict()
     model = {theirs: weights[ours].clone() for theirs, ours in table.items()}
     model |= {
-        f"{key.split('.')[0]}_m.{key.split('.', 1)[1]}": torch.zeros_like(o)
-        for key, o in model.items()
+        f"{key.split('.')[0]}_m.{key.split('.', 1)[1]}": torch.zeros_like(tensor)
+        for key, tensor in model.items()
         if not key.startswith("itm_head")
     }
     model |= dict(
@@ -520,10 +523,10 @@ def test_original_file_goes_round(network, images, tmp_path):
     again = BLIPMatcher(
         tmp_path / "model_tiny.pth", size=96, config=blip_config(**SIZES["tiny"]), device="cpu"
     )
-    assert {k: o.tolist() for k, o in again.model.itm_head.state_dict().items()} == {
-        k: o.tolist() for k, o in network.itm_head.state_dict().items()
+    assert {k: tensor.tolist() for k, tensor in again.model.itm_head.state_dict().items()} == {
+        k: tensor.tolist() for k, tensor in network.itm_head.state_dict().items()
     }
-    assert all(torch.equal(o, network.state_dict()[k]) for k, o in again.model.state_dict().items())
+    assert all(torch.equal(tensor, network.state_dict()[k]) for k, tensor in again.model.state_dict().items())
     first = BLIPMatcher(network, size=96, device="cpu")
     assert (
         again.match(images, TEXTS[:2]) - first.match(images, TEXTS[:2])
@@ -551,15 +554,21 @@ def test_every_way_to_the_same_weights(narrow, tmp_path, name):
         narrow.save_pretrained(tmp_path / name)
     else:
         save_file(
-            {k: o.half() if name == "half.safetensors" else o for k, o in narrow.state_dict().items()},
+            {
+                k: tensor.half() if name == "half.safetensors" else tensor
+                for k, tensor in narrow.state_dict().items()
+            },
             tmp_path / name,
         )
     found = load_blip(str(tmp_path / name))
     assert all(
         torch.allclose(
-            o, narrow.state_dict()[k], atol=5e-3 if "half" in name else 0, rtol=1e-3 if "half" in name else 0
+            tensor,
+            narrow.state_dict()[k],
+            atol=5e-3 if "half" in name else 0,
+            rtol=1e-3 if "half" in name else 0,
         )
-        for k, o in found.state_dict().items()
+        for k, tensor in found.state_dict().items()
     )
     assert {p.dtype for p in found.parameters()} == {
         torch.float32
@@ -576,7 +585,7 @@ def test_published_sizes():
     for name, width, depth, heads in (("base", 768, 12, 12), ("large", 1024, 24, 16)):
         with torch.device("meta"):
             network = BlipForImageTextRetrieval(blip_config(**SIZES[name]))
-        shapes = {k: tuple(o.shape) for k, o in network.state_dict().items()}
+        shapes = {k: tuple(tensor.shape) for k, tensor in network.state_dict().items()}
         table = names_of(depth, 12)
         assert set(table.values()) == set(shapes)
         expected = {
@@ -593,7 +602,7 @@ def test_published_sizes():
             "vision_proj.weight": (256, width),
             "text_proj.weight": (256, 768),
         }
-        assert {o: shapes[table[o]] for o in expected} == expected
+        assert {key: shapes[table[key]] for key in expected} == expected
         assert (
             network.config.vision_config.num_attention_heads == heads
             and network.config.text_config.num_attention_heads == 12
@@ -619,7 +628,7 @@ def as_downloaded(network, root, repository):
 def swapped(tokenizer, folder):
     "Write a tokenizer in which cat and dog have changed places."
     numbers = tokenizer.get_vocab()
-    own = [{"cat": "dog", "dog": "cat"}.get(o, o) for o in sorted(numbers, key=numbers.get)]
+    own = [{"cat": "dog", "dog": "cat"}.get(each, each) for each in sorted(numbers, key=numbers.get)]
     (folder / "vocab.txt").write_text("\n".join(own) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps(dict(tokenizer_class="BertTokenizer", do_lower_case=True))
@@ -705,7 +714,7 @@ def test_tokenizer_beside_the_weights(network, matcher, tmp_path):
         == matcher.prompts([["dog"]]).ids.tolist()
     )
     few = BertTokenizerFast(
-        vocab={o: i for i, o in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"])}
+        vocab={each: i for i, each in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"])}
     )
     with pytest.raises(ValueError, match="bert-base-uncased"):
         BLIPMatcher(network, size=96, tokenizer=few, device="cpu")
@@ -799,8 +808,8 @@ def test_files_that_are_none(narrow, tmp_path, monkeypatch, kind):
         load_blip(path)
     assert (
         any(
-            o in str(caught.value)
-            for o in ("cannot be read", "no plain table of tensors", "no image-text retrieval model")
+            words in str(caught.value)
+            for words in ("cannot be read", "no plain table of tensors", "no image-text retrieval model")
         )
         and not (tmp_path / "exploited").exists()
     )

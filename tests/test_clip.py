@@ -160,8 +160,8 @@ WAYS = [
     [{}, dict(ls_init_value=0.3), dict(quick_gelu=False)],
     ids=["plain", "layer scale", "exact gelu"],
 )
-@pytest.mark.parametrize("size", SIZES, ids=lambda o: f"{o[0]}x{o[1]}")
-@pytest.mark.parametrize("way,options", WAYS, ids=lambda o: str(o))
+@pytest.mark.parametrize("size", SIZES, ids=lambda case: f"{case[0]}x{case[1]}")
+@pytest.mark.parametrize("way,options", WAYS, ids=lambda case: str(case))
 def test_dense_equals_plain_algebra(way, options, size, vision):
     model, x = tiny(**vision), images(*size)
     dense = CLIPEncoder(model, dense_mode=way, device="cpu", **options).dense(x)
@@ -254,11 +254,11 @@ def test_bf16_is_close():
             CLIPEncoder(
                 tiny(text=WORDS),
                 dense_mode=way,
-                precision=o,
+                precision=kind,
                 device="cpu",
                 tokenizer=open_clip.SimpleTokenizer(),
             )
-            for o in ("fp32", "bf16")
+            for kind in ("fp32", "bf16")
         )
         assert b.dtype == torch.bfloat16 and b.dense(x).dtype == torch.float32
         assert F.cosine_similarity(a.dense(x), b.dense(x), dim=1).min() > 0.98
@@ -266,10 +266,12 @@ def test_bf16_is_close():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way,options", WAYS, ids=lambda o: str(o))
+@pytest.mark.parametrize("way,options", WAYS, ids=lambda case: str(case))
 def test_cuda_agrees_with_the_cpu(way, options):
     x = images(48, 72)
-    cpu, cuda = (CLIPEncoder(tiny(), dense_mode=way, device=o, **options).encode(x) for o in ("cpu", "auto"))
+    cpu, cuda = (
+        CLIPEncoder(tiny(), dense_mode=way, device=kind, **options).encode(x) for kind in ("cpu", "auto")
+    )
     assert cuda.dense.is_cuda
     # TF32 in the convolution
     assert torch.allclose(cpu.dense, cuda.dense.cpu(), atol=5e-3) and torch.allclose(
@@ -287,9 +289,9 @@ def test_catseg_dense_clip():
     golden = doubles.golden("catseg_clip_dense")
     state = {k[2:]: v for k, v in golden.items() if k.startswith("w.")}
     # the checkpoint keeps query, key and value apart
-    for key in [o for o in state if o.endswith("q_proj_weight")]:
+    for key in [key for key in state if key.endswith("q_proj_weight")]:
         stem = key.removesuffix("q_proj_weight")
-        state[f"{stem}in_proj_weight"] = torch.cat([state.pop(f"{stem}{o}_proj_weight") for o in "qkv"])
+        state[f"{stem}in_proj_weight"] = torch.cat([state.pop(f"{stem}{each}_proj_weight") for each in "qkv"])
     model = tiny(
         embed_dim=32,
         image_size=64,
@@ -353,7 +355,7 @@ def test_token_counts_equal_the_tokenizers_own():
         "猫と犬",
         "supercalifragilisticexpialidocious " * 30,
     ]
-    assert count_tokens(tokenizer, prompts) == [len(tokenizer.encode(o)) + 2 for o in prompts]
+    assert count_tokens(tokenizer, prompts) == [len(tokenizer.encode(prompt)) + 2 for prompt in prompts]
 
 
 def test_a_prompt_too_long_is_named():
@@ -454,7 +456,7 @@ class Module(torch.nn.Module):
 def archive(path, state, **numbers):
     "A TorchScript archive like OpenAI's: half precision, and three numbers among the weights."
     root = Module()
-    for name, value in (state | {key: torch.tensor(o) for key, o in numbers.items()}).items():
+    for name, value in (state | {key: torch.tensor(tensor) for key, tensor in numbers.items()}).items():
         module = root
         for part in name.split(".")[:-1]:
             if not hasattr(module, part):
@@ -538,9 +540,9 @@ def test_normalization_and_filter_of_a_file_are_those_of_all_tags(published):
 def test_normalization_belongs_into_the_fingerprint(published):
     publish, path = published
     publish(a=OPENAI, b=HALF, c=OPENAI | dict(interpolation="bilinear"))
-    found = {o: CLIPEncoder("ovss-test", path, like=o, device="cpu") for o in "abc"}
+    found = {each: CLIPEncoder("ovss-test", path, like=each, device="cpu") for each in "abc"}
     assert (
-        len({o.fingerprint for o in found.values()}) == 3
+        len({encoder.fingerprint for encoder in found.values()}) == 3
         and found["a"].fingerprint == CLIPEncoder("ovss-test", path, like="a", device="cpu").fingerprint
     )
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -549,12 +551,12 @@ def test_normalization_belongs_into_the_fingerprint(published):
     ) and not torch.equal(found["a"].preprocess(picture), found["c"].preprocess(picture))
     assert torch.equal(found["a"].text(["cat"]), found["b"].text(["cat"]))
     # So does the way of reading; texts are the same, and are cached once.
-    assert len({o.text_fingerprint for o in found.values()}) == 1
+    assert len({encoder.text_fingerprint for encoder in found.values()}) == 1
     assert (
         len(
             {
-                CLIPEncoder("ovss-test", path, dense_mode=o, like="a", device="cpu").fingerprint
-                for o in ("tokens", "value", "vv", "loda")
+                CLIPEncoder("ovss-test", path, dense_mode=kind, like="a", device="cpu").fingerprint
+                for kind in ("tokens", "value", "vv", "loda")
             }
         )
         == 4
@@ -570,19 +572,21 @@ def test_openais_own_file_is_known_by_its_marks(published, form):
         archive(path, state, **MARKED)
     elif form == "safetensors":
         save_file(
-            state | {name: torch.tensor(o) for name, o in MARKED.items()},
+            state | {name: torch.tensor(tensor) for name, tensor in MARKED.items()},
             path := path.with_suffix(".safetensors"),
         )
     else:
-        table = state | {name: torch.tensor(o) for name, o in MARKED.items()}
+        table = state | {name: torch.tensor(tensor) for name, tensor in MARKED.items()}
         torch.save(
-            table if form == "table" else dict(state_dict={f"module.{name}": o for name, o in table.items()}),
+            table
+            if form == "table"
+            else dict(state_dict={f"module.{name}": tensor for name, tensor in table.items()}),
             path,
         )
     encoder, x = create_encoder(f"clip:ovss-test/{path}", device="cpu"), images(32, 32)
     expected = tiny(seed=7, text=WORDS)
     if form == "archive":
-        expected.load_state_dict({name: o.half().float() for name, o in state.items()})
+        expected.load_state_dict({name: tensor.half().float() for name, tensor in state.items()})
     assert "QuickGELU" in encoder.name and torch.equal(
         encoder.dense(x), CLIPEncoder(expected, device="cpu").dense(x)
     )

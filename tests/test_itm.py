@@ -176,12 +176,12 @@ def test_the_layer_asked_for_is_captured_and_no_other(matcher, tokens, layer):
     prompts = matcher.prompts(TEXTS)
     plain = matcher.match(tokens, prompts, [0, 1, 1])
     with matcher.cross_attention(layer) as seen:
-        assert [len(matcher.attention_module(o)._forward_pre_hooks) for o in range(3)] == [
-            int(o == layer) for o in range(3)
+        assert [len(matcher.attention_module(layer)._forward_pre_hooks) for layer in range(3)] == [
+            int(each == layer) for each in range(3)
         ]
         assert seen.probabilities is None
         logits = matcher.match(tokens, prompts, [0, 1, 1])
-    assert not any(matcher.attention_module(o)._forward_pre_hooks for o in range(3))
+    assert not any(matcher.attention_module(layer)._forward_pre_hooks for layer in range(3))
     assert torch.equal(logits.detach(), plain) and not plain.requires_grad
     M = seen.probabilities
     assert (
@@ -226,11 +226,11 @@ def test_gradient_equals_finite_differences(encoder, tokens, layer):
     assert gradient[0][:, 1:].abs().max() > 0 if layer == 0 else (gradient[:, :, 1:] == 0).all()
     rng = np.random.default_rng(0)
     for _ in range(12):
-        place = tuple(int(rng.integers(o)) for o in gradient.shape)
+        entry = tuple(int(rng.integers(side)) for side in gradient.shape)
         if layer == 2:
-            place = (*place[:2], 0, place[3])
+            entry = (*entry[:2], 0, entry[3])
         assert abs(
-            finite_difference(z, matcher.attention_module(layer), place) - float(gradient[place])
+            finite_difference(z, matcher.attention_module(layer), entry) - float(gradient[entry])
         ) <= 1e-6 * max(1, gradient.abs().max())
 
 
@@ -309,7 +309,7 @@ def test_aligned_words_look_at_what_resembles_them(encoder):
     matcher.transformer.align(
         torch.cat(
             [
-                encoder.words([f"a photo of a {o}." for o in words]),
+                encoder.words([f"a photo of a {word}." for word in words]),
                 F.normalize(torch.randn(400, 384), dim=-1) * 0.2,
             ]
         )
@@ -319,7 +319,7 @@ def test_aligned_words_look_at_what_resembles_them(encoder):
     prompts = matcher.prompts([["cat"], ["car"]])
     with matcher.cross_attention(0) as seen:
         matcher.match(ImageTokens(patches, (2, 2)), prompts)
-    maps = torch.stack([o[0] for o in prompts.name_maps(seen.probabilities[:, 0])])
+    maps = torch.stack([prompt[0] for prompt in prompts.name_maps(seen.probabilities[:, 0])])
     assert maps[0, 1:3].sum() > 2 * maps[0, 3:].sum() and maps[1, 3:].sum() > 2 * maps[1, 1:3].sum()
     with pytest.raises(ValueError, match="cannot span"):
         MatchingTransformer().align(torch.randn(100, 384))
@@ -328,8 +328,8 @@ def test_aligned_words_look_at_what_resembles_them(encoder):
 def test_files(encoder, matcher, tokens, tmp_path):
     path = tmp_path / "itm.safetensors"
     matcher.save(path)
-    assert {o.dtype for o in load_file(path).values()} == {torch.float16} and not any(
-        "encoder" in o for o in load_file(path)
+    assert {key.dtype for key in load_file(path).values()} == {torch.float16} and not any(
+        "encoder" in key for key in load_file(path)
     )
     again = LiteITM(path, encoder=encoder)
     assert (
@@ -343,7 +343,7 @@ def test_files(encoder, matcher, tokens, tmp_path):
     assert (
         again.encoder is encoder and len({matcher.fingerprint, again.fingerprint, encoder.fingerprint}) == 3
     )
-    assert sorted(o.name for o in tmp_path.iterdir()) == ["itm.safetensors", "twice.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["itm.safetensors", "twice.safetensors"]
 
 
 def test_unfit_files_are_refused(encoder, matcher, tmp_path):
@@ -433,14 +433,14 @@ def test_training_notebook(encoder, tmp_path, monkeypatch):
     assert (
         metrics["questions"] > 20 and metrics["recipe"]["pictures"] == 32 and 0 < metrics["whole_image"] < 60
     )
-    assert metrics["before_training"]["auc"] > 0.5 and {o["map"] for o in metrics["pointing"]} == {
+    assert metrics["before_training"]["auc"] > 0.5 and {row["map"] for row in metrics["pointing"]} == {
         "attention",
         "salience",
     }
     assert LiteITM(tmp_path / "run/lite_itm.safetensors", encoder=encoder).transformer.options["width"] == 48
     (tmp_path / "run/metrics.json").unlink()  # as if killed while measuring
     again = run()
-    assert {k: o for k, o in again.items() if k != "minutes"} == {
-        k: o for k, o in metrics.items() if k != "minutes"
+    assert {k: tensor for k, tensor in again.items() if k != "minutes"} == {
+        k: tensor for k, tensor in metrics.items() if k != "minutes"
     }
     assert (tmp_path / "run/training/log.csv").read_bytes() == log

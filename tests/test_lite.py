@@ -105,9 +105,9 @@ def pictures(*size, count=2):
 @pytest.mark.parametrize("size", [(224, 224), (320, 448), (32, 32)])
 def test_features_are_the_sum_of_their_parts(lite, size):
     "Recomputed from the tower's tensors with nothing but torch.nn.functional, positions resized on the way."
-    x, w = pictures(*size), {k: o for k, o in lite.tower.state_dict().items()}
+    x, w = pictures(*size), {k: tensor for k, tensor in lite.tower.state_dict().items()}
     h, wide = size[0] // 32, size[1] // 32
-    unit = lambda o: F.normalize(o, dim=-1)
+    unit = lambda x: F.normalize(x, dim=-1)
     with torch.inference_mode():
         found = lite.encode(x)
         stages = lite.network.forward_intermediates(x, indices=[3, 4], norm=False, intermediates_only=True)
@@ -144,13 +144,13 @@ def test_features_are_the_sum_of_their_parts(lite, size):
             1,
         )
         y = y + torch.cat([w["visual.positional_embedding"][:1], table])
-        norm = lambda o, name: F.layer_norm(o, o.shape[-1:], w[name + ".weight"], w[name + ".bias"])
+        norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
         y, heads = norm(y, "visual.ln_pre"), lite.tower.config["heads"]
         for i in range(lite.tower.config["layers"]):
             p = f"visual.transformer.resblocks.{i}."
             q, k, v = (
-                o.unflatten(-1, (heads, -1)).transpose(1, 2)
-                for o in F.linear(
+                row.unflatten(-1, (heads, -1)).transpose(1, 2)
+                for row in F.linear(
                     norm(y, p + "ln_1"), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]
                 ).chunk(3, -1)
             )
@@ -173,9 +173,9 @@ def test_features_are_the_sum_of_their_parts(lite, size):
 
 def test_a_batch_is_its_pictures(lite):
     x = pictures(224, 224)
-    together, alone = lite.encode(x), [lite.encode(o[None]) for o in x]
-    assert (together.dense - torch.cat([o.dense for o in alone])).abs().max() <= 1e-4
-    assert (together.pooled - torch.cat([o.pooled for o in alone])).abs().max() <= 1e-4
+    together, alone = lite.encode(x), [lite.encode(each[None]) for each in x]
+    assert (together.dense - torch.cat([features.dense for features in alone])).abs().max() <= 1e-4
+    assert (together.pooled - torch.cat([features.pooled for features in alone])).abs().max() <= 1e-4
 
 
 def test_class_token_copies_under_a_mask_leave_the_others_alone(lite):
@@ -219,10 +219,10 @@ def test_knows_what_imagenet_never_named(lite):
     from ovss_nb.core.images import load_image
 
     photo, conse = load_image(Path(data.__file__).parent / "rocket.jpg"), ConSEEncoder(device="cpu")
-    words = lite.text([f"a photo of a {o}." for o in ("sky", "rocket", "cloud", "launch tower")])
+    words = lite.text([f"a photo of a {kind}." for kind in ("sky", "rocket", "cloud", "launch tower")])
     shares = [
-        ((o.encode(o.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean()
-        for o in (lite, conse)
+        ((each.encode(each.preprocess(photo)).patches()[0] @ words.T).argmax(-1) == 0).float().mean()
+        for each in (lite, conse)
     ]
     assert shares[0] > 0.5 and shares[1] < 0.25
 
@@ -230,7 +230,7 @@ def test_knows_what_imagenet_never_named(lite):
 def test_gradients_reach_the_pixels(lite):
     x = pictures(64, 64, count=1).requires_grad_()
     lite.encode(x).dense.square().sum().backward()
-    assert x.grad.abs().sum() > 0 and all(o.grad is None for o in lite.parameters())
+    assert x.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in lite.parameters())
 
 
 def test_unfit_weights_are_refused(tmp_path):
@@ -244,7 +244,7 @@ def test_unfit_weights_are_refused(tmp_path):
 
     tower = LiteTower()
     save_file(
-        {k: o for k, o in tower.state_dict().items() if "local" not in k},
+        {k: tensor for k, tensor in tower.state_dict().items() if "local" not in k},
         tmp_path / "part.safetensors",
         dict(config='{"width": 192}'),
     )

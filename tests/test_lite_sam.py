@@ -73,10 +73,10 @@ def test_maps_at_stride_16(encoder, height, width):
     x, grid, every = images(height, width), (height // 16, width // 16), list(encoder.global_blocks)
     dense, layers = encoder.dense(x), encoder.layers(x, every)
     assert dense.shape == (2, encoder.dim, *grid) and all(
-        o.shape == (2, encoder.width, *grid) for o in layers
+        layer.shape == (2, encoder.width, *grid) for layer in layers
     )
     assert (
-        all(o.dtype == torch.float32 and o.isfinite().all() for o in (dense, *layers))
+        all(layer.dtype == torch.float32 and layer.isfinite().all() for layer in (dense, *layers))
         and encoder.stride == 16
     )
     again = encoder.layers(x, every[::-1])
@@ -89,9 +89,9 @@ def test_maps_at_stride_16(encoder, height, width):
 def test_pyramid(encoder, height, width):
     x = images(height, width)
     levels = encoder.pyramid(x)
-    assert [tuple(o.shape) for o in levels] == [
+    assert [tuple(level.shape) for level in levels] == [
         (2, encoder.width, height // stride, width // stride) for stride in (4, 8, 16, 32)
-    ] and all(o.dtype == torch.float32 for o in levels)
+    ] and all(level.dtype == torch.float32 for level in levels)
     assert torch.allclose(levels[2], encoder.layers(x, list(encoder.global_blocks))[2], atol=1e-5)
     with pytest.raises(ValueError, match="multiples of 32.*Pad with zeros"):
         encoder.pyramid(images(80, 48))
@@ -135,7 +135,7 @@ def test_frame(encoder, shape):
 
 def test_frozen_and_fingerprinted(encoder):
     assert (
-        not any(o.requires_grad for o in encoder.parameters())
+        not any(parameter.requires_grad for parameter in encoder.parameters())
         and len(encoder.fingerprint) == 64
         and encoder.device.type == "cpu"
     )
@@ -177,16 +177,16 @@ def test_as_ebseg_uses_it(encoder):
     with CLIP's layers.
     """
     pixels = torch.randint(0, 256, (2, 3, 60, 90), generator=torch.Generator().manual_seed(0)).float()
-    mean, std = (255 * torch.tensor(o).view(1, 3, 1, 1) for o in (encoder.mean, encoder.std))
+    mean, std = (255 * torch.tensor(three).view(1, 3, 1, 1) for three in (encoder.mean, encoder.std))
     levels = encoder.pyramid(F.pad((pixels - mean) / std, (0, 6, 0, 4)))
     projections = nn.ModuleList(nn.Conv2d(48, encoder.width, 1) for _ in range(3))
     for k, projection in enumerate(projections, 1):
         levels[k] = levels[k] + F.interpolate(
             projection(torch.randn(2, 48, 4, 4)), levels[k].shape[-2:], mode="bilinear"
         )
-    sum(o.square().mean() for o in levels).backward()
-    assert [o.shape[-1] for o in levels] == [24, 12, 6, 3] and all(
-        o.weight.grad.abs().sum() > 0 for o in projections
+    sum(level.square().mean() for level in levels).backward()
+    assert [level.shape[-1] for level in levels] == [24, 12, 6, 3] and all(
+        projection.weight.grad.abs().sum() > 0 for projection in projections
     )
 
 
@@ -236,7 +236,7 @@ def loops(neck, x, stages):
 def test_maps_equal_plain_algebra(lite):
     x = images(64, 96).clamp(-1, 1)
     stages = lite.network.forward_intermediates(x, indices=range(5), norm=False, intermediates_only=True)
-    assert tuple(o.shape[1] for o in stages) == CHANNELS
+    assert tuple(stage.shape[1] for stage in stages) == CHANNELS
     levels = loops(lite.neck, x, stages)
     for ours, expected in zip(lite.pyramid(x), levels):
         assert (ours - expected).abs().max() <= 1e-4 * (1 + expected.abs().max())
@@ -267,7 +267,9 @@ def test_filling_up_is_cut_off(lite):
 def test_gradients_reach_the_image(lite):
     x = images(32, 64, 1).requires_grad_()
     lite.pyramid(x)[0][0, :, 3, 9].sum().backward()
-    assert x.grad[0, :, 12:16, 36:40].abs().sum() > 0 and all(o.grad is None for o in lite.parameters())
+    assert x.grad[0, :, 12:16, 36:40].abs().sum() > 0 and all(
+        parameter.grad is None for parameter in lite.parameters()
+    )
 
 
 def test_finest_level_moves_with_an_edge(lite):
@@ -387,12 +389,12 @@ def test_boundaries_equal_distances():
         for x in range(15):
             before = [labels[y - 1, x]] * (y > 0) + [labels[y, x - 1]] * (x > 0)
             # 3 x 3 is a thin band, not an area
-            border[y, x] = labels[y, x] == 255 or any(o != labels[y, x] and o != 255 for o in before)
+            border[y, x] = labels[y, x] == 255 or any(each != labels[y, x] and each != 255 for each in before)
     points = np.argwhere(border)
     strong = np.argwhere(strength > 0.8)
 
     def near(a, b):
-        return sum(np.hypot(*(o - b).T).min() <= 2 for o in a)
+        return sum(np.hypot(*(each - b).T).min() <= 2 for each in a)
 
     counts = boundary_matches(strength, labels, [0.8, 2])
     assert counts[0].tolist() == [
@@ -436,7 +438,7 @@ def test_sharper_than_colors_and_than_the_stem(lite):
         colors = F.avg_pool2d(x, 4)[0]
         colors = torch.cat([colors - colors.mean((1, 2), keepdim=True), torch.ones(1, 112, 112)])
         found.append(
-            [affinity_auc(o, labels, distance) for distance in (1, 4) for o in (finest, colors, last)]
+            [affinity_auc(each, labels, distance) for distance in (1, 4) for each in (finest, colors, last)]
         )
     near, far = np.nanmean(found, 0).reshape(2, 3)
     assert near[0] > near[1] > near[2] and far[0] > far[1] + 0.02 and far[0] > far[2] + 0.1

@@ -170,7 +170,7 @@ class Reference:
         h, w, _ = x.shape
         q, k, v = np.split(self.linear(x, f"{name}.qkv").reshape(h * w, -1), 3, -1)
         vertical, horizontal = (
-            self.distances(self.w[f"{name}.rel_pos_{o}"], n) for o, n in (("h", h), ("w", w))
+            self.distances(self.w[f"{name}.rel_pos_{each}"], n) for each, n in (("h", h), ("w", w))
         )
         row, column = np.divmod(np.arange(h * w), w)
         out, size = np.zeros_like(v), WIDTH // HEADS
@@ -227,7 +227,7 @@ class Reference:
         return outputs, self.norm(out, "neck.3").transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda o: f"{o[0]}x{o[1]}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda case: f"{case[0]}x{case[1]}")
 @pytest.mark.parametrize(
     "blocks", [dict(depth=2, global_blocks=(1,)), dict(depth=3, global_blocks=(0, 2))], ids=str
 )
@@ -266,7 +266,9 @@ def test_pyramid_resizes_the_global_blocks(size):
     levels = ours.pyramid(x)
     assert ours.global_blocks == (0, 2, 3, 5)
     # the patch is 4: strides 1, 2, 4, 8
-    assert [tuple(o.shape[1:]) for o in levels] == [(WIDTH, size[0] // s, size[1] // s) for s in (1, 2, 4, 8)]
+    assert [tuple(level.shape[1:]) for level in levels] == [
+        (WIDTH, size[0] // s, size[1] // s) for s in (1, 2, 4, 8)
+    ]
     for level, output, scale in zip(levels, ours.layers(x, [0, 2, 3, 5]), (4, 2, 1, 0.5)):
         h, w = output.shape[2:]
         vertical, horizontal = (resample(n, int(n * scale), linear, 1) for n in (h, w))
@@ -318,7 +320,8 @@ def test_layers_keep_order_and_stop_early():
 def test_images_of_a_batch_do_not_meet():
     ours, x = encoder(tiny(depth=4, global_blocks=(0, 1, 2, 3))), images(32, 48, batch=3)
     for together, alone in zip(
-        [ours.dense(x), *ours.pyramid(x)], zip(*[[ours.dense(o[None]), *ours.pyramid(o[None])] for o in x])
+        [ours.dense(x), *ours.pyramid(x)],
+        zip(*[[ours.dense(each[None]), *ours.pyramid(each[None])] for each in x]),
     ):
         assert (together - torch.cat(alone)).abs().max() <= 1e-5
     other = x.clone()
@@ -338,7 +341,7 @@ def test_other_sizes_leave_the_weights_alone():
         ours.dense(images(*size))
     ours.pyramid(images(48, 64))
     assert before.keys() == ours.model.state_dict().keys() and all(
-        torch.equal(o, before[k]) for k, o in ours.model.state_dict().items()
+        torch.equal(tensor, before[k]) for k, tensor in ours.model.state_dict().items()
     )
     assert encoder(network).fingerprint == fingerprint and torch.equal(ours.dense(images(32, 32)), native)
 
@@ -374,14 +377,14 @@ def test_gradients_reach_images_and_unfrozen_positions():
         assert torch.equal(ours.dense(x), encoder().dense(x))
     ours.dense(x).square().sum().backward()
     assert x.grad.isfinite().all() and (x.grad.abs().amax((2, 3)) > 0).all()
-    assert not any(o.requires_grad for o in ours.parameters())
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
     ours.model.pos_embed.requires_grad_()
     ours.dense(x.detach()).square().sum().backward()
     gradient = ours.model.pos_embed.grad.clone()
     assert (
         gradient.isfinite().all()
         and gradient.abs().max() > 0
-        and all(o.grad is None for n, o in ours.model.named_parameters() if n != "pos_embed")
+        and all(parameter.grad is None for n, parameter in ours.model.named_parameters() if n != "pos_embed")
     )
     # a difference quotient in double precision agrees
     exact = copy.deepcopy(ours).to(torch.float64)
@@ -419,7 +422,7 @@ def stand_in(model):
     "State dict of the whole of SAM with the right names and shapes and no memory: one zero, repeated."
     with torch.device("meta"):
         whole = sam_model_registry[model]()
-    return {k: torch.zeros(1).expand(o.shape) for k, o in whole.state_dict().items()}
+    return {k: torch.zeros(1).expand(tensor.shape) for k, tensor in whole.state_dict().items()}
 
 
 def test_checkpoints_go_round(sam):
@@ -438,19 +441,19 @@ def test_checkpoints_go_round(sam):
             ours = SAMEncoder("vit_b", folder / file, device="cpu")
             assert ours.model.state_dict().keys() == expected.keys()
             assert all(
-                torch.equal(o, expected[k]) and o.dtype == torch.float32
-                for k, o in ours.model.state_dict().items()
+                torch.equal(tensor, expected[k]) and tensor.dtype == torch.float32
+                for k, tensor in ours.model.state_dict().items()
             )
             assert (
                 ours.name == "sam vit_b"
-                and not any(o.requires_grad for o in ours.parameters())
+                and not any(parameter.requires_grad for parameter in ours.parameters())
                 and not ours.model.training
             )
             dense.append((ours.dense(x), ours.fingerprint))
             (folder / file).unlink()
         assert torch.equal(dense[0][0], dense[1][0]) and dense[0][1] == dense[1][1]
         assert torch.allclose(dense[0][0], SAMEncoder(sam, device="cpu").dense(x), atol=1e-6)
-        torch.save({k: o.half() for k, o in expected.items()}, folder / "encoder.pth")
+        torch.save({k: tensor.half() for k, tensor in expected.items()}, folder / "encoder.pth")
         ours = SAMEncoder("vit_b", str(folder / "encoder.pth"), device="cpu")
         assert ours.dtype == torch.float32 and torch.equal(
             ours.model.pos_embed, expected["pos_embed"].half().float()
@@ -464,7 +467,9 @@ def test_every_architecture_is_recognised(tmp_path, model):
     network = load_sam(model, tmp_path / "weights.pth")
     with torch.device("meta"):
         expected = sam_model_registry[model]().image_encoder.state_dict()
-    assert {k: o.shape for k, o in network.state_dict().items()} == {k: o.shape for k, o in expected.items()}
+    assert {k: tensor.shape for k, tensor in network.state_dict().items()} == {
+        k: tensor.shape for k, tensor in expected.items()
+    }
     for other in CHECKPOINTS.keys() - {model}:
         with pytest.raises(
             ValueError,
@@ -486,7 +491,11 @@ def test_missing_and_unknown_weights_say_what_to_do(tmp_path):
 
 
 def test_other_networks_are_refused(tmp_path):
-    weights = {k: o for k, o in stand_in("vit_b").items() if not k.startswith("image_encoder.blocks.7.attn")}
+    weights = {
+        k: tensor
+        for k, tensor in stand_in("vit_b").items()
+        if not k.startswith("image_encoder.blocks.7.attn")
+    }
     torch.save(weights, tmp_path / "short.pth")
     with pytest.raises(
         ValueError, match=r"does not fit vit_b \(6 tensors differ\): blocks.7.attn.proj.bias is missing"
@@ -536,7 +545,7 @@ def test_random_weights_must_be_asked_for():
 
 
 def test_without_the_extra(monkeypatch):
-    for name in [o for o in sys.modules if o.split(".")[0] == "segment_anything"]:
+    for name in [module for module in sys.modules if module.split(".")[0] == "segment_anything"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtra, match=r"pip install 'ovss_nb\[sam\]'"):
         SAMEncoder("vit_b", "random")
@@ -586,7 +595,7 @@ def test_fingerprint_sees_weights_and_windows():
     other.blocks[1].window_size = 8
     assert (
         len(
-            {encoder(o).fingerprint for o in (one, other, tiny(seed=1))}
+            {encoder(each).fingerprint for each in (one, other, tiny(seed=1))}
             | {encoder(precision="bf16").fingerprint}
         )
         == 4
@@ -598,7 +607,7 @@ def test_frame_equals_the_package_at_any_shape(sam, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     ours = encoder(tiny(patch_size=16, img_size=128), size=128)
     framed = ours.preprocess(image)
-    height, width = (max(1, int(o * 128 / max(shape) + 0.5)) for o in shape)
+    height, width = (max(1, int(side * 128 / max(shape) + 0.5)) for side in shape)
     assert (
         framed.shape == (1, 3, 128, 128)
         and (framed[..., height:, :] == 0).all()

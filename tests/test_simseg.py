@@ -111,7 +111,7 @@ def test_end_to_end_labels_are_the_recorded_ones(encoder, golden):
         F.interpolate(maps[selected].unflatten(1, (6, 6))[None], scale_factor=16, mode="nearest")[0]
     )
     close(thinned(big, 4), golden["out.selected_maps_minmax_stride4"], 2e-5)
-    masks = np.stack([erode(dilate(o > 0.5)) for o in big.numpy()])
+    masks = np.stack([erode(dilate(each > 0.5)) for each in big.numpy()])
     masks = F.interpolate(torch.from_numpy(masks)[None].float(), (70, 110), mode="nearest")[0].bool().numpy()
     labels = merge_masks(masks, selected, scores[selected], background=0)
     assert np.array_equal(labels, golden["out.pred_after_fake_crf"].numpy())
@@ -144,8 +144,8 @@ def test_systems_equal_the_recorded_segmentation(encoder, golden):
         for system, text in (
             (SimSeg(encoder), bank),
             *(
-                (LLMSupervised(encoder, ensemble=o), SubclassText(bank, bank))
-                for o in ("paper", "repo", "mean", "max")
+                (LLMSupervised(encoder, ensemble=kind), SubclassText(bank, bank))
+                for kind in ("paper", "repo", "mean", "max")
             ),
         ):
             scores = system.scores(image, text)
@@ -259,7 +259,8 @@ def test_missing_vocabulary_and_long_prompt(encoder, weights, tmp_path):
     )
     options = dict(tokenizer=tmp_path / "vocab.txt", **HEADS)
     strict, cut = (
-        SimSegEncoder.from_checkpoint(tmp_path / "tiny.pth", truncate=o, **options) for o in (False, True)
+        SimSegEncoder.from_checkpoint(tmp_path / "tiny.pth", truncate=each, **options)
+        for each in (False, True)
     )
     fits, long = " ".join(["cat"] * 23), " ".join(["cat"] * 23 + ["dog"])
     assert torch.equal(strict.text([fits]), cut.text([long]))  # 23 words, [CLS] and [SEP]
@@ -306,7 +307,7 @@ def test_equations_by_hand(bank, method):
                 "repo": [sum(a * b for a, b in zip(row, image)) for row in rows],
                 "mean": [0.0] * len(rows),
             }[method]
-            parts = [math.exp(o / 0.3) for o in scores]
+            parts = [math.exp(score / 0.3) for score in scores]
             expected = [sum(p * d for p, d in zip(parts, column)) / sum(parts) for column in zip(*dots)]
         close(maps[k], torch.tensor(expected), 1e-5)
 
@@ -340,10 +341,10 @@ def test_length_of_the_class_vector_is_irrelevant(bank):
 
 def test_paper_and_repository_differ(bank):
     text, mask, pooled, _ = bank
-    weights = {o: subclass_weights(text, pooled, mask, o, 0.1) for o in ("paper", "repo")}
+    weights = {kind: subclass_weights(text, pooled, mask, kind, 0.1) for kind in ("paper", "repo")}
     assert (weights["paper"] - weights["repo"]).abs().max() > 0.05
-    for o in weights.values():
-        close(o.sum(1), torch.ones(4), 1e-6)
+    for weight in weights.values():
+        close(weight.sum(1), torch.ones(4), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,6 @@ class SAMEncoder(PyramidEncoder):
         return self.layers(images, self.global_blocks)
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
-        "`levels` at strides 4, 8, 16 and 32, for sides that are multiples of 32; pad with zeros as EBSeg does."
+        "`levels` at strides 4, 8, 16 and 32, for sides that are multiples of 32; EBSeg pads with zeros."
         check_pyramid(images, 2 * self.stride)
         return resize_levels(self.levels(images))
