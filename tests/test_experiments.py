@@ -284,7 +284,7 @@ def test_prompts(tmp_path, monkeypatch):
     not (DATA / "voc2012-sbd-extra").exists(), reason="needs the evaluation images in ../shared/data"
 )
 def test_tune(tmp_path, monkeypatch):
-    "Both searches, the ranking against mIoU, and found against default; a option that is not there is refused."
+    "Both searches, the ranking against mIoU, and best against default; an unknown option is refused."
     pytest.importorskip("optuna", reason="needs the extra `tune`")
     tiny = dict(
         data=str(DATA),

@@ -99,26 +99,34 @@ sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
 from test_fit import *
 import tempfile
-with tempfile.TemporaryDirectory() as warm: train_once(Path(warm), 0, SHORT)   # what torch imports on first use
-real = {(o, name): getattr(o, name) for o, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (torch, "save"))}
+with tempfile.TemporaryDirectory() as warm:
+    train_once(Path(warm), 0, SHORT)   # what torch imports on first use
+real = {(torch, "save"): torch.save}
+for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
+    real[os, name] = getattr(os, name)
 def dies(deadly):
     "Kill this process right before its file operation number `deadly`."
     count = [0]
     def counted(call):
         def wrapper(*a, **k):
             count[0] += 1
-            if count[0] == deadly: os.kill(os.getpid(), signal.SIGKILL)
+            if count[0] == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
             return call(*a, **k)
         return wrapper
-    for (module, name), call in real.items(): setattr(module, name, counted(call))
+    for (module, name), call in real.items():
+        setattr(module, name, counted(call))
 for line in sys.stdin:
     kind, folder, deadly, seconds = line.split()
     child = os.fork()
     if not child:
         try:
-            if int(deadly): dies(int(deadly))
-            if kind == "features": features_once(Path(folder), float(seconds))
-            else: train_once(Path(folder), float(seconds), SHORT if kind == "short" else RECIPE)
+            if int(deadly):
+                dies(int(deadly))
+            if kind == "features":
+                features_once(Path(folder), float(seconds))
+            else:
+                train_once(Path(folder), float(seconds), SHORT if kind == "short" else RECIPE)
         except BaseException as e:
             print(repr(e), file=sys.stderr, flush=True)
             os._exit(1)

@@ -227,7 +227,8 @@ def test_the_graph_of_lite_serves_all_vocabularies(tmp_path):
     assert embeddings.shape == (21, embeddings.shape[1], 384) and names[8] == "cat"
     code = f"""import sys; sys.modules["torch"] = None
 from ovss_nb.inference.onnx_run import OnnxSystem
-print(OnnxSystem({str(tmp_path / "graph")!r}).segment({str(PHOTOS / "chelsea.png")!r}, "VOC-21").areas()["cat"])"""
+system = OnnxSystem({str(tmp_path / "graph")!r})
+print(system.segment({str(PHOTOS / "chelsea.png")!r}, "VOC-21").areas()["cat"])"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) > 0.3
 

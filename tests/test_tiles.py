@@ -218,10 +218,17 @@ def test_without_rasterio(tmp_path):
     code = """import sys; sys.modules["rasterio"] = None
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.inference.tiles import open_image, segment_tiles
-with open_image("plain.tif") as picture: assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
-for call in (lambda: open_image("geo.tif").__enter__(), lambda: segment_tiles("plain.tif", ["red"], None, "labels.tif")):
-    try: call()
-    except MissingExtra as e: print(e)"""
+with open_image("plain.tif") as picture:
+    assert picture.read(0, 0, 5, 5).shape == (5, 5, 3)
+calls = [
+    lambda: open_image("geo.tif").__enter__(),
+    lambda: segment_tiles("plain.tif", ["red"], None, "x.tif"),
+]
+for call in calls:
+    try:
+        call()
+    except MissingExtra as e:
+        print(e)"""
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
@@ -261,8 +268,11 @@ from doubles import Colors
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.inference.tiles import segment_tiles
 class Slow(Colors):
-    def encode(self, images): time.sleep({pause}); return super().encode(images)
-segment_tiles(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size={size}), sys.argv[2], progress=False)
+    def encode(self, images):
+        time.sleep({pause})
+        return super().encode(images)
+system = MaskCLIP(Slow(), size={size})
+segment_tiles(sys.argv[1], ["red", "green", "blue"], system, sys.argv[2], progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -389,7 +399,8 @@ def test_ten_thousand_squared_in_two_gib(kind, tmp_path):
     code = f"""import resource
 from ovss_nb import create
 from ovss_nb.inference.tiles import segment_tiles
-segment_tiles({str(tmp_path / f"big.{kind}")!r}, "VOC-21", create("maskclip", "lite"), {str(tmp_path / f"labels.{kind}")!r}, progress=False)
+source, out = {str(tmp_path / f"big.{kind}")!r}, {str(tmp_path / f"labels.{kind}")!r}
+segment_tiles(source, "VOC-21", create("maskclip", "lite"), out, progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     out = subprocess.run(
         [sys.executable, "-c", code],

@@ -613,8 +613,12 @@ from doubles import Colors
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.inference.video import segment_video
 class Slow(Colors):
-    def encode(self, images): time.sleep(0.05); return super().encode(images)
-for name, _ in segment_video(sys.argv[1], ["red", "green", "blue"], MaskCLIP(Slow(), size=48), sys.argv[2], progress=False): print(name, flush=True)
+    def encode(self, images):
+        time.sleep(0.05)
+        return super().encode(images)
+words, system = ["red", "green", "blue"], MaskCLIP(Slow(), size=48)
+for name, _ in segment_video(sys.argv[1], words, system, sys.argv[2], progress=False):
+    print(name, flush=True)
 """
 
 
