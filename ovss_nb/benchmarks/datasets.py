@@ -100,7 +100,7 @@ def _text_lines(path: Path) -> list[list[str]]:
 
 
 def _listed_stems(path: Path) -> list[str]:
-    "The stems in a file that lists the images of a split, in its order. Raises `DatasetError` if there are none."
+    "The stems that a split file lists, in its order. Raises `DatasetError` if there are none."
     # SegNet's list has whole paths, of image and labels
     names = [_one_spelling(PurePosixPath(words[0]).name) for words in _text_lines(path) if words]
     stems = [name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name for name in names]
@@ -390,7 +390,7 @@ def _given_classes(root: Path, count: int, void: int, values: dict) -> dict[int,
         )
     return mapping
 
-
+# %% ../../nbs/benchmarks/03_datasets.ipynb #43a5ed3b
 def _stored_classes(root: Path, names, count: int, void: int, ignore, first_label, values) -> dict[int, int]:
     """{mask value: class or `void`} of a plain folder, from what was said about it.
 
@@ -471,12 +471,12 @@ def _read_classes(root: Path, classes: int | None, first: int) -> tuple[tuple[st
         raise DatasetError(f"{root / 'classes.txt'}: {e}") from None
     if not first < count <= len(every):
         raise DatasetError(
-            f"{root / 'classes.txt'} names {len(every)} classes, but {count} are to be scored; complete it, or"
-            " correct `classes`"
+            f"{root / 'classes.txt'} names {len(every)} classes, but {count} are to be scored; complete it,"
+            " or correct `classes`"
         )
     return every.names, count, vocabulary
 
-
+# %% ../../nbs/benchmarks/03_datasets.ipynb #954eb63b
 def _folder_rules(vocabulary: Vocabulary, count: int, first: int, stored: dict, void: int, said: dict):
     "The rules: stored values to classes counted from `first`, and the facts to print with a score."
     title = vocabulary.title

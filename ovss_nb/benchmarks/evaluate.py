@@ -70,8 +70,9 @@ class LabeledImages(typing.Protocol):
 
 
 def _digest(dataset: LabeledImages, i: int, part: str) -> str:
-    """Of the image or the labels of item i: of the file's bytes, or, where a data set says nothing about files,
-    of the array. Empty for what cannot be read.
+    """Of the image or the labels of item i: of the file's bytes, or of the array where there is no file.
+
+    Empty for what cannot be read.
     """
     try:
         if hasattr(dataset, f"{part}_digest"):
@@ -80,7 +81,7 @@ def _digest(dataset: LabeledImages, i: int, part: str) -> str:
     except (OSError, ValueError):
         return ""
 
-
+# %% ../../nbs/benchmarks/08_evaluate.ipynb #380790a6
 class _Pending:
     "Label maps that were not counted yet, one file each."
 
@@ -440,7 +441,7 @@ class _Shard:
         description = judge.describe()
         return lambda i: (description, None if i is None else judge(i))
 
-
+# %% ../../nbs/benchmarks/08_evaluate.ipynb #e3132102
 def _by_workers(
     build: Callable,  # builds a system
     count: _Count,
@@ -480,7 +481,7 @@ def _fitting_vocabulary(dataset: LabeledImages, vocabulary) -> Vocabulary:
 
 
 def _system_or_builder(system, workers: int) -> tuple:  # the system, or None, and what builds one, or None
-    "What was given: a system, or a callable that builds one; without workers it is built. Raises `EvaluationError`."
+    "A system, or a callable that builds one; without workers it is built. Raises `EvaluationError`."
     is_system = hasattr(system, "segment") or hasattr(system, "read")
     if is_system and not isinstance(system, type):
         if workers:
@@ -493,7 +494,7 @@ def _system_or_builder(system, workers: int) -> tuple:  # the system, or None, a
         raise EvaluationError(f"a system, or a callable that builds one, is needed, not {system!r}")
     return (None, system) if workers else (system(), None)
 
-
+# %% ../../nbs/benchmarks/08_evaluate.ipynb #c7b4f7b0
 def _spread_out(total: int, limit: int | None) -> list[int]:
     "At most `limit` positions, evenly over all."
     if not limit or limit >= total:
@@ -523,7 +524,7 @@ def _refuse_data_folders(run_dir: Path, dataset: LabeledImages, system, save_pre
 
 @contextmanager
 def _run_folder(run_dir: str | Path | None) -> Iterator[tuple[Path, Journal]]:
-    "The folder to work in and its journal, locked; without `run_dir` a temporary folder, and no journal on disk."
+    "The folder to work in and its journal, locked; without `run_dir` a temporary folder and no file."
     if run_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             journal = Journal(None)
@@ -574,7 +575,7 @@ def _tally(
         if len(found.bad) > most:
             break
 
-
+# %% ../../nbs/benchmarks/08_evaluate.ipynb #f66cee19
 def _check_bad(found: Evaluation, total: int, max_bad: float):
     "Raise `EvaluationError` if more than the share `max_bad` is bad."
     if len(found.bad) > max_bad * total:
@@ -617,7 +618,7 @@ def _nothing_yet(facts: dict, count: _Count) -> Evaluation:
     boundary = np.zeros((classes, 3), np.int64) if count.boundary else None
     return Evaluation(facts, names, Confusion(classes, count.ignore), boundary)
 
-
+# %% ../../nbs/benchmarks/08_evaluate.ipynb #ad9abf2c
 @partial(checked_arguments, error=EvaluationError)
 def evaluate(
     # from `create`; with `workers` a callable that builds one, e.g. `partial(create, "maskclip")`

@@ -90,7 +90,7 @@ def _check_header(image: Image.Image, path):
     if image.format == "TIFF" and image.tag_v2.get(262) == 0:
         raise LabelFileError(f"{path} stores inverted values (white is zero): save it again as PNG")
 
-
+# %% ../../nbs/benchmarks/02_label_files.ipynb #21277546
 def _decode(path, formats=("PNG", "TIFF")) -> tuple[Image.Image, int]:
     "The decoded Pillow image, in the mode of the file, and its bits per sample."
     data = _read_bytes(path, tuple(suffix for kind in formats for suffix in _SUFFIXES[kind]))
@@ -366,7 +366,7 @@ def _check_categories(categories: list, classes: dict[int, int], fail: Callable[
         if k and str(name).lower() not in vocabulary.words[k]:
             fail(f"category {category['id']} is {name!r}, in COCO it is {vocabulary.names[k]!r}")
 
-
+# %% ../../nbs/benchmarks/02_label_files.ipynb #c0c9f098
 def _coco_objects(content: dict, classes: dict[int, int], fail: Callable[[str], NoReturn]) -> dict[int, dict]:
     "Size and objects of every image."
     images = {}
@@ -385,7 +385,7 @@ def _coco_objects(content: dict, classes: dict[int, int], fail: Callable[[str], 
         images[drawn["image_id"]]["objects"].append((classes[category], drawn.get("segmentation")))
     return images
 
-
+# %% ../../nbs/benchmarks/02_label_files.ipynb #776c4a5b
 @lru_cache(maxsize=2)
 def _coco_file(path: str, size: int, modified: int, changed: int) -> dict[int, dict]:
     "The objects in a file of this size and these times."

@@ -167,7 +167,7 @@ def _refuse_other(target: Path, mark: Path, facts: dict):
             " or remove it"
         )
 
-
+# %% ../../nbs/benchmarks/06_prepare.ipynb #9add5d74
 def _refuse_strange(folder: Path, expected: set[str]):
     "Raise `PrepareError` if a folder holds files that are not expected."
     there = [path.name for path in folder.glob("*") if not is_system_file(path.name)]
@@ -220,7 +220,7 @@ def _prepare_item(dataset, i: int, image_path: Path, mask_path: Path) -> str | N
     _write_mask(labels, mask_path)  # the mask last: a mask without its image would be an error
     return None
 
-
+# %% ../../nbs/benchmarks/06_prepare.ipynb #d92fa98f
 def prepare(
     dataset: Any,  # what `open_dataset` gives, or any object with the interface of a data set
     target: str | Path,  # folder to write; created, or completed if an earlier call was interrupted

@@ -338,7 +338,7 @@ def _only_protocol(root: Path) -> str:
         f" {', '.join(PROTOCOLS)}"
     )
 
-
+# %% ../../nbs/benchmarks/05_protocols.ipynb #10d9f7f7
 def open_dataset(
     root: str | Path,  # folder of the download, or a plain folder
     as_: str
@@ -517,7 +517,7 @@ def _report(
         {value: pixels / total for value, pixels in sorted(scan.pixels.items())},
     )
 
-
+# %% ../../nbs/benchmarks/05_protocols.ipynb #b027a3c6
 def _protocol_report(dataset: LayoutDataset, root: Path, decode: bool, progress: bool) -> Report:
     "The report on a set that is read by a protocol."
     p, scan, pairs = dataset.protocol, _scan(dataset, decode, progress), len(dataset)
@@ -573,7 +573,7 @@ def _content_lines(dataset: FolderDataset, scan: _Scan, present: set[int]) -> li
         lines.append(f"  ... and {len(scan.pixels) - 40} more values")
     return lines
 
-
+# %% ../../nbs/benchmarks/05_protocols.ipynb #a5d846e4
 def _own_report(dataset: FolderDataset, decode: bool, progress: bool) -> Report:
     "The report on a plain folder that belongs to no benchmark."
     scan = _scan(dataset, decode, progress)

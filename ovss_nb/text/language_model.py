@@ -50,7 +50,8 @@ def _outside_thoughts(text: str) -> list[str]:
 
 # %% ../../nbs/text/01_language_model.ipynb #16213da6
 _WRAPPED = re.compile(r"""(?isx)
-    (?: <\s*(answer|final_answer|final|response|output)\s*> | <\|(?:begin_of_solution|START_RESPONSE|begin_of_box)\|> )
+    (?: <\s*(answer|final_answer|final|response|output)\s*>
+      | <\|(?:begin_of_solution|START_RESPONSE|begin_of_box)\|> )
     (?P<answer> .*? )
     (?: <\s*/\s*\1\s*> | <\|(?:end_of_solution|END_RESPONSE|end_of_box)\|> | \Z )""")
 _LABEL = r"(?im)^[\s*_#>]*(?:(?:my|the|here is (?:my|the)) )?"
@@ -205,7 +206,7 @@ def _without_system(messages: list[dict]) -> list[dict]:
     both = f"{text}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": text}, *content]
     return [rest[0] | {"content": both}, *rest[1:]]
 
-
+# %% ../../nbs/text/01_language_model.ipynb #b6ffe555
 def _usable(text: str, schema: dict | None) -> str:
     """An answer without the thinking.
 
@@ -273,7 +274,7 @@ class Answers(dict):
                 answers.failed[key] = self.failed[key]
         return answers
 
-
+# %% ../../nbs/text/01_language_model.ipynb #cc6aa66f
 @dataclass(frozen=True)
 class Estimate:
     """What a set of questions will take.
@@ -343,7 +344,7 @@ def _rescue(line: bytes, rescue: Path, journal: Path, why: str) -> LanguageModel
         where = "was printed to stderr: add that line to the journal"
     return LanguageModelError(
         f"The journal {journal} cannot be written any more ({why}), so no more was asked. What was answered"
-        f" since {where}, when there is room again, and ask the same again: no answer is paid for twice"
+        f" since {where}, when there is space again, and ask the same again: no answer is paid for twice"
     )
 
 
@@ -443,7 +444,7 @@ class _RequestForm:
             self.temperature and other.temperature,
         )
 
-
+# %% ../../nbs/text/01_language_model.ipynb #a252c2cc
 def _with_schema(messages: list[dict], schema: dict | None, kind: str) -> list[dict]:
     "The turns, with the schema in words for servers that do not take it as a setting."
     if not schema or kind == "json_schema":
@@ -507,7 +508,7 @@ class _Stopped(Exception):
 class _Fatal(Exception):
     "No question can be asked of this server."
 
-
+# %% ../../nbs/text/01_language_model.ipynb #82a86f3c
 @dataclass(frozen=True)
 class _Fault:
     "Why a call gave no usable answer."
@@ -528,7 +529,7 @@ class _Fault:
         passing = self.status in _PASSING or self.status >= 500
         return self.code == "insufficient_quota" or self.status not in _UNFIT and not passing
 
-
+# %% ../../nbs/text/01_language_model.ipynb #1db08746
 def _reply_or_fault(client, timeout: float, request: dict):
     "The server's reply, or a `_Fault`."
     openai = require("openai", "llm")
@@ -631,7 +632,7 @@ class _Server:
         return self._attempt(messages, schema)
 
     def _attempt(self, messages: list[dict], schema: dict | None) -> tuple[str, int | None]:
-        "Ask until there is a usable answer, in ever other forms. Raises `_Unanswered`, `_Refused` or `_Fatal`."
+        "Ask until there is a usable answer. Raises `_Unanswered`, `_Refused` or `_Fatal`."
         form, attempt, strikes, fault = self._form, 0, 0, _Fault("")
         while attempt < self.attempts:
             answer = self._once(messages, schema, form)

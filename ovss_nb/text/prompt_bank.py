@@ -81,7 +81,7 @@ def _check_texts(texts, kind: str, where: str):
             wanted = f"a description has a text for each of {', '.join(ATTRIBUTES)} and nothing else"
         raise PromptError(f"{where}: {wanted}")
 
-
+# %% ../../nbs/text/04_prompt_bank.ipynb #4d707cfb
 def _check_fields(data: dict, kind: str | None, path):
     "Raise `PromptError` unless a bank's file has all entries, of the right type, and no others."
     for name, form in _FIELDS.items():
@@ -121,7 +121,7 @@ def _shipped_classes(kind: str) -> dict:
     "The classes that shipped vocabularies share."
     return _read_shared(_shipped().joinpath(f"{kind}.json"), kind)
 
-
+# %% ../../nbs/text/04_prompt_bank.ipynb #18055743
 def _bank_path(source, kind: str | None):
     "The file of a bank: of a shipped vocabulary, or the path itself."
     if str(source) not in list_vocabularies():

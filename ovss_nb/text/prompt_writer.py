@@ -56,7 +56,7 @@ _INTRODUCTION = re.compile(
 
 
 def _literal_list(text: str) -> list[str] | None:
-    "The list of texts that a text is in JSON or Python, perhaps the only value of a dict; None if it is none."
+    "The list that a text is in JSON or Python, perhaps as the only value of a dict; None if it is none."
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -80,7 +80,7 @@ def _marked(lines: list[str]) -> list[str]:
     least = min(map(_indent, marked), default=0)  # what is further in is about the line above
     return [line for line in marked if _indent(line) == least]
 
-
+# %% ../../nbs/text/05_prompt_writer.ipynb #dfe38787
 def _listed(text: str) -> list[str]:
     """The items of a text:
     of a list in JSON or Python, of the lines with bullets or numbers if there are any, else of all, cut at
@@ -216,7 +216,7 @@ def keep_categories(
 
 # %% ../../nbs/text/05_prompt_writer.ipynb #80969dea
 def _guidance(model: LanguageModel, known: str | None) -> str:
-    "How to describe, in the model's words; asked for unless known. Raises `PromptError` if there is no answer."
+    "How to describe, in the model's words; asked for unless known. Raises `PromptError` without an answer."
     if known:
         return known
     answers = model.ask_all({"guidance": _GUIDANCE}, progress=False)

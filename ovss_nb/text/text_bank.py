@@ -100,7 +100,7 @@ def class_prompts(
     prompts: Prompts = "names",  # what is said about a class: see `prompt_sources`
     # set or sentences around words and subclasses: see `load_templates`
     templates: str | Sequence[str] = "single",
-    # {name: words} that stand for some names, such as the background, in place of their own where they are named
+    # {name: words} that stand for some names, such as the background, in place of their own
     instead: dict[str, Sequence[str]] | None = None,
     # {name: {the prompts that are averaged into one vector: the word or text that they are made of}}
 ) -> dict[str, dict[tuple[str, ...], str]]:
@@ -215,7 +215,7 @@ def _alike(encoder, groups: list[list[str]]) -> VocabularyError:
         f" {shown}. Give them words that differ and that it knows, {_ADVICE}; or leave all but one out"
     )
 
-
+# %% ../../nbs/text/06_text_bank.ipynb #dfab6ede
 def check_texts(
     encoder: Any,  # anything with `pieces`, see `Encoder`
     texts: dict[str, tuple[str, ...]],  # {name: the words or texts that are encoded for it}
@@ -239,8 +239,8 @@ def check_texts(
     if unknown:
         shown = _shortened([repr(text[:60]) for text in unknown])
         warnings.warn(
-            f"{_encoder_title(encoder)} does not know all of {shown}: what it makes of this means little. Give"
-            f" words that it knows, {_ADVICE}",
+            f"{_encoder_title(encoder)} does not know all of {shown}: what it makes of this means little."
+            f" Give words that it knows, {_ADVICE}",
             VocabularyWarning,
             stacklevel=3,
         )
@@ -289,7 +289,7 @@ def _encode_rows(encoder, rows: list[tuple[str, ...]], batch_size: int) -> list[
 def _text_fingerprint(encoder) -> str:
     return getattr(encoder, "text_fingerprint", encoder.fingerprint)
 
-
+# %% ../../nbs/text/06_text_bank.ipynb #c453fa17
 def _encoded(
     encoder, texts: dict[tuple[str, ...], str], cache: Cache | None, batch_size: int, progress: bool
 ) -> dict[tuple[str, ...], torch.Tensor]:
