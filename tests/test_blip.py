@@ -28,7 +28,7 @@ from ovss_nb.encoders.blip import (
     BLIPMatcher,
     SplitPrompts,
     blip_config,
-    differences,
+    shape_differences,
     library_name,
     load_blip,
     split_names,
@@ -840,7 +840,7 @@ def test_other_mistakes(network, matcher, tmp_path):
         with pytest.raises(ValueError, match="numbered 0 to 2"):
             with matcher.cross_attention(layer):
                 pass
-    assert differences({"a": (1,), "b": (2, 3)}, {"b": (2, 4), "c": ()}) == [
+    assert shape_differences({"a": (1,), "b": (2, 3)}, {"b": (2, 4), "c": ()}) == [
         "a is not part of the model",
         "b is 2 x 3, expected 2 x 4",
         "c is missing",

@@ -83,7 +83,7 @@ def _odd_entry(weights: Any) -> str:
             return f": {name!r} is a {type(value).__name__}"
     return ""
 
-# %% ../../nbs/core/06_checkpoints.ipynb #1d7e4c03
+
 _DAMAGED = (
     RuntimeError,
     OSError,
@@ -95,7 +95,7 @@ _DAMAGED = (
     SafetensorError,
 )
 
-
+# %% ../../nbs/core/06_checkpoints.ipynb #1d7e4c03
 def read_weights(
     path: str | os.PathLike[str],  # a file of safetensors or of torch; `~` is the home folder
     instead: str = "",  # what else could be passed, for the error message

@@ -59,7 +59,7 @@ def is_image_name(
 def image_size(
     path: str | PathLike | BytesIO,  # of an image file, or an open one
 ) -> tuple[int, int]:  # height and width in pixels
-    "The size that `load_image` will give, from the header alone: EXIF orientation counts. Raises `ImageError`."
+    "The size that `load_image` will give, from the header alone. Raises `ImageError`."
     try:
         with Image.open(path) as image:
             try:

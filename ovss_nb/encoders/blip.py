@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'RELEASE', 'SIZES', 'IMAGE_NAMES', 'BLOCK_NAMES', 'TRAINING_ONLY', 'ENC', 'blip_config', 'library_name',
-           'read_blip_weights', 'config_of', 'differences', 'load_blip', 'shared_attention', 'find_tokenizer',
+           'read_blip_weights', 'config_of', 'shape_differences', 'load_blip', 'shared_attention', 'find_tokenizer',
            'read_texts', 'BLIPMatcher', 'split_names', 'SplitPrompts', 'split_prompts']
 
 # %% ../../nbs/encoders/09_blip.ipynb #fbfceca4
@@ -156,7 +156,7 @@ def _shown(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def differences(
+def shape_differences(
     shapes: dict[str, tuple[int, ...]],
     expected: dict[str, tuple[int, ...]],  # names and shapes
 ) -> list[str]:
@@ -185,7 +185,7 @@ def _load_file(network: Any, name: str, path: Path, config: Any) -> tuple[nn.Mod
         raise ValueError(f"{path} holds {e}") from e
     with torch.device("meta"):
         expected = {key: tuple(tensor.shape) for key, tensor in network(config).state_dict().items()}
-    wrong = differences({key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
+    wrong = shape_differences({key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
     return (None if wrong else network.from_pretrained(None, config=config, state_dict=weights)), wrong
 
 
