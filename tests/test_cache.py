@@ -25,7 +25,8 @@ for i in range(rounds) if rounds else iter(int, 1):
         got = cache.get(cache.key("entry", seed))
         if got is not None:
             found += 1
-            for name, want in arrays(seed).items(): assert got[name].dtype == want.dtype and (got[name] == want).all(), (seed, name)
+            for name, want in arrays(seed).items():
+                assert got[name].dtype == want.dtype and (got[name] == want).all(), (seed, name)
         cache.put(cache.key("entry", seed), arrays(seed))
 print(found)
 """

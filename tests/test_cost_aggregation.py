@@ -386,9 +386,12 @@ MEMORY = """
 import resource, torch
 from ovss_nb.components.cost_aggregation import CostAggregation
 torch.set_num_threads(1)
-network = CostAggregation(32, (16, 8), width=32, guidance=(16, 16), decoder=(32, 16), decoder_guidance=(8, 8), window=12, chunk=16, limit=False).eval()
+sizes = dict(width=32, guidance=(16, 16), decoder=(32, 16), decoder_guidance=(8, 8), window=12)
+network = CostAggregation(32, (16, 8), **sizes, chunk=16, limit=False).eval()
+guides = [torch.randn(1, 16, 48, 48), torch.randn(1, 8, 96, 96)]
 for words in (20, 220):
-    with torch.inference_mode(): network(torch.randn(1, 32, 24, 24), torch.randn(words, 1, 32), [torch.randn(1, 16, 48, 48), torch.randn(1, 8, 96, 96)])
+    with torch.inference_mode():
+        network(torch.randn(1, 32, 24, 24), torch.randn(words, 1, 32), guides)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -75,7 +75,9 @@ for line in sys.stdin:
     run, log, seconds, readers = line.split()
     child = os.fork()
     if not child:
-        try: evaluate(Stripes(log=log, seconds=float(seconds)), dataset, run_dir=run, readers=int(readers), boundary=True, progress=False)
+        options = dict(run_dir=run, readers=int(readers), boundary=True, progress=False)
+        try:
+            evaluate(Stripes(log=log, seconds=float(seconds)), dataset, **options)
         except BaseException as e:
             print(repr(e), file=sys.stderr, flush=True)
             os._exit(1)

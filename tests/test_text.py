@@ -191,14 +191,17 @@ import json, open_clip, torch
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.text.text_bank import encode_text
 torch.manual_seed({seed})
-model = open_clip.CLIP(16, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), dict(context_length=32, vocab_size=49408, width=16, heads=1, layers=1))
+vision = dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
+text = dict(context_length=32, vocab_size=49408, width=16, heads=1, layers=1)
+model = open_clip.CLIP(16, vision, text)
 count = 0
 class Counting(CLIPEncoder):
     def text(self, prompts):
         global count
         count += len(prompts)
         return super().text(prompts)
-bank = encode_text(Counting(model, device="cpu", tokenizer=open_clip.SimpleTokenizer()), "VOC-21", "vild14", cache=True)
+encoder = Counting(model, device="cpu", tokenizer=open_clip.SimpleTokenizer())
+bank = encode_text(encoder, "VOC-21", "vild14", cache=True)
 print(json.dumps([count, bank.embeddings.flatten().tolist()]))
 """
 

@@ -1,4 +1,4 @@
-"A user's script is understood by a type checker: names, arguments and results have types, and a slip is found."
+"A type checker understands a user's script: names, arguments and results have types, and a slip is found."
 
 import subprocess
 import sys
