@@ -333,6 +333,6 @@ def test_check_writable_leaves_nothing(place, tmp_path):
     check_writable(tmp_path / "new" / "x")
     check_writable(tmp_path / "file")
     assert (
-        sorted(o.name for o in tmp_path.iterdir()) == ["file"]
+        sorted(file.name for file in tmp_path.iterdir()) == ["file"]
         and (tmp_path / "file").read_text() == "in the way"
     )

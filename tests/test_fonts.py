@@ -59,9 +59,9 @@ def test_no_character_is_a_box(only_pip, script):
     for part, path in parts:
         font = ImageFont.load_default(40) if path is None else ImageFont.truetype(str(path), 40)
         box = shape(font, "\U0010fffd")  # a character that is in no font: its .notdef
-        for o in part:
-            if not o.isspace():
-                assert ord(o) in characters(path) and shape(font, o) != box, o
+        for sign in part:
+            if not sign.isspace():
+                assert ord(sign) in characters(path) and shape(font, sign) != box, sign
 
 
 @pytest.mark.parametrize("script", NAMES)
@@ -69,7 +69,7 @@ def test_legends_show_the_names(only_pip, script):
     "The legend of a name is what its fonts draw, and not what Pillow's own font makes of it."
     result = Segmentation(np.zeros((60, 400), int), [NAMES[script], "other"])
     strip = np.asarray(result.overlay())[60:]
-    size = next(o for o in (400 // 38,) + (12,) if o >= 12)
+    size = max(400 // 38, 12)
     drawn = Image.new("RGB", (strip.shape[1], strip.shape[0]), "white")
     draw_text(ImageDraw.Draw(drawn), (6 + size + 6, 6 + size / 2), NAMES[script], size, (30, 30, 30))
     area = np.asarray(drawn) < 200

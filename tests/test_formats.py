@@ -72,8 +72,8 @@ def test_every_format_gives_the_map_back(number, tmp_path):
         labelme=load_labelme,
         safetensors=load_scores,
         npz=load_scores,
-        coco=lambda o: load_coco(o)["a.jpg"],
-        panoptic=lambda o: load_panoptic(o)["a.jpg"],
+        coco=lambda path: load_coco(path)["a.jpg"],
+        panoptic=lambda path: load_panoptic(path)["a.jpg"],
     )
     assert set(readers) == set(FORMATS)
     for name, read in readers.items():
@@ -83,11 +83,14 @@ def test_every_format_gives_the_map_back(number, tmp_path):
 def test_pycocotools_reads_all_pictures(tmp_path):
     from pycocotools.coco import COCO
 
-    results = {f"{i}.png": o for i, o in enumerate(MAPS)}
+    results = {f"{i}.png": result for i, result in enumerate(MAPS)}
     save_coco(results, tmp_path / "coco.json")
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(tmp_path / "coco.json")
-    assert len(coco.imgs) == len(MAPS) and [o["name"] for o in coco.loadCats(coco.getCatIds())] == NAMES
+    assert (
+        len(coco.imgs) == len(MAPS)
+        and [category["name"] for category in coco.loadCats(coco.getCatIds())] == NAMES
+    )
     for number, result in enumerate(MAPS, 1):
         labels = np.full(result.labels.shape, -1)
         for annotation in coco.loadAnns(coco.getAnnIds(imgIds=[number])):
@@ -108,17 +111,17 @@ def test_panoptic_as_the_specification_says(tmp_path):
     (annotation,) = stored["annotations"]
     rgb = np.asarray(Image.open(tmp_path / "panoptic" / annotation["file_name"])).astype(int)
     ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
-    categories = {o["id"]: o["name"] for o in stored["categories"]}
-    assert {o["id"] for o in annotation["segments_info"]} == set(np.unique(ids)) and 0 not in ids
-    for o in annotation["segments_info"]:
-        rows, columns = np.nonzero(ids == o["id"])
-        assert o["area"] == len(rows) and o["bbox"] == [
+    categories = {category["id"]: category["name"] for category in stored["categories"]}
+    assert {segment["id"] for segment in annotation["segments_info"]} == set(np.unique(ids)) and 0 not in ids
+    for segment in annotation["segments_info"]:
+        rows, columns = np.nonzero(ids == segment["id"])
+        assert segment["area"] == len(rows) and segment["bbox"] == [
             columns.min(),
             rows.min(),
             np.ptp(columns) + 1,
             np.ptp(rows) + 1,
         ]
-        assert (many.labels[rows, columns] == names.index(categories[o["category_id"]])).all()
+        assert (many.labels[rows, columns] == names.index(categories[segment["category_id"]])).all()
     same(load_panoptic(tmp_path / "panoptic.json")["photo.jpg"], many)
 
 
@@ -160,7 +163,7 @@ def test_shapely_and_geojson_accept_the_polygons(number, tmp_path):
     save_geojson(result, tmp_path / "a.geojson")
     collection = geojson.loads((tmp_path / "a.geojson").read_text())
     assert collection.is_valid, collection.errors()
-    y, x = (o.ravel() + 0.5 for o in np.indices(result.labels.shape))
+    y, x = (axis.ravel() + 0.5 for axis in np.indices(result.labels.shape))
     for feature in collection["features"]:
         shape, k = shapely.geometry.shape(feature["geometry"]), feature["properties"]["class"]
         assert shape.is_valid and shape.area == (result.labels == k).sum() == feature["properties"]["pixels"]
@@ -260,7 +263,7 @@ def test_what_nothing_covers_is_the_background_however_it_is_spelt(name, tmp_pat
     "In COCO, panoptic PNG, labelme and GeoJSON; and accents are equal however they were typed."
     names = ("cafe\u0301", name)
     result = Segmentation(np.array([[0, 0, 1], [0, 0, 1]]), names)
-    covered = [o for o in result.to_coco() if o["category_id"] == 1]
+    covered = [annotation for annotation in result.to_coco() if annotation["category_id"] == 1]
     assert (Segmentation.from_coco(covered, [*names]).labels == result.labels).all() and (
         Segmentation.from_coco(covered, ["café", name]).labels == result.labels
     ).all()
@@ -336,10 +339,10 @@ def test_coco_from_elsewhere(tmp_path):
     found = load_coco(stored(tmp_path / "x.json", coco_file()))
     assert list(found) == ["a/x.jpg", "b/x.jpg"] and found["a/x.jpg"].names == ("dog", "cat", "background")
     assert found["a/x.jpg"].mask("cat").sum() == 6 and found["a/x.jpg"].mask("background").sum() == 18
-    assert [found["b/x.jpg"].mask(o).sum() for o in ("dog", "cat", "background")] == [4, 8, 12]
+    assert [found["b/x.jpg"].mask(name).sum() for name in ("dog", "cat", "background")] == [4, 8, 12]
     save_coco(found, tmp_path / "again.json")
-    for name, o in load_coco(tmp_path / "again.json").items():
-        same(o, found[name])
+    for name, result in load_coco(tmp_path / "again.json").items():
+        same(result, found[name])
 
 
 def change(key, n, **values):
@@ -363,8 +366,8 @@ def change(key, n, **values):
 )
 def test_coco_with_gaps(content, pixels, tmp_path):
     found = load_coco(stored(tmp_path / "x.json", content))
-    assert [o.mask("cat").sum() for o in found.values()] == pixels and [
-        o.labels.shape for o in found.values()
+    assert [result.mask("cat").sum() for result in found.values()] == pixels and [
+        result.labels.shape for result in found.values()
     ] == [(4, 6)] * 2
 
 
@@ -380,9 +383,9 @@ def test_coco_annotations_without_a_mask(segmentation, tmp_path):
     content = change("annotations", 0, segmentation=segmentation, bbox=[1, 1, 3, 2])
     with pytest.warns(UserWarning, match="annotation 1 has no mask") as told:
         found = load_coco(stored(tmp_path / "x.json", content))
-    assert len(told) == 1 and [o.mask("cat").sum() for o in found.values()] == [0, 8]
-    for o in content["annotations"]:
-        o.pop("segmentation")
+    assert len(told) == 1 and [result.mask("cat").sum() for result in found.values()] == [0, 8]
+    for annotation in content["annotations"]:
+        annotation.pop("segmentation")
     with pytest.raises(SegmentationError, match="boxes only"):
         load_coco(stored(tmp_path / "x.json", content))
 
@@ -561,15 +564,15 @@ def opens_in_labelme(path):
         "imageHeight",
         "imageWidth",
     } <= whole.keys() and "\\" not in whole["imagePath"]
-    for o in whole["shapes"]:
+    for shape in whole["shapes"]:
         assert (
-            isinstance(o["label"], str)
-            and isinstance(o["shape_type"], str)
-            and isinstance(o["flags"], dict)
-            and o["group_id"] is None
+            isinstance(shape["label"], str)
+            and isinstance(shape["shape_type"], str)
+            and isinstance(shape["flags"], dict)
+            and shape["group_id"] is None
         )
-        assert len(o["points"]) > 2 and all(
-            len(p) == 2 and all(isinstance(v, float) for v in p) for p in o["points"]
+        assert len(shape["points"]) > 2 and all(
+            len(p) == 2 and all(isinstance(v, float) for v in p) for p in shape["points"]
         )
     picture = (
         io.BytesIO(base64.b64decode(whole["imageData"]))

@@ -484,7 +484,7 @@ def test_how_little_is_too_little(most, said, photo, tmp_path):
             else:
                 assert abs(load_image(source)[..., 0].astype(int) - deep / 257).max() <= 0.5
         assert len(caught) == (said == "warning") and all(
-            "--limits 0 32767" in str(o.message) for o in caught
+            "--limits 0 32767" in str(warning.message) for warning in caught
         )
 
 
@@ -724,7 +724,7 @@ def test_too_large_in_the_words_of_the_door(tmp_path):
     ):
         with pytest.raises(ImageError, match="segment_tiles.*max_pixels") as error:
             load_image(path, max_pixels=most)
-        assert "max_pixels" not in error.value.shell and all(o in error.value.shell for o in words)
+        assert "max_pixels" not in error.value.shell and all(word in error.value.shell for word in words)
 
 
 def test_hot_pixels_and_limits_of_another_image(photo, tmp_path):

@@ -44,16 +44,16 @@ def parts(kind):
     "The single types of a union, with their bounds: (type, bounds)."
     origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return [o for part in inside for o in parts(part)]
+        return [kind for part in inside for kind in parts(part)]
     if origin is typing.Annotated:
-        return [(inside[0], [o for o in inside[1:] if isinstance(o, Range)])]
+        return [(inside[0], [bounds for bounds in inside[1:] if isinstance(bounds, Range)])]
     return [(kind, [])]
 
 
 def wrong_values(kind):
     "Values that a field of this type cannot have."
     single = parts(kind)
-    bare = {typing.get_origin(o) or o for o, _ in single}
+    bare = {typing.get_origin(kind) or kind for kind, _ in single}
     wrong = [{"a": 1}, object(), [[]]]
     if str not in bare:
         wrong += ["no such thing", "", "3"]
@@ -68,9 +68,9 @@ def wrong_values(kind):
     elif int in bare:
         wrong += [1.5, 2.0]
     for _, bounds in single:
-        for o in bounds:
-            wrong += [o.low - 1] + ([o.low] if o.open in ("low", "both") else [])
-            wrong += [] if o.high == math.inf else [o.high + 1]
+        for limit in bounds:
+            wrong += [limit.low - 1] + ([limit.low] if limit.open in ("low", "both") else [])
+            wrong += [] if limit.high == math.inf else [limit.high + 1]
     if tuple in bare:
         wrong += [[object()], ["no such thing", 3]]
     return wrong
@@ -112,7 +112,7 @@ def test_every_field_refuses_what_it_cannot_be(name, field):
                 create(name, "absent", **{field: value})
 
 
-@pytest.mark.parametrize("name, field", [o for o in FIELDS if o[0] in CONFIGS])
+@pytest.mark.parametrize("name, field", [field for field in FIELDS if field[0] in CONFIGS])
 def test_every_field_is_read_from_a_text(name, field):
     cls = config_class(name)
     kind, value = option_kinds(cls)[field], getattr(cls(), field)
@@ -125,7 +125,9 @@ def test_numbers_come_out_plain():
     config = CONFIGS["maskclip"](
         size=np.int64(224), logit_scale=np.float32(20), crf=np.bool_(False), background_words=["sky"]
     )
-    assert [type(o) for o in (config.size, config.logit_scale, config.crf, config.background_words)] == [
+    assert [
+        type(value) for value in (config.size, config.logit_scale, config.crf, config.background_words)
+    ] == [
         int,
         float,
         bool,
@@ -138,8 +140,8 @@ def test_numbers_come_out_plain():
 @pytest.mark.parametrize(
     "text, field, value",
     [
-        *((f"crf={o}", "crf", False) for o in ("False", "false", "no", "NO", "off", "0", " no ")),
-        *((f"crf={o}", "crf", True) for o in ("True", "yes", "On", "1")),
+        *((f"crf={word}", "crf", False) for word in ("False", "false", "no", "NO", "off", "0", " no ")),
+        *((f"crf={word}", "crf", True) for word in ("True", "yes", "On", "1")),
         ("background_words=sky", "background_words", ("sky",)),
         ("background_words=sky, tree", "background_words", ("sky", "tree")),
         ("background_words=no", "background_words", ("no",)),
@@ -148,7 +150,7 @@ def test_numbers_come_out_plain():
         ("background_words=none", "background_words", ()),
         ("background_words='sky, tree'", "background_words", ("sky", "tree")),
         (" size = 640", "size", 640),
-        *((f"longest={o}", "longest", None) for o in ("none", "None", "null", "")),
+        *((f"longest={word}", "longest", None) for word in ("none", "None", "null", "")),
         ("background_threshold=0.3", "background_threshold", 0.3),
         ("background_threshold=1", "background_threshold", 1.0),
         ("templates=a photo of a {}, big", "templates", "a photo of a {}, big"),
@@ -194,8 +196,8 @@ def said(capsys, *arguments):
         (["--set", "encoder=lite"], "no option 'encoder'"),
         (["--set", "cache=no"], "no option 'cache'"),
         *(
-            (["--resize", o], "--resize")
-            for o in (
+            (["--resize", size], "--resize")
+            for size in (
                 "square:0",
                 "square:-1",
                 "square:x",
@@ -374,7 +376,7 @@ def test_texts_in_options_are_read_too():
     )["options"] == dict(crf=False, logit_scale=25, background_words=["sky"])
 
 
-@pytest.mark.parametrize("sweep", sorted(NOTEBOOKS.glob("*.toml")), ids=lambda o: o.name)
+@pytest.mark.parametrize("sweep", sorted(NOTEBOOKS.glob("*.toml")), ids=lambda path: path.name)
 def test_our_sweeps_pass(sweep):
     assert read_sweep(sweep)
 

@@ -58,8 +58,8 @@ def words_of(vocabulary):
 # --- round trip
 
 
-def is_text(o):
-    return bool(tidy_name(o)) and not any(unicodedata.category(c) in ("Cc", "Cs") for c in tidy_name(o))
+def is_text(text):
+    return bool(tidy_name(text)) and not any(unicodedata.category(c) in ("Cc", "Cs") for c in tidy_name(text))
 
 
 signs = st.text(st.sampled_from(list(",:|#\"';. \tabcC1230/\\[]{}-，、é")), min_size=1, max_size=8)
@@ -95,7 +95,7 @@ texts = st.one_of(
 ).filter(is_text)
 rows = st.dictionaries(
     texts,
-    st.lists(texts, min_size=1, max_size=3, unique_by=lambda o: tidy_name(o).casefold()) | st.none(),
+    st.lists(texts, min_size=1, max_size=3, unique_by=lambda word: tidy_name(word).casefold()) | st.none(),
     min_size=1,
     max_size=4,
 )
@@ -125,12 +125,14 @@ def test_shipped_lists_are_read_as_ever(title, tmp_path):
         files("ovss_nb.data").joinpath(f"vocabularies/{title}.txt").read_text(encoding="utf-8").splitlines()
     )
     rows = [
-        [o.strip() for o in line.split(",")] for line in lines if line.strip() and not line.startswith("#")
+        [part.strip() for part in line.split(",")]
+        for line in lines
+        if line.strip() and not line.startswith("#")
     ]
     vocabulary = load_vocabulary(title)
     assert (
         vocabulary.words == tuple(map(tuple, rows))
-        and vocabulary.names == tuple(o[0] for o in rows)
+        and vocabulary.names == tuple(row[0] for row in rows)
         and vocabulary.title == title
     )
     again = read_lines(write_lines(vocabulary))
@@ -188,8 +190,8 @@ def test_where_the_doors_differ(tmp_path):
     "text, advice",
     [
         *(
-            (o, "cat, dog")
-            for o in (
+            (text, "cat, dog")
+            for text in (
                 "cat; dog",
                 "cat;dog",
                 "cat，dog",
