@@ -690,5 +690,5 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
             system.segment(PHOTO, ["cat", "dog"]).scores,
             atol=1e-6,
         )
-        and fresh.own
+        and fresh.tuned_names
     )

@@ -23,12 +23,12 @@ from ovss_nb.systems.ebseg import (
     EBSeg,
     LayerFusion,
     adaptive_balance,
-    semantic_inference,
+    all_words,
     published_flags,
     seen_classes,
-    spoken,
     convert_checkpoint,
 )
+from ovss_nb.systems.mask_system import resize_matrix, semantic_inference
 from ovss_nb.systems.trained import state_dict_difference
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
@@ -135,7 +135,7 @@ def golden_clip(file):
     encoder = CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
     encoder.mean, encoder.std = (0, 0, 0), (1, 1, 1)  # the stored images are normalized
     system = EBSeg(encoder, aux_encoder=None, **(SMALL | dict(proposal_start=4)))
-    system.multiple = 16  # the stored images are no multiples of 32, and their masks come from elsewhere
+    system.pad_multiple = 16  # the stored images are no multiples of 32, and their masks come from elsewhere
     return system, tensors
 
 
@@ -143,7 +143,7 @@ def golden_clip(file):
 def test_frozen_map(case):
     system, g = golden_clip("ebseg_surgery")
     assert (system.proposal_start, system.surgery_start, system.fused_layers) == (4, 1, (1, 3, 4))
-    images = system.observe(g[f"in.{case}.image"])
+    images = system.encode_pixels(g[f"in.{case}.image"])
     for i, o in enumerate(images):
         close(o.features.dense[0], g[f"out.{case}.dense_map"][i])
         close(
@@ -151,7 +151,7 @@ def test_frozen_map(case):
             g[f"out.{case}.plain_patch_feat_4"][i],
         )
         close(o.tokens[0, :1], g[f"out.{case}.plain_cls_token_4"][:, i])
-    trained = system.observe(g[f"in.{case}.image"], frozen=False)
+    trained = system.encode_pixels(g[f"in.{case}.image"], training=True)
     close(trained[0].tokens, images[0].tokens, 1e-5)
     assert trained[0].features is None
 
@@ -167,7 +167,7 @@ def test_mask_attention_embeddings(case, monkeypatch):
         "forward",
         lambda *inputs: [Prediction(stored.masks, stored.embeddings, -bias), stored],
     )
-    answers = system.branch_embeddings(system.observe(g[f"in.{case}.image"]), every=True)
+    answers = system.branch_embeddings(system.encode_pixels(g[f"in.{case}.image"]), every=True)
     close(answers[1].B, g[f"out.{case}.sos_embed_max"])
     assert not torch.allclose(answers[0].B, answers[1].B, atol=1e-3) and answers[0].D is None
 
@@ -217,7 +217,7 @@ def test_balancing(golden, model, monkeypatch):
             ),
             golden[f"out.balance.{model}.sem_seg_{i}_stride2"],
         )
-        rows, columns = (ebseg.resize_matrix(*o) for o in zip(masks.shape[1:], frame, filled, size))
+        rows, columns = (resize_matrix(*o) for o in zip(masks.shape[1:], frame, filled, size))
         close(thinned(rows @ masks @ columns.T), golden[f"out.balance.mask_logits_resized_{i}_stride2"])
 
 
@@ -233,9 +233,7 @@ def test_overlap_of_published_lists(golden):
     }.items():
         vocabulary, theirs = load_vocabulary(title), golden[f"overlap.{name}"].bool()
         assert torch.equal(published_flags()[vocabulary.names], theirs), title
-        plain = seen_classes(
-            vocabulary.words, spoken(o for row in load_vocabulary("COCO-Stuff-171").words for o in row)
-        )
+        plain = seen_classes(vocabulary.words, all_words(load_vocabulary("COCO-Stuff-171")))
         assert (plain != theirs).sum() == sum(map(len, system_facts("ebseg", title).values())), title
 
 
@@ -460,7 +458,7 @@ def test_authors_checkpoint_survives_our_own_file(released, tmp_path):
         small_clip(6), aux_encoder=small_sam(6), **(SMALL | dict(weights=str(tmp_path / "ours.safetensors")))
     )
     assert np.allclose(again.segment(photo(), WORDS).scores, system.segment(photo(), WORDS).scores, atol=1e-5)
-    assert "aux_encoder.model.pos_embed" in again.own and again.trained_words == loaded.trained_words
+    assert "aux_encoder.model.pos_embed" in again.tuned_names and again.trained_words == loaded.trained_words
 
 
 @pytest.mark.parametrize(
@@ -525,9 +523,9 @@ def test_any_picture(aux_encoder, size):
     )
     image = system.encode_image(photo(*size))
     assert (
-        all(o % 32 == 0 for o in image.frame)
-        and found.scores.shape[1:] == tuple(-(-o // 4) for o in image.filled)
-        and min(image.filled) in (64, 18)
+        all(o % 32 == 0 for o in image.padded_size)
+        and found.scores.shape[1:] == tuple(-(-o // 4) for o in image.resized_size)
+        and min(image.resized_size) in (64, 18)
     )
 
 
@@ -553,7 +551,7 @@ def test_all_answers_together_equal_one_by_one():
     images = [system.encode_image(photo())]
     answers = system.branch_embeddings(images, every=True)
     predictions = system.network(
-        [o.float() for o in images[0].maps], images[0].layers, images[0].frame, every=True
+        [o.float() for o in images[0].maps], images[0].layers, images[0].padded_size, every=True
     )
     assert len(answers) == len(predictions) == 4
     for answer, prediction in zip(answers, predictions):
@@ -573,8 +571,8 @@ def test_padding_is_zero_after_normalizing():
     system.encoder.embed = lambda x: seen.append(x) or plain(x)
     image = system.encode_image(photo(64, 70))
     assert (
-        image.filled == (64, 70)
-        and image.frame == (64, 96)
+        image.resized_size == (64, 70)
+        and image.padded_size == (64, 96)
         and (seen[0][..., 70:] == 0).all()
         and (seen[0][..., 69] != 0).any()
     )
@@ -582,8 +580,8 @@ def test_padding_is_zero_after_normalizing():
 
 def test_scaled_clip():
     system = small(encoder_scale=0.5, size=128)
-    assert system.multiple == 32 and system.encode_image(photo(64, 64)).layers[0].shape[-2:] == (4, 4)
-    assert small(encoder_scale=0.7).multiple == 32 and small(encoder_scale=0.25).multiple == 64
+    assert system.pad_multiple == 32 and system.encode_image(photo(64, 64)).layers[0].shape[-2:] == (4, 4)
+    assert small(encoder_scale=0.7).pad_multiple == 32 and small(encoder_scale=0.25).pad_multiple == 64
 
 
 def test_full_resolution_and_quarter_agree_mostly():
@@ -822,7 +820,7 @@ def test_positions_are_trained_and_kept(tmp_path):
         aux_encoder=aux_encoder,
         **(SMALL | dict(weights=str(tmp_path / "tuned.safetensors"), keep_aspect=False)),
     )
-    assert sorted(loaded.own) == ["aux_encoder.model.pos_embed", "model.visual.positional_embedding"]
+    assert sorted(loaded.tuned_names) == ["aux_encoder.model.pos_embed", "model.visual.positional_embedding"]
     assert np.allclose(
         loaded.segment(photo(), WORDS).scores, system.segment(photo(), WORDS).scores, atol=1e-5
     )

@@ -53,7 +53,7 @@ def close(a, b, tolerance=1e-4):
 )
 def test_every_picture_has_its_frame(system, height, width, frame, filled):
     image = system.encode_image(picture(height, width))
-    assert (image.frame, image.filled) == (frame, filled)
+    assert (image.resized_size, image.padded_size) == (frame, filled)
     grid = filled[0] // 16, filled[1] // 16
     assert (
         image.views.high[3].shape == (1, 32, *grid)
@@ -79,13 +79,13 @@ def test_slice_ratios(clip, ratio, side, filled):
     image = system.encode_image(picture(64, 80))
     assert (
         system.slice == side
-        and image.filled == filled
+        and image.padded_size == filled
         and system.scores(image, system.encode_text(WORDS)).shape == (4, 64, 80)
     )
 
 
 def test_filling_up_is_grey_and_at_the_bottom_and_right(system):
-    shown, frame, filled = system.preprocess(picture(64, 80))
+    shown, _ = system.preprocess(picture(64, 80))
     mean, deviation = (torch.tensor(o).view(1, 3, 1, 1) for o in (system.encoder.mean, system.encoder.std))
     pixels = (shown * deviation + mean) * 255
     close(pixels[..., 80:], torch.full((1, 3, 64, 16), 128.0), 1e-2)
@@ -94,7 +94,7 @@ def test_filling_up_is_grey_and_at_the_bottom_and_right(system):
 
 def test_a_picture_smaller_than_a_slice_is_filled_up_to_one(clip):
     system = MROVSeg(clip, size=64, longest=80, slice_ratio=0.75, **TINY)
-    assert system.encode_image(picture(10, 80)).filled == (48, 96)
+    assert system.encode_image(picture(10, 80)).padded_size == (48, 96)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_picture_smaller_than_a_slice_is_filled_up_to_one(clip):
 )
 def test_layers_of_the_paper(blocks, layers, start, kept):
     system = MROVSeg(small_clip(layers=blocks), size=64, **TINY)
-    assert (system.network.fused_layers, system.network.proposal_start, system.kept) == (layers, start, kept)
+    assert (system.fused_layers, system.proposal_start, system.kept) == (layers, start, kept)
     assert system.segment(picture(40, 64), WORDS).labels.shape == (40, 64)
 
 
@@ -117,7 +117,7 @@ def test_patches_of_14_at_672():
     image = system.encode_image(picture(672, 700))
     assert (
         system.slice == 336
-        and image.filled == (672, 1008)
+        and image.padded_size == (672, 1008)
         and image.views.high[0].shape[-2:] == (48, 72)
         and image.views.low[0].shape[-2:] == (24, 36)
     )
@@ -147,7 +147,7 @@ def test_an_encoder_without_blocks_and_a_foreign_image_are_refused(system):
         MROVSeg(Colors(), size=64, **TINY)
     from ovss_nb.systems.base import EncodedImage
 
-    with pytest.raises(ValueError, match="own slices"):
+    with pytest.raises(ValueError, match="in its own way"):
         system.scores(EncodedImage(picture(4, 4), None), system.encode_text(WORDS))
 
 
@@ -215,7 +215,9 @@ def test_resolution_of_the_image(clip):
     image, text = system.encode_image(picture(100, 130)), system.encode_text(WORDS)
     ((embeddings, masks, _),) = system.outputs([image])
     own = F.interpolate(
-        F.interpolate(masks, image.filled, mode="bilinear")[..., : image.frame[0], : image.frame[1]],
+        F.interpolate(masks, image.padded_size, mode="bilinear")[
+            ..., : image.resized_size[0], : image.resized_size[1]
+        ],
         (100, 130),
         mode="bilinear",
     )
@@ -234,7 +236,7 @@ def test_resolution_of_the_masks(clip):
     image, text = system.encode_image(picture(64, 80)), system.encode_text(WORDS)
     ((embeddings, masks, _),) = system.outputs([image])
     chance = system.class_logits(embeddings, text)[0].softmax(-1)[:, :-1]
-    assert image.filled == (64, 96) and masks.shape[-2:] == (16, 24)
+    assert image.padded_size == (64, 96) and masks.shape[-2:] == (16, 24)
     close(system.scores(image, text), torch.einsum("nk,nhw->khw", chance, masks[0, :, :, :20].sigmoid()))
 
 
@@ -448,7 +450,7 @@ def test_squares_are_never_filled_up(clip):
     image, text = system.encode_image(picture(64, 100)), system.encode_text(WORDS)
     assert (
         system.slice == 32
-        and image.frame == image.filled == (80, 80)
+        and image.resized_size == image.padded_size == (80, 80)
         and image.views.high[0].shape[-2:] == (5, 5)
         and image.views.low[0].shape[-2:] == (3, 3)
     )

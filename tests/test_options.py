@@ -25,13 +25,13 @@ from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.core.options import OptionError, Range, option_kinds, read_option
 from ovss_nb.encoders.registry import create_encoder
-from ovss_nb.systems.registry import SYSTEMS, _system_class, create, system_options, resize_rule
+from ovss_nb.systems.registry import SYSTEMS, system_class, create, system_options, resize_rule
 from ovss_nb.components.crf import CRFConfig
 from ovss_nb.components.salience import SalienceConfig
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/experiments"
 PHOTO = str(Path(data.__file__).parent / "chelsea.png")
-CONFIGS = {name: _system_class(name).config_class for name in SYSTEMS}
+CONFIGS = {name: system_class(name).config_class for name in SYSTEMS}
 OTHERS = {"salience": SalienceConfig, "crf": CRFConfig, "augmentation": Augmentation}
 FIELDS = [(name, field) for name, cls in (CONFIGS | OTHERS).items() for field in option_kinds(cls)]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
-from ovss_nb.systems.san import SAN, SANConfig, SideImage, SideNetwork, convert_checkpoint
+from ovss_nb.systems.san import SAN, SANConfig, SideNetwork, convert_checkpoint
 from ovss_nb.text.text_bank import TextBank
 
 
@@ -93,8 +93,8 @@ def golden_image(system, golden, b=0):
     normalized pixels, filled up; the output of 75 x 110 pixels is the image's.
     """
     picture = F.pad(golden["in.image"][b : b + 1], (0, 4, 0, 4))
-    layers, cls = system.read(picture)
-    return SideImage(np.zeros((75, 110, 3), np.uint8), None, None, picture, layers, cls, (60, 92))
+    (image,) = system.encode_pixels(picture)
+    return system.with_sizes(image, np.zeros((75, 110, 3), np.uint8), (60, 92))
 
 
 @pytest.mark.parametrize("name,scale", [("half", 0.5), ("odd", 0.7)])
@@ -113,7 +113,7 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
                 logits, golden[f"out.{name}.logits_{i}"], atol=1e-4
             )
         bias = system.network(
-            torch.cat([o.picture for o in images]),
+            torch.cat([o.pixels for o in images]),
             [torch.cat([o.layers[k] for o in images]) for k in system.fused_layers],
         )[0][1]
         assert torch.allclose(bias, golden[f"out.{name}.bias_1"], atol=1e-4)
@@ -288,25 +288,27 @@ def test_a_checkpoint_for_another_encoder_is_refused(checkpoint, lite):
 def test_pictures_of_any_shape(small, lite, shape, resolution):
     system = SAN(lite, **SMALL, resolution=resolution)
     seen, text = system.encode_image(pixels(*shape)), system.encode_text(["cat", "dog", "sky"])
-    height, width = seen.picture.shape[-2:]
+    height, width = seen.pixels.shape[-2:]
     assert (
-        min(seen.frame) == 64
+        min(seen.resized_size) == 64
         and height % 32 == width % 32 == 0
-        and 0 <= height - seen.frame[0] < 32
-        and 0 <= width - seen.frame[1] < 32
+        and 0 <= height - seen.resized_size[0] < 32
+        and 0 <= width - seen.resized_size[1] < 32
     )
-    assert abs(seen.frame[0] / seen.frame[1] / (shape[0] / shape[1]) - 1) < 0.03
-    assert (seen.picture[..., seen.frame[0] :, :] == 0).all() and (
-        seen.picture[..., seen.frame[1] :] == 0
+    assert abs(seen.resized_size[0] / seen.resized_size[1] / (shape[0] / shape[1]) - 1) < 0.03
+    assert (seen.pixels[..., seen.resized_size[0] :, :] == 0).all() and (
+        seen.pixels[..., seen.resized_size[1] :] == 0
     ).all()
     scores = system.scores(seen, text)
-    expected = dict(image=shape, input=seen.frame, masks=tuple(round(o / 16) for o in seen.frame))[resolution]
+    expected = dict(
+        image=shape, input=seen.resized_size, masks=tuple(round(o / 16) for o in seen.resized_size)
+    )[resolution]
     assert tuple(scores.shape) == (3, *expected) and scores.isfinite().all() and (scores >= 0).all()
 
 
 def test_a_long_picture_is_limited(lite):
     system = SAN(lite, **SMALL, longest=128)
-    assert system.encode_image(pixels(40, 400)).frame == (13, 128)
+    assert system.encode_image(pixels(40, 400)).resized_size == (13, 128)
 
 
 def test_several_pictures_are_each_as_alone(small):
@@ -379,7 +381,7 @@ def test_other_encoders(lite):
         SAN(Encoder(), weights="random")
     with pytest.raises(ValueError, match="raise size or encoder_scale"):
         SAN(lite, **SMALL | dict(encoder_scale=0.1)).encode_image(pixels(64, 64))
-    with pytest.raises(ValueError, match="resizes for itself"):
+    with pytest.raises(ValueError, match="in its own way"):
         system.predict([object()], None)
 
 
@@ -434,7 +436,7 @@ def test_what_is_stored_is_what_was_seen(lite):
     text, image = system.encode_text(["cat", "dog"]), system.encode_image(pixels(64, 96))
     arrays = system.to_cache(image)
     assert {name: tuple(o.shape) for name, o in arrays.items()} == dict(
-        picture=(3, 64, 64),
+        pixels=(3, 64, 64),
         cls=(192,),
         layer0=(192, 2, 2),
         layer1=(192, 2, 2),
@@ -442,7 +444,7 @@ def test_what_is_stored_is_what_was_seen(lite):
         layer3=(192, 2, 2),
     )
     again = system.from_cache({name: o.half() for name, o in arrays.items()})
-    assert again.image is None and again.picture.dtype == torch.float32
+    assert again.image is None and again.pixels.dtype == torch.float32
     assert torch.allclose(
         system.scores(again, text),
         SAN(lite, **SMALL, keep_aspect=False, resolution="input").scores(image, text),
@@ -463,7 +465,7 @@ def test_crops_are_seen_as_pictures(lite):
     crops = torch.from_numpy(np.stack([pixels(64, 64, seed) for seed in range(2)])).permute(0, 3, 1, 2)
     for crop, seen in zip(crops, system.encode_batch(crops)):
         own = system.encode_image(crop.permute(1, 2, 0).numpy())
-        assert torch.allclose(seen.picture, own.picture, atol=1e-5) and torch.allclose(
+        assert torch.allclose(seen.pixels, own.pixels, atol=1e-5) and torch.allclose(
             seen.cls, own.cls, atol=1e-4
         )
         assert all(torch.allclose(seen.layers[k], own.layers[k], atol=1e-4) for k in own.layers)

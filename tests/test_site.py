@@ -143,13 +143,11 @@ def test_links_lead_somewhere(site):
     ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"],
 )
 def test_system_page_has_every_option(site, system):
-    from importlib import import_module
-    from ovss_nb.systems.registry import SYSTEMS
+    from ovss_nb.systems.registry import system_class
 
-    module, cls, _ = SYSTEMS[system]
     page = html.unescape(text(site / "site" / "pages" / "systems" / f"{system}.html"))
     cell = r"<td><code>{}</code></td>\s*"
-    for field in dataclasses.fields(getattr(import_module(module), cls).config_class):
+    for field in dataclasses.fields(system_class(system).config_class):
         start = cell.format(field.name) + cell.format(re.escape(repr(field.default)))
         row = re.search(start + r"<td><code>.+?</code></td>\s*<td>(.*?)</td>", page, re.S)
         assert row, field.name

@@ -197,7 +197,7 @@ def test_training_through_the_contract(tmp_path):
     image = system.encode_image(PHOTO)
     assert (
         loaded.scores(image, bank).allclose(system.scores(image, bank).detach(), atol=1e-6)
-        and loaded.own == []
+        and loaded.tuned_names == []
     )
 
 

@@ -28,8 +28,8 @@ from ..systems.catseg import CATSeg, cut_views, encode_with_layers
 from ..systems.ebseg import USES, EBSeg, adaptive_balance
 from ..systems.lmseg import LMSeg
 from ..systems.maskclip import MaskCLIP
-from ..systems.mrovseg import MROVSeg, SlicedImage
-from ..systems.san import SAN, SideImage
+from ..systems.mrovseg import MROVSeg
+from ..systems.san import SAN
 from ..text.text_bank import TextBank
 from ..core.vocabulary import Vocabulary
 
@@ -288,6 +288,11 @@ class _QueryGraph(_Look):
         self.rules = dict(pixels=dict(rule="square", size=[c.size] * 2, resample="bilinear"))
         self.examples = dict(pixels=torch.zeros(1, 3, c.size, c.size))
 
+    def encoded(self, pixels):
+        "The image as the system's encoders see it."
+        (image,) = self.system.encode_pixels(pixels)
+        return self.system.with_sizes(image, None, (self.system.config.size,) * 2)
+
     def enlarged(self, masks):
         return (
             F.interpolate(masks.float(), (self.system.config.size,) * 2, mode="bilinear", align_corners=False)
@@ -299,19 +304,14 @@ class _QueryGraph(_Look):
 class _SANGraph(_QueryGraph):
     def forward(self, pixels, text):
         x = self.normalized(pixels)
-        layers, cls = self.system.read(x)
-        ((logits, masks),) = self.system.predict(
-            [SideImage(None, None, None, x, layers, cls, (self.system.config.size,) * 2)], _bank(text)
-        )
+        ((logits, masks),) = self.system.predict([self.encoded(x)], _bank(text))
         return mask_scores(logits.float(), self.enlarged(masks))
 
 
 class _MROVSegGraph(_QueryGraph):
     def forward(self, pixels, text):
-        size = (self.system.config.size,) * 2
-        (views,) = self.system._views(self.normalized(pixels))
-        embeddings, masks, _ = self.system.outputs([SlicedImage(None, None, None, views, size, size)])[-1]
-        return mask_scores(self.system.class_logits(embeddings, _bank(text)).float(), self.enlarged(masks))
+        ((logits, masks),) = self.system.predict([self.encoded(self.normalized(pixels))], _bank(text))
+        return mask_scores(logits.float(), self.enlarged(masks))
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #ad369b8f
 class _EBSegGraph(_QueryGraph):
@@ -323,20 +323,20 @@ class _EBSegGraph(_QueryGraph):
 
     def forward(self, pixels, text, seen):
         system, c = self.system, self.system.config
-        (image,) = system.observe(pixels)
+        image = self.encoded(pixels)
         answers, bank = system.branch_embeddings([image])[-1], _bank(text)
         opinions = (
             system.network.classifier.compare(embeddings, bank, c.pooling)
             for embeddings in (answers.A, answers.B, answers.D)
         )
         probabilities = adaptive_balance(*opinions, seen, *(USES[c.use] or (c.alpha, c.beta, c.gamma)))
-        masks = F.interpolate(answers.masks, image.frame, mode="bilinear", align_corners=False)[
-            ..., : image.filled[0], : image.filled[1]
+        masks = F.interpolate(answers.masks, image.padded_size, mode="bilinear", align_corners=False)[
+            ..., : image.resized_size[0], : image.resized_size[1]
         ]
         return mask_scores(
             (1e-8 + probabilities).log(),
             F.interpolate(
-                masks, [-(-side // 4) for side in image.filled], mode="bilinear", align_corners=False
+                masks, [-(-side // 4) for side in image.resized_size], mode="bilinear", align_corners=False
             ),
         )
 
