@@ -72,7 +72,7 @@ def caption_contrast(
     if same is not None:
         if same.shape != logits.shape:
             raise ValueError(
-                f"same must be {tuple(logits.shape)}, one entry per image and caption, got {tuple(same.shape)}"
+                f"same must be {tuple(logits.shape)}, image and caption, got {tuple(same.shape)}"
             )
         logits = logits.masked_fill(same.bool() & (diagonal[:, None] != diagonal), -torch.inf)
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2

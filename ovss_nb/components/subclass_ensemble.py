@@ -150,7 +150,8 @@ def merge_masks(
     background: int,  # label of pixels that no mask claims
 ) -> np.ndarray:  # H x W int64 labels
     "One label map from overlapping masks: the highest score wins, the first of equals."
-    indices, scores = np.asarray(class_indices, dtype=np.int64), np.asarray(class_scores, dtype=np.float64)
+    masks, indices = np.asarray(masks), np.asarray(class_indices, dtype=np.int64)
+    scores = np.asarray(class_scores, dtype=np.float64)
     check_shapes(masks=(masks, "n H W"), class_indices=(indices, "n"), class_scores=(scores, "n"))
     if masks.dtype != bool:
         raise ValueError(f"masks must be bool, got {masks.dtype}: compare with a threshold first")
