@@ -828,7 +828,7 @@ def test_other_mistakes(network, matcher, tmp_path):
         load_blip("base-coco", config=network.config)
     small = blip_config(**SIZES["tiny"])
     small.text_config.vocab_size = 30522
-    with pytest.raises(ValueError, match="no room for .ENC."):
+    with pytest.raises(ValueError, match="too few for .ENC."):
         BLIPMatcher(small, device="cpu")
     for size in (0, 100, -16):
         with pytest.raises(ValueError, match="multiple of 16"):

@@ -188,7 +188,7 @@ def _load_file(network: Any, name: str, path: Path, config: Any) -> tuple[nn.Mod
     wrong = shape_differences({key: tuple(tensor.shape) for key, tensor in weights.items()}, expected)
     return (None if wrong else network.from_pretrained(None, config=config, state_dict=weights)), wrong
 
-
+# %% ../../nbs/encoders/09_blip.ipynb #bddf273c
 def _load_saved(
     network: Any,
     name: str,  # as the user wrote it

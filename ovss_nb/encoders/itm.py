@@ -133,7 +133,7 @@ def seen_attention(module: nn.Module) -> Iterator[CrossAttention]:
     finally:
         handle.remove()
 
-
+# %% ../../nbs/encoders/08_itm.ipynb #f456192f
 def pair_up(
     images: int,
     texts: int,  # how many there are
@@ -287,7 +287,7 @@ def align_attention(
     heights = torch.tensor([rest[0]] + [rest[1]] * (heads - 1))
     cross.query.bias[last] = (heights * (width // heads) ** 0.5 / 20).to(directions)
 
-
+# %% ../../nbs/encoders/08_itm.ipynb #a87adf45
 @torch.no_grad()
 def align(
     transformer: "MatchingTransformer",

@@ -70,7 +70,7 @@ def _conse(rest: str, device, **options):
         raise ValueError(f"the conse encoder has no variants, so ask for 'conse', not 'conse:{rest}'")
     return ConSEEncoder(device=device, **options)
 
-
+# %% ../../nbs/encoders/10_registry.ipynb #d3ff0975
 def _clip(rest: str, device, **options):
     from ovss_nb.encoders.clip import CLIPEncoder
 
@@ -118,7 +118,7 @@ ENCODERS: dict[str, Kind] = {
     ),
 }
 
-
+# %% ../../nbs/encoders/10_registry.ipynb #773b4ec2
 def list_encoders() -> dict[str, str]:
     "Kinds of encoders and what each is."
     return {name: kind.what for name, kind in ENCODERS.items()}
@@ -164,7 +164,7 @@ AUX_ENCODERS: dict[str, Kind] = {
     ),
 }
 
-
+# %% ../../nbs/encoders/10_registry.ipynb #ace6d402
 def list_aux_encoders() -> dict[str, str]:
     "Kinds of auxiliary encoders and what each is."
     return {name: kind.what for name, kind in AUX_ENCODERS.items()}
