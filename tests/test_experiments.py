@@ -154,7 +154,14 @@ def test_benchmark(tmp_path, monkeypatch):
         queries_classes=4,
         queries_repeats=1,
         queries_options=dict(
-            width=16, encoder_layers=1, encoder_hidden=16, groups=4, queries=5, layers=3, heads=2, hidden=16
+            width=16,
+            encoder_layers=1,
+            encoder_hidden=16,
+            groups=4,
+            queries=5,
+            decoder_layers=3,
+            heads=2,
+            hidden=16,
         ),
         slices_encoder="ViT-S-16",
         slices_size=64,
