@@ -35,7 +35,7 @@ photographs = dict(chelsea="cat, blanket, wall", coffee="cup, saucer, spoon, tab
 small = getattr(test_systems, "OPTIONS", None) or test_systems.KNOBS
 encoder, maps = create_encoder("lite", "cpu"), {}
 for name in list_systems():
-    for kind, options in (("tests", small[name]), ("defaults", {})):
+    for kind, options in (("tests", small[name]), ("defaults", dict(templates="single"))):
         torch.manual_seed(0)
         try:
             system = create(name, encoder, cache=None, **options)

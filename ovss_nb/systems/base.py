@@ -154,7 +154,7 @@ class System:
 
     @torch.inference_mode()
     def encode_image(self, image) -> EncodedImage:
-        "Load and encode one image: the costly part, done once. Takes a path, bytes, PIL image, array, tensor."
+        "Load and encode an image: the costly part, done once. Takes a path, bytes, PIL image, array, tensor."
         if isinstance(image, EncodedImage):
             return image
         loaded, c = load_image(image), self.config

@@ -179,7 +179,7 @@ class EBSegNetwork(nn.Module):
         super().__init__()
         c = config
         self.fusion = LayerFusion(layer_width, channels[1:]) if c.has_aux else None
-        options = dict(layers=c.encoder_layers, heads=c.heads, points=c.sampling_points)
+        options = dict(layers=c.encoder_layers, heads=c.heads, sampling_points=c.sampling_points)
         options |= dict(hidden=c.encoder_hidden, groups=c.groups)
         self.pixels = PixelDecoder(channels, c.width, **options)
         head = MaskHead(c.width, c.width, dim, bias_heads)
@@ -657,7 +657,7 @@ class EBSeg(MaskSystem):
 
     @property
     def trained_words(self) -> frozenset[str]:
-        "The words that count as seen: of the last `set_seen_classes`, the weights' file, or the option `seen`."
+        "Words that count as seen: of the last `set_seen_classes`, the weights' file, or the option `seen`."
         if self._seen_words is None:
             seen = self.config.seen
             self._seen_words = (

@@ -66,8 +66,8 @@ class MROVSegConfig(MaskConfig):
     positions: Literal["every", "once"] = "every"
     supervised: Count = 2
     channels: Count = 256  # of query vectors and pixel vectors
-    # which of the fused layers the mask pyramid's levels read, the lowest level first; default: the three next
-    # above the stem, the deepest first
+    # which of the fused layers the mask pyramid reads, the lowest level first; default: the three next above
+    # the stem, the deepest first
     pyramid: tuple[Index, Index, Index] | None = None
     # where masks and classes are joined, see `masks_at`; SAN's evaluation joins them at the image's pixels
     resolution: Literal["input", "image", "masks"] = "input"

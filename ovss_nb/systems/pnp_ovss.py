@@ -42,7 +42,7 @@ MATCHER_OPTIONS = {  # what suits each kind of matcher
 
 @dataclass(frozen=True)
 class PnPOVSSConfig(SalienceConfig, Config):
-    "Options of PnP-OVSS; None means what suits the matcher (`MATCHER_OPTIONS`) or the data set (`system_facts`)."
+    "Options of PnP-OVSS; None: what suits the matcher (`MATCHER_OPTIONS`) or data set (`system_facts`)."
 
     # pixels of the matcher's input; default: the matcher's own (BLIP 336, lite_itm 448)
     size: Count | None = None
@@ -121,7 +121,8 @@ def check_matched(images: list[EncodedImage]):
     "Raises `ValueError` for images that no matcher read, or that are of different sizes."
     if not all(isinstance(image, MatchedImage) for image in images):
         raise ValueError(
-            "this system reads an image with its matcher: call its encode_image, and leave sliding windows out"
+            "this system reads an image with its matcher: call its encode_image, and leave sliding windows"
+            " out"
         )
     if len(grids := {image.tokens.grid for image in images}) > 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from ..text.text_bank import TextBank
 # %% ../../nbs/systems/11_san.ipynb #2872ad9a
 @dataclass(frozen=True)
 class SANConfig(MaskConfig):
-    "Options of SAN; the defaults are those of the released B/16 and L/14. `size` is what the side network sees."
+    "Options of SAN; the defaults are those of the released B/16 and L/14. The side network sees `size`."
 
     pad_to: Count = 32  # sides are filled up to multiples of so many pixels, with zeros after normalizing
     # the encoder sees the image so many times as large; default: 0.5, for L/14 0.7
@@ -58,7 +58,8 @@ class SANConfig(MaskConfig):
                 )
         if not self.keep_aspect and self.size % self.pad_to:
             raise ValueError(
-                f"squashed images are not filled up: size={self.size} must be a multiple of pad_to={self.pad_to}"
+                f"squashed images are not filled up: size={self.size} must be a multiple of"
+                f" pad_to={self.pad_to}"
             )
         if self.supervised > self.depth:
             raise ValueError(f"supervised={self.supervised} must be from 1 to depth={self.depth}")
@@ -273,7 +274,8 @@ class SAN(MaskSystem):
         check_blocks(encoder, self.fused_layers, proposal_start=self.proposal_start)
         if len(self.fused_layers) > c.depth:
             raise ValueError(
-                f"{len(self.fused_layers)} fused_layers cannot enter before depth={c.depth} blocks: one before each"
+                f"{len(self.fused_layers)} fused_layers cannot enter before depth={c.depth} blocks: one before"
+                " each"
             )
         biases = encoder.heads if c.bias_per_head else 1
         scale = logit_scale(encoder, c.logit_scale)
@@ -358,6 +360,7 @@ class SAN(MaskSystem):
         check_released_clip(path, clip, self.encoder, self.authors)
         if start != self.proposal_start:
             raise ValueError(
-                f"{path} was trained with proposal_start={start}, not {self.proposal_start}: leave the option away"
+                f"{path} was trained with proposal_start={start}, not {self.proposal_start}: leave the option"
+                " away"
             )
         return network, {f"model.{name}": value for name, value in clip.items()}

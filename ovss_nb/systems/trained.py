@@ -351,7 +351,7 @@ class TrainedSystem(System):
         return {name: array[0] for name, array in self.arrays_of(image).items()}
 
     def from_cache(self, arrays: dict[str, torch.Tensor]) -> EncodedImage:
-        "The encoded image again, without pixels, on the encoder's device in float32, for `scores` and `loss`."
+        "The encoded image without pixels, on the encoder's device in float32, for `scores` and `loss`."
         device = self.encoder.device
         return self.image_of({name: array.to(device, torch.float32)[None] for name, array in arrays.items()})
 
