@@ -311,11 +311,11 @@ def test_rules_that_can_be(rule, options):
         (lambda: create_encoder("lite", gate=2), "from 0 to 1"),
         (lambda: create_encoder("conse", top=0), "top must be"),
         (lambda: create_encoder("lite", gates=1), "did you mean 'gate'"),
-        (lambda: create_encoder("simseg:x.pth", dense_mode="value"), "no option 'dense'"),
+        (lambda: create_encoder("simseg:x.pth", dense_mode="value"), "no option 'dense_mode'"),
         (lambda: create_encoder(3), "encoder must be text"),
         (
             lambda: create_encoder("clip:ViT-B-32/random", dense_mode="values"),
-            "dense must be 'tokens', 'value', 'vv' or 'loda'",
+            "dense_mode must be 'tokens', 'value', 'vv' or 'loda'",
         ),
         (lambda: CLIPEncoder("ViT-B-32", "random", precision=16), "precision must be"),
         (lambda: create("maskclip", "lite", cache="folder"), "cache must be"),
