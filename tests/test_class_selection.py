@@ -37,8 +37,8 @@ class Painter(nn.Module):
     def text(self, prompts):
         return torch.stack(
             [
-                torch.eye(3)[next((k for k, name in enumerate(COLORS.names[1:]) if name in o), 0)]
-                for o in prompts
+                torch.eye(3)[next((k for k, name in enumerate(COLORS.names[1:]) if name in prompt), 0)]
+                for prompt in prompts
             ]
         )
 
@@ -107,7 +107,7 @@ def test_many_pictures_are_asked_at_once_and_never_twice(tmp_path):
                     "eyes", server.url, timeout=0.4, backoff=0.01, journal=tmp_path / "journal.jsonl"
                 )
             ).select_all(images, COLORS)
-            assert {key: COLORS.names[o.indices[1]] for key, o in found.items()} == {
+            assert {key: COLORS.names[chosen.indices[1]] for key, chosen in found.items()} == {
                 key: key.rstrip("0123456789") for key in images
             }
         assert max(server.answered.values()) == 1 and server.faults["rules"]

@@ -131,7 +131,7 @@ def test_catseg_step_by_step(golden):
         x,
         5e-5,
     )
-    guides = [F.relu(project(o)) for project, o in zip(network.details, details(golden))]
+    guides = [F.relu(project(guide)) for project, guide in zip(network.details, details(golden))]
     close(
         network.decoder[0](x.movedim(-1, 2), guides[0])[:1, 0, :, ::2, ::2],
         golden["mid.decoder1_out_first_class_stride2"],
@@ -243,8 +243,8 @@ def test_window_attention_by_loops():
 def test_class_attention_by_loops():
     torch.manual_seed(0)
     stage = ClassStage(8, 3, heads=2, length=7).double().eval()
-    for o in (stage.padding, stage.padding_guidance):
-        nn.init.normal_(o)
+    for parameter in (stage.padding, stage.padding_guidance):
+        nn.init.normal_(parameter)
     x, guide = torch.randn(1, 4, 1, 1, 8).double(), torch.randn(1, 4, 3).double()
     words = torch.cat([x[0, :, 0, 0], stage.padding.expand(3, 8)])
     normed = stage.norm1(words)
@@ -271,10 +271,10 @@ def small(**options):
     torch.manual_seed(1)
     sizes = dict(width=16, guidance=(8, 8), decoder=(16, 16), decoder_guidance=(4, 4), window=4, length=16)
     network = CostAggregation(12, (8, 8), **(sizes | options)).eval().requires_grad_(False)
-    for o in network.classes:
-        if o.length:
-            nn.init.normal_(o.padding)
-            nn.init.normal_(o.padding_guidance)
+    for stage in network.classes:
+        if stage.length:
+            nn.init.normal_(stage.padding)
+            nn.init.normal_(stage.padding_guidance)
     return network
 
 
@@ -313,7 +313,7 @@ def test_each_image_keeps_its_own_words():
     dropped = (out == -100).all((2, 3))
     assert (dropped.sum(1) == 14).all() and len(dropped.unique(dim=0)) == 3
     for i in range(3):
-        close(network(features[i : i + 1], text, [o[i : i + 1] for o in guides])[0], out[i], 1e-4)
+        close(network(features[i : i + 1], text, [guide[i : i + 1] for guide in guides])[0], out[i], 1e-4)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 9), (3, 10), (4, 4), (1, 1)])
@@ -369,8 +369,8 @@ def test_gradients_do_not_depend_on_chunks():
         return {name: p.grad for name, p in network.named_parameters()}
 
     whole, parts = gradients(100), gradients(2)
-    for name, o in whole.items():
-        assert o.any() and torch.allclose(o, parts[name], rtol=1e-3, atol=1e-6), name
+    for name, gradient in whole.items():
+        assert gradient.any() and torch.allclose(gradient, parts[name], rtol=1e-3, atol=1e-6), name
 
 
 def test_inference_then_training():
@@ -401,8 +401,8 @@ def test_memory_grows_by_the_maps_alone():
     96 that must be held (a few copies each), not by the decoder's 32 x 96 x 96.
     """
     few, many = (
-        1024 * int(o)
-        for o in subprocess.run(
+        1024 * int(line)
+        for line in subprocess.run(
             [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
         ).stdout.split()
     )

@@ -150,8 +150,8 @@ def test_lengths():
         unit.norm(dim=1), torch.ones(2, 4, 6), atol=1e-5
     )
     # one direction, three lengths
-    for o in (match, plain):
-        assert torch.allclose(F.normalize(o, dim=1), unit, atol=1e-5)
+    for fused in (match, plain):
+        assert torch.allclose(F.normalize(fused, dim=1), unit, atol=1e-5)
     assert not torch.allclose(plain.norm(dim=1), first.norm(dim=1), rtol=1e-2)
     same = FeatureFusion(8, 8, weight=0.0, project=False, normalize="none")
     assert torch.allclose(same(first, first.flip(1)), first.flip(1), atol=1e-5)
