@@ -62,8 +62,8 @@ def test_pairs(tmp_path):
         and dataset.without_labels == ["a"]
         and not dataset.without_either
     )
-    assert [o.name for o in dataset.label_paths] == ["b.png", "c.png"] and [
-        o.name for o in dataset.image_paths
+    assert [path.name for path in dataset.label_paths] == ["b.png", "c.png"] and [
+        path.name for path in dataset.image_paths
     ] == ["b.jpg", "c.jpg"]
     stem, image, labels = dataset[-1]
     assert (

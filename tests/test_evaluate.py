@@ -669,8 +669,8 @@ def test_labels_in_one_file_for_all(tmp_path):
 
 
 def test_the_set_is_no_place_for_a_run(dataset):
-    before = sorted(o.relative_to(dataset.root) for o in dataset.root.rglob("*"))
+    before = sorted(path.relative_to(dataset.root) for path in dataset.root.rglob("*"))
     for run in (dataset.root, dataset.root / "images", dataset.root / "masks/../masks"):
         with pytest.raises(ValueError, match="another place"):
             evaluate(Stripes(), dataset, run_dir=run, progress=False)
-    assert sorted(o.relative_to(dataset.root) for o in dataset.root.rglob("*")) == before
+    assert sorted(path.relative_to(dataset.root) for path in dataset.root.rglob("*")) == before

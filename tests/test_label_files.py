@@ -55,7 +55,7 @@ def coco_file(path):
         json.dumps(
             dict(
                 images=[dict(id=i, file_name=f"{i:012}.jpg", height=30, width=40) for i in (1, 2, 3)],
-                annotations=[dict(id=i, **o) for i, o in enumerate(objects)],
+                annotations=[dict(id=i, **fields) for i, fields in enumerate(objects)],
                 categories=[dict(id=1, name="person"), dict(id=90, name="toothbrush")],
             )
         )
@@ -152,7 +152,7 @@ def test_index_masks_as_stored(tmp_path):
     assert (read_index_mask(tmp_path / "transparent.png") == small).all()
     image.save(tmp_path / "palette.BMP")
     Image.fromarray(small).save(tmp_path / "grey.bmp")
-    assert all((read_index_mask(tmp_path / o) == small).all() for o in ("palette.BMP", "grey.bmp"))
+    assert all((read_index_mask(tmp_path / name) == small).all() for name in ("palette.BMP", "grey.bmp"))
     for suffix, options in (("png", {}), ("tif", {}), ("tiff", dict(compression="tiff_deflate"))):
         Image.fromarray(large).save(tmp_path / f"large.{suffix}", **options)
         got = read_index_mask(tmp_path / f"large.{suffix}")
@@ -344,7 +344,7 @@ def test_matlab(tmp_path):
 
 def test_ade20k_full(tmp_path):
     lines = files("ovss_nb.data").joinpath("labels", "ADE-847.txt").read_text().splitlines()
-    numbers = [int(o) for line in lines if line[0] != "#" for o in line.split()]
+    numbers = [int(word) for line in lines if line[0] != "#" for word in line.split()]
     names = load_vocabulary("ADE-847").names
     assert (
         len(numbers) == len(set(numbers)) == len(names) == 847 and 0 < min(numbers) and max(numbers) <= 3688
@@ -398,7 +398,7 @@ def test_camvid(tmp_path):
     names, which = list(CAMVID_COLORS), blocks(32)
     colors = np.array(list(CAMVID_COLORS.values()), np.uint8)[which]
     table = np.array(
-        [next((k for k, o in enumerate(CAMVID_CLASSES.values()) if name in o), 255) for name in names]
+        [next((k for k, group in enumerate(CAMVID_CLASSES.values()) if name in group), 255) for name in names]
     )
     colors[3, 4] = 128, 128, 77  # one blended pixel in 1,200
     Image.fromarray(colors).save(tmp_path / "a_L.png")

@@ -72,7 +72,11 @@ def test_all_classes_of_coco_stuff_complete_with_30_percent_faults(tmp_path):
 def test_subclasses_complete_as_plain_text(tmp_path):
     with ChatServer(describe, faults=0.3, spoil=lambda text: text.replace("old", "red")) as server:
         bank = write_subclasses(model(server, tmp_path, timeout=server.delay - 1), STUFF, progress=False)
-        assert not bank.failed and len(bank) == 171 and all(len(o) == 10 for o in bank.texts(STUFF).values())
+        assert (
+            not bank.failed
+            and len(bank) == 171
+            and all(len(kinds) == 10 for kinds in bank.texts(STUFF).values())
+        )
         assert max(server.answered.values()) == 1
 
 
@@ -224,13 +228,13 @@ def test_a_stubborn_answer_is_refused_with_the_reason_and_reported(tmp_path):
     seen = []
 
     def answer(messages):
-        seen.append([o["content"] for o in messages])
+        seen.append([turn["content"] for turn in messages])
         return echo([{"content": "fine" if "good" in messages[0]["content"] else "bad"}])
 
     with ChatServer(answer) as server:
         answers = model(server, tmp_path, concurrency=1).ask_all(
             {"a": question("stubborn"), "b": question("good")},
-            lambda key, o: "it is bad" if o["word"] == "bad" else None,
+            lambda key, answer: "it is bad" if answer["word"] == "bad" else None,
             progress=False,
         )
         assert (
@@ -238,7 +242,7 @@ def test_a_stubborn_answer_is_refused_with_the_reason_and_reported(tmp_path):
             and "3 answers were refused" in answers.failed["a"]
             and answers.refused == {"a"}
         )
-        assert [len(o) for o in seen] == [1, 3, 5, 1] and "it is bad" in seen[1][-1]
+        assert [len(turns) for turns in seen] == [1, 3, 5, 1] and "it is bad" in seen[1][-1]
 
 
 def test_declined_and_failing_questions_do_not_stop_the_others(tmp_path):
@@ -255,7 +259,8 @@ def test_declined_and_failing_questions_do_not_stop_the_others(tmp_path):
     with ChatServer(echo) as server:
         server.handle = handle
         answers = model(server, tmp_path, concurrency=1, attempts=2).ask_all(
-            {o: question(o) for o in ("fine", "declined", "filtered", "broken", "last")}, progress=False
+            {name: question(name) for name in ("fine", "declined", "filtered", "broken", "last")},
+            progress=False,
         )
     assert (
         list(answers) == ["fine", "last"]
@@ -411,10 +416,10 @@ def test_two_processes_on_one_journal_share_their_answers(tmp_path):
             subprocess.Popen([sys.executable, "-c", program, server.url, tmp_path / "journal.jsonl"])
             for _ in range(2)
         ]
-        assert [o.wait(120) for o in processes] == [0, 0]
+        assert [process.wait(120) for process in processes] == [0, 0]
         # Who looks while the other writes may add an empty line, which readers pass over.
-        answers = [json.loads(o) for o in (tmp_path / "journal.jsonl").read_text().splitlines() if o]
-        assert all(o["text"] for o in answers) and len({o["key"] for o in answers}) == 171
+        answers = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines() if line]
+        assert all(answer["text"] for answer in answers) and len({answer["key"] for answer in answers}) == 171
         asker = model(server, tmp_path)
         assert len(write_subclasses(asker, STUFF, progress=False)) == 171 and asker.calls == 0
 
@@ -664,7 +669,9 @@ GEMMA = "System role not supported"
 )
 @pytest.mark.parametrize("formats", [("json_schema", "json_object"), ()])
 def test_a_model_without_a_system_turn_is_told_by_the_user(status, words, formats, tmp_path):
-    refuse = lambda asked: (status, words) if any(o["role"] == "system" for o in asked["messages"]) else None
+    refuse = lambda asked: (
+        (status, words) if any(turn["role"] == "system" for turn in asked["messages"]) else None
+    )
     seen = []
 
     def answer(messages):
@@ -677,7 +684,7 @@ def test_a_model_without_a_system_turn_is_told_by_the_user(status, words, format
             model(server, tmp_path, revisions=0), ["dog"], n=1, context="photographs of parks", progress=False
         )
     assert (
-        all(len(o) == 1 and o[0]["role"] == "user" for o in seen)
+        all(len(turns) == 1 and turns[0]["role"] == "user" for turns in seen)
         and "photographs of parks" in seen[-1][0]["content"]
     )
     assert ("JSON schema" in seen[0][0]["content"]) is not bool(formats)
@@ -697,7 +704,7 @@ def test_a_refusal_of_one_question_is_not_a_refusal_of_the_format(tmp_path):
     refuse = lambda asked: (400, "too long") if "long" in asked["messages"][-1]["content"] else None
     with ChatServer(echo, refuse=refuse) as server:
         answers = model(server, tmp_path, concurrency=1).ask_all(
-            {o: question(o) for o in ("one", "long", "two")}, progress=False
+            {name: question(name) for name in ("one", "long", "two")}, progress=False
         )
         assert (
             list(answers) == ["one", "two"]

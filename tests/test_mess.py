@@ -357,7 +357,7 @@ def test_foreign_labels(tmp_path, row):
 
 def test_colors_are_refused(tmp_path):
     "SUIM as downloaded has colors; its converter was not run."
-    row = next(o for o in SETS if o[0] == "SUIM")
+    row = next(row for row in SETS if row[0] == "SUIM")
     build(tmp_path, row)
     save(tmp_path / row[2].format(1), Image.new("RGB", (8, 4), (0, 0, 255)))
     assert "holds colors" in check(tmp_path, "MESS-SUIM", progress=False).problems[0]
@@ -378,7 +378,7 @@ def test_records(row):
         {255} if row[3] > 2 else set()
     ) and p.expected == ((2125, 2135) if row[0] == "FoodSeg103" else (row[4],))
     assert p.words == (() if row[5] is None else (p.vocabulary.names[row[5]],)) and all(
-        resize_rule(o) for o in (p.resize, *p.other_resizes.values())
+        resize_rule(rule) for rule in (p.resize, *p.other_resizes.values())
     )
     facts = json.loads(json.dumps(p.describe()))
     assert (
@@ -486,7 +486,7 @@ def test_relative_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["FoodSeg103", "CUB-200", "DRAM", "CWFID", "Kvasir-Instrument"])
 def test_prepared_folder(tmp_path, name):
     "Converted to a plain folder, a set opens again by itself, with the same labels."
-    row = next(o for o in SETS if o[0] == name)
+    row = next(row for row in SETS if row[0] == name)
     expected = build(tmp_path / "download", row)
     done = prepare(open_dataset(tmp_path / "download", "MESS-" + name), tmp_path / "plain", progress=False)
     assert done["written"] == 3 and not done["skipped"]
@@ -500,7 +500,7 @@ def test_prepared_folder(tmp_path, name):
 
 def test_two_names_are_two(tmp_path):
     "`others, tool` is not `others, nuclei in cells`, though half of the names agree."
-    build(tmp_path / "download", next(o for o in SETS if o[0] == "Kvasir-Instrument"))
+    build(tmp_path / "download", next(row for row in SETS if row[0] == "Kvasir-Instrument"))
     prepare(open_dataset(tmp_path / "download", "MESS-Kvasir-Instrument"), tmp_path / "plain", progress=False)
     with pytest.raises(DatasetError, match="does not fit MESS-CryoNuSeg"):
         open_dataset(tmp_path / "plain", "MESS-CryoNuSeg")
@@ -510,7 +510,7 @@ def test_means():
     "PAXRay's four parts count as one of the medical data sets, and each of the 22 as much as any other."
     scores = dict.fromkeys(mess_records(), 0.0)
     assert set(mess_means(scores).values()) == {0}
-    parts = {o: 88.0 for o in scores if o.startswith("MESS-PAXRay-")}
+    parts = {name: 88.0 for name in scores if name.startswith("MESS-PAXRay-")}
     means = mess_means(scores | parts)
     assert (
         means["medical sciences"] == 22
@@ -566,4 +566,7 @@ def test_sources_are_complete():
         "note",
         "classes",
     }
-    assert all(set(o) == keys for o in mess_sets()) and len({o["registered"] for o in mess_sets()}) == 25
+    assert (
+        all(set(record) == keys for record in mess_sets())
+        and len({record["registered"] for record in mess_sets()}) == 25
+    )

@@ -47,8 +47,8 @@ def case(seed, classes, absent=0.3, ignored=0.1, shape=(3, 37, 41)):
 
 
 CASES = [
-    pytest.param(*o, id=f"{o[1]}-classes-seed-{o[0]}")
-    for o in itertools.product(range(3), (1, 2, 9, 21, 150, 255, 256, 847, 1000))
+    pytest.param(*case, id=f"{case[1]}-classes-seed-{case[0]}")
+    for case in itertools.product(range(3), (1, 2, 9, 21, 150, 255, 256, 847, 1000))
 ]
 
 
@@ -91,7 +91,7 @@ def test_equals_one_class_at_a_time(seed, classes):
 
 
 # torchmetrics asks for two classes at least
-@pytest.mark.parametrize("seed, classes", [o for o in CASES if o.values[1] > 1])
+@pytest.mark.parametrize("seed, classes", [parameters for parameters in CASES if parameters.values[1] > 1])
 def test_equals_torchmetrics(seed, classes):
     truth, labels, ignore = case(seed, classes)
     confusion = Confusion(classes).add(truth, labels)
@@ -388,7 +388,9 @@ def test_boundary_equals_erosion_of_each_class(classes, width, ignored):
     truth, distance = np.where(hidden, ignore, truth), max(1, round(width * (48**2 + 62**2) ** 0.5))
     want = np.zeros((classes, 3), int)
     for k in range(classes):
-        true, predicted = (eroded_band((o == k) & ~hidden, distance, hidden) for o in (truth, labels))
+        true, predicted = (
+            eroded_band((values == k) & ~hidden, distance, hidden) for values in (truth, labels)
+        )
         want[k] = (true & predicted).sum(), true.sum(), predicted.sum()
     got = boundary_counts(truth, labels, classes, width=width)
     assert got.dtype == np.int64 and (got == want).all()
@@ -452,7 +454,7 @@ def test_bootstrap_equals_scoring_each_draw_by_itself():
                 drawn = drawn + part
         scores.append(drawn.summary())
     for name in STATISTICS:
-        want = np.quantile([o[name] for o in scores], [0.05, 0.95])
+        want = np.quantile([draw[name] for draw in scores], [0.05, 0.95])
         for records in (
             parts,
             [part.pairs() for part in parts],
@@ -478,7 +480,7 @@ def test_bootstrap():
     assert wide[0] < narrow[0] < sum(parts, Confusion(300)).pixel_accuracy() < narrow[1] < wide[1]
     error = lambda hits, truth, predicted: 1 - pixel_accuracy(hits, truth)
     assert np.allclose(bootstrap_interval(parts, 300, error, confidence=0.5), [1 - narrow[1], 1 - narrow[0]])
-    records = [boundary_counts(*(o[0] for o in case(seed, 4, ignored=0)[:2]), 4) for seed in range(4)]
+    records = [boundary_counts(*(maps[0] for maps in case(seed, 4, ignored=0)[:2]), 4) for seed in range(4)]
     assert bootstrap_interval(records, 4, samples=20)[0] < bootstrap_interval(records, 4, samples=20)[1]
 
 

@@ -61,7 +61,11 @@ def source(root, count=6):
 
 
 def tree(root):
-    return {o.relative_to(root).as_posix(): o.read_bytes() for o in Path(root).rglob("*") if o.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in Path(root).rglob("*")
+        if path.is_file()
+    }
 
 
 def test_folder(tmp_path):
@@ -220,7 +224,7 @@ def test_damaged_leftovers(tmp_path):
     prepare(data, target, progress=False)
     expected, draw = tree(target), random.Random(0)
     for turn in range(30):
-        name = draw.choice([o for o in expected if "/" in o])
+        name = draw.choice([path for path in expected if "/" in path])
         content = bytearray(expected[name])
         if turn % 3 == 0:
             del content[draw.randrange(len(content)) :]
@@ -352,7 +356,7 @@ def test_kill(tmp_path, kind):
         result = prepare(data, target, progress=False)
         assert result["written"] + result["kept"] == 40 and not result["skipped"]
         assert tree(target) == tree(tmp_path / "whole")
-    assert FolderDataset.open(tmp_path / "out0").stems == [o.replace("/", "__") for o in data.stems]
+    assert FolderDataset.open(tmp_path / "out0").stems == [stem.replace("/", "__") for stem in data.stems]
 
 
 def killed_at(step, data, target):

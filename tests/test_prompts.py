@@ -47,9 +47,13 @@ def test_every_vocabulary_ships_whole(title, kind):
         and bank.prompts["instructions"]
     )
     if kind == "subclasses":
-        assert bank.prompts["P2"] == PROMPTS["P2"] and all(len(o) == 10 for o in bank.texts().values())
+        assert bank.prompts["P2"] == PROMPTS["P2"] and all(
+            len(kinds) == 10 for kinds in bank.texts().values()
+        )
     else:
-        assert all(len(o) == 4 and max(map(count, o)) <= 60 for o in bank.texts().values())
+        assert all(
+            len(sentences) == 4 and max(map(count, sentences)) <= 60 for sentences in bank.texts().values()
+        )
 
 
 def test_shared_texts_are_written_once_and_used():
@@ -66,10 +70,10 @@ def test_shared_texts_are_written_once_and_used():
         assert used <= set(shared) and len(used) > 1100
     # only names that never meet, such as sofa and couch, may have one list
     for title in list_subclasses():
-        lists = [tuple(o) for o in load_subclasses(title).values()]
+        lists = [tuple(kinds) for kinds in load_subclasses(title).values()]
         assert len(set(lists)) == len(lists)
     sentences = [
-        text for o in PromptBank.open("ADE-847", "descriptions").pool.values() for text in o.values()
+        text for row in PromptBank.open("ADE-847", "descriptions").pool.values() for text in row.values()
     ]
     assert len(set(sentences)) == len(sentences) == 4 * 1180
 
@@ -162,12 +166,12 @@ def test_a_bank_for_other_words_is_refused_until_it_is_filled(capsys, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda o: o.pop("model"), "'model' must be of type str"),
-        (lambda o: o.update(extra=1), "unknown entry 'extra'"),
-        (lambda o: o.update(kind="poems"), "holds 'poems'"),
-        (lambda o: o["classes"].update(cat=[]), "'cat': subclasses are a list"),
-        (lambda o: o["classes"].update(cat={"color": "x"}), "'cat': subclasses are a list"),
-        (lambda o: o["classes"].update(cat="kitty"), "no entry 'kitty'"),
+        (lambda data: data.pop("model"), "'model' must be of type str"),
+        (lambda data: data.update(extra=1), "unknown entry 'extra'"),
+        (lambda data: data.update(kind="poems"), "holds 'poems'"),
+        (lambda data: data["classes"].update(cat=[]), "'cat': subclasses are a list"),
+        (lambda data: data["classes"].update(cat={"color": "x"}), "'cat': subclasses are a list"),
+        (lambda data: data["classes"].update(cat="kitty"), "no entry 'kitty'"),
     ],
 )
 def test_a_damaged_bank_says_where(change, message, tmp_path):
@@ -193,7 +197,9 @@ def test_unknown_names_and_kinds():
 
 def test_tokens_are_counted_not_cut():
     words = Vocabulary.of(["cat"])
-    texts = dict.fromkeys(ATTRIBUTES) | {o: f"A cat is black, {o}." for o in ATTRIBUTES}
+    texts = dict.fromkeys(ATTRIBUTES) | {
+        attribute: f"A cat is black, {attribute}." for attribute in ATTRIBUTES
+    }
     assert check_description(texts, "cat", words, count) == []
     long = texts | {"summary": "A cat is black and " + "furry " * 60}
     (problem,) = check_description(long, "cat", words, count)
@@ -214,8 +220,8 @@ def test_filters_do_what_the_repository_does():
     }
 
     def embed(texts):
-        return np.array([vectors[o] for o in texts]) / np.linalg.norm(
-            [vectors[o] for o in texts], axis=1, keepdims=True
+        return np.array([vectors[text] for text in texts]) / np.linalg.norm(
+            [vectors[text] for text in texts], axis=1, keepdims=True
         )
 
     kinds = {"dog": ["poodle", "wolfhound", "kitten-like dog"], "cat": ["tabby"]}

@@ -505,7 +505,7 @@ def test_records():
     assert sorted(list_protocols("trained") + list_protocols("training-free")) == sorted(NAMES) and set(
         NAMES
     ) < set(list_protocols()) == set(PROTOCOLS)
-    assert [protocol(o).classes for o in NAMES] == [
+    assert [protocol(name).classes for name in NAMES] == [
         20,
         21,
         21,
@@ -521,7 +521,7 @@ def test_records():
         19,
         11,
     ]
-    assert [protocol(o).background for o in NAMES] == [
+    assert [protocol(name).background for name in NAMES] == [
         None,
         0,
         20,
@@ -537,7 +537,9 @@ def test_records():
         None,
         None,
     ]
-    assert [protocol(o).expected[0] for o in NAMES] == [1449] * 3 + [5104] * 3 + [2000] * 3 + [5000] * 3 + [
+    assert [protocol(name).expected[0] for name in NAMES] == [1449] * 3 + [5104] * 3 + [2000] * 3 + [
+        5000
+    ] * 3 + [
         500,
         233,
     ]
@@ -608,7 +610,7 @@ def test_bare_names(asked, candidates):
     "A name that stands for several benchmarks is not guessed at."
     with pytest.raises(DatasetError, match="is not one benchmark") as e:
         protocol(asked)
-    assert all(o in str(e.value) for o in candidates)
+    assert all(candidate in str(e.value) for candidate in candidates)
 
 
 def test_unknown_names():
@@ -640,7 +642,7 @@ def test_side_by_side(tmp_path):
         build(tmp_path, *row[1:])
     assert open_dataset(tmp_path, "VOC-20").layout.name == "VOC 2012"
     assert open_dataset(tmp_path, "VOC-20", "VOC 2012, annotations_detectron2").labels(0).max() == 255
-    assert [o.name for o, _ in find_layouts(tmp_path, "VOC-20")][0] == "VOC 2012"
+    assert [layout.name for layout, _ in find_layouts(tmp_path, "VOC-20")][0] == "VOC 2012"
     assert "also there, not read: VOC 2012 with SBD, VOC 2012, annotations_detectron2" in str(
         check(tmp_path, "VOC-20", progress=False)
     )
@@ -862,7 +864,7 @@ FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("name, classes, values", FOLDERS, ids=[f"{o[1]} as {o[0]}" for o in FOLDERS])
+@pytest.mark.parametrize("name, classes, values", FOLDERS, ids=[f"{row[1]} as {row[0]}" for row in FOLDERS])
 def test_folder(tmp_path, name, classes, values):
     "A plain folder of indices under each protocol that can score it."
     root = folder(
@@ -881,7 +883,7 @@ def test_folder(tmp_path, name, classes, values):
 
 
 def test_folder_refused(tmp_path):
-    voc, pas = (protocol(o).vocabulary.names for o in ("VOC-21", "PAS-20b"))
+    voc, pas = (protocol(title).vocabulary.names for title in ("VOC-21", "PAS-20b"))
     root = folder(tmp_path / "voc", voc, [0, 20])
     for name in set(NAMES) - {"VOC-21", "VOC-20", "PAS-20b"}:
         with pytest.raises(DatasetError, match="has 21 names, the first 'background'"):
@@ -936,7 +938,7 @@ def test_shared_sets(name, as_, pairs, present):
 
 def test_shared_ade_is_ade():
     """Landmarks of a known picture:
-    the map of the folder, of the protocol and of the vocabulary room agree on every pixel.
+    the map of the folder, of the protocol and of the vocabulary agree on every pixel.
     """
     if not (SHARED / "ade150-mini").is_dir():
         pytest.skip("no ../shared/data here")
@@ -989,7 +991,7 @@ def test_check_of_ones_own_folder(tmp_path):
 def test_check_of_ones_own_folder_lists_what_is_wrong(tmp_path):
     root = own(tmp_path / "cats", ("0.png", "1_mask.png"), (0, 1, 7))
     report = check(root, progress=False)
-    assert [report.counts[o] for o in ("pairs", "without_image", "without_labels", "stray_values")] == [
+    assert [report.counts[kind] for kind in ("pairs", "without_image", "without_labels", "stray_values")] == [
         1,
         1,
         1,

@@ -38,19 +38,26 @@ class Letters(Encoder):
     def text(self, prompts):
         self.batches.append(list(prompts))
         counts = torch.stack(
-            [torch.bincount(torch.tensor([ord(c) % 128 for c in o]), minlength=128).float() for o in prompts]
+            [
+                torch.bincount(torch.tensor([ord(c) % 128 for c in prompt]), minlength=128).float()
+                for prompt in prompts
+            ]
         )
         return F.normalize(counts @ self.weight, dim=-1)
 
     @property
     def asked(self):
-        return [o for batch in self.batches for o in batch]
+        return [prompt for batch in self.batches for prompt in batch]
 
 
 def test_vild14_follows_its_rule():
-    "Five plain forms, and three forms with each of three sizes (SYSTEMS 1.7)."
-    words = [o.replace(".", "") for o in TEMPLATES["vild14"]]
-    sized = [o for o in words if any(f" {size} {{}}" in o for size in ("small", "medium", "large"))]
+    "Five plain forms, and three forms with each of three sizes."
+    words = [template.replace(".", "") for template in TEMPLATES["vild14"]]
+    sized = [
+        template
+        for template in words
+        if any(f" {size} {{}}" in template for size in ("small", "medium", "large"))
+    ]
     assert len(words) == len(set(words)) == 14 and len(sized) == 9
     for size in ("small", "medium", "large"):
         assert {
@@ -58,14 +65,14 @@ def test_vild14_follows_its_rule():
             f"This is a photo of a {size} {{}}",
             f"There is a {size} {{}} in the scene",
         } <= set(sized)
-    assert [o.endswith(".") for o in TEMPLATES["vild14"]] == [True] + [False] * 4 + [True] * 9
+    assert [template.endswith(".") for template in TEMPLATES["vild14"]] == [True] + [False] * 4 + [True] * 9
 
 
 def test_imagenet80_is_open_clips():
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    assert [o.replace("{}", "tiger cat") for o in load_templates("imagenet80")] == [
-        o("tiger cat") for o in OPENAI_IMAGENET_TEMPLATES
+    assert [template.replace("{}", "tiger cat") for template in load_templates("imagenet80")] == [
+        template("tiger cat") for template in OPENAI_IMAGENET_TEMPLATES
     ]
 
 
@@ -100,7 +107,7 @@ def test_bank_equals_the_plain_loop(templates, batch_size):
     for k, words in enumerate(bank.words):
         expected = []
         for word in words:
-            vectors = [encoder.text([o.replace("{}", word)])[0] for o in bank.templates]
+            vectors = [encoder.text([template.replace("{}", word)])[0] for template in bank.templates]
             mean = sum(v / v.norm() for v in vectors) / len(vectors)
             expected.append(mean / mean.norm())
         assert torch.allclose(bank.embeddings[k, : len(words)], torch.stack(expected), atol=1e-6)
@@ -152,7 +159,7 @@ def test_cache_spares_what_is_known(tmp_path):
     assert not encoder.asked
     assert torch.equal(first.embeddings.flip(0), second.embeddings)
     encode_text(encoder, ["dog", "cow"], "vild14", cache=cache)
-    assert len(encoder.asked) == 14 and all("cow" in o for o in encoder.asked)
+    assert len(encoder.asked) == 14 and all("cow" in prompt for prompt in encoder.asked)
     encoder.batches.clear()
     encode_text(encoder, ["dog"], "single", cache=cache)
     assert len(encoder.asked) == 1
@@ -216,13 +223,16 @@ def test_second_process_encodes_nothing(tmp_path, monkeypatch):
         )
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout))
-    words = {o for words in Vocabulary.of("VOC-21").words for o in words}
+    words = {word for words in Vocabulary.of("VOC-21").words for word in words}
     assert [count for count, _ in runs] == [14 * len(words), 0, 14 * len(words)]
     assert runs[0][1] == runs[1][1] != runs[2][1]
 
 
 def sentences(name):
-    return {o: f"A {name} has {o}." for o in ("color", "shape_size", "texture_material", "summary")}
+    return {
+        attribute: f"A {name} has {attribute}."
+        for attribute in ("color", "shape_size", "texture_material", "summary")
+    }
 
 
 @pytest.fixture
@@ -232,7 +242,7 @@ def bank(tmp_path):
         {"orrery": ["orrery", "model of planets"], "sextant": "sextant", "quadrant": "quadrant"}
     )
     made = PromptBank.new(vocabulary, "descriptions", "the test")
-    made.fill(vocabulary, {o: sentences(o) for o in ("orrery", "sextant")})
+    made.fill(vocabulary, {name: sentences(name) for name in ("orrery", "sextant")})
     made.save(tmp_path / "bank.json")
     return vocabulary, tmp_path / "bank.json"
 
@@ -262,7 +272,11 @@ def test_sources(prompts, sources):
     ],
 )
 def test_no_sources(prompts, message):
-    for call in (prompt_sources, prompts_digest, lambda o: encode_text(Letters(), ["cat"], prompts=o)):
+    for call in (
+        prompt_sources,
+        prompts_digest,
+        lambda source: encode_text(Letters(), ["cat"], prompts=source),
+    ):
         with pytest.raises(ValueError, match=message):
             call(prompts)
 
@@ -283,7 +297,7 @@ def test_every_shipped_vocabulary_speaks(kind):
                 assert prompts == (
                     (text,)
                     if kind == "descriptions"
-                    else tuple(o.replace("{}", text) for o in TEMPLATES["vild14"])
+                    else tuple(template.replace("{}", text) for template in TEMPLATES["vild14"])
                 )
 
 
@@ -292,7 +306,7 @@ def test_names_stay_as_they_were():
     encoder, vocabulary = Letters(), load_vocabulary("VOC-21")
     bank = encode_text(encoder, vocabulary)
     assert bank.words == vocabulary.words and encoder.asked == list(
-        dict.fromkeys(f"A photo of a {o} in the scene" for words in vocabulary.words for o in words)
+        dict.fromkeys(f"A photo of a {word} in the scene" for words in vocabulary.words for word in words)
     )
 
 
@@ -307,13 +321,16 @@ def test_spoken_bank_equals_the_plain_loop(prompts):
     descriptions, kinds = (PromptBank.open("VOC-21", kind).texts() for kind in KINDS)
     for k, name in enumerate(bank.names):
         vectors = (
-            [encoder.text([o])[0] for o in descriptions.get(name, ["background"])]
+            [encoder.text([text])[0] for text in descriptions.get(name, ["background"])]
             if prompts != "subclasses"
             else []
         )
         for kind in kinds[name] if prompts != "descriptions" else []:
             vectors.append(
-                F.normalize(encoder.text([o.replace("{}", kind) for o in TEMPLATES["vild14"]]).mean(0), dim=0)
+                F.normalize(
+                    encoder.text([template.replace("{}", kind) for template in TEMPLATES["vild14"]]).mean(0),
+                    dim=0,
+                )
             )
         assert bank.mask[k].sum() == len(vectors) == len(bank.words[k])
         assert torch.allclose(bank.embeddings[k][bank.mask[k]], torch.stack(vectors), atol=1e-6)
@@ -346,7 +363,7 @@ def test_own_bank_from_a_file_or_in_hand(bank):
     vocabulary, file = bank
     said = class_prompts(vocabulary, file)
     assert said == class_prompts(vocabulary, str(file)) == class_prompts(vocabulary, PromptBank.open(file))
-    assert said["orrery"] == {(o,): o for o in sentences("orrery").values()}
+    assert said["orrery"] == {(text,): text for text in sentences("orrery").values()}
     assert said["quadrant"] == {("quadrant",): "quadrant"}  # bare, like the descriptions beside it
     assert class_prompts(vocabulary, file, instead={"quadrant": ["arc", "brass"]})["quadrant"] == {
         ("arc",): "arc",
@@ -532,7 +549,8 @@ def test_every_shipped_class_is_read_and_told_apart(title, lite):
         warnings.simplefilter("error")
         for prompts in ("names", "descriptions", "subclasses"):
             check_texts(
-                lite, {name: tuple(o.values()) for name, o in class_prompts(vocabulary, prompts).items()}
+                lite,
+                {name: tuple(texts.values()) for name, texts in class_prompts(vocabulary, prompts).items()},
             )
 
 
@@ -553,7 +571,7 @@ def test_equal_vectors_of_an_encoder_that_says_nothing_are_a_warning(tmp_path):
 
     class Reader(Letters):
         def pieces(self, texts):
-            return [tuple(map(ord, o)) for o in texts]
+            return [tuple(map(ord, text)) for text in texts]
 
     with pytest.raises(VocabularyError, match="'listen', 'silent'"):
         encode_text(Reader(), ["listen", "cat", "silent"])
@@ -576,7 +594,7 @@ def test_what_clip_reads():
 
     texts = ["cat", "Cat", "cat!", "!", "แมว", "🐕", "a" * 200, ""]
     assert (
-        pieces(tokenizer, texts) == [tuple(tokenizer.encode(o)) for o in texts]
+        pieces(tokenizer, texts) == [tuple(tokenizer.encode(text)) for text in texts]
         and pieces(tokenizer, texts)[-1] == ()
     )
     assert pieces(None, texts) is None
