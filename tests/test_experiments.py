@@ -72,7 +72,7 @@ def test_every_way_of_running_counts_the_same(tmp_path, monkeypatch):
     overlapped with a reader, and on two workers. VOC-20 leaves the background out.
     """
     common = dict(
-        data=str(DATA / "voc2012-val-subset"), protocol="VOC-20", resize="protocol", limit=6, boundary=True
+        data=str(DATA / "voc2012-val-subset"), protocol="VOC-20", resize="protocol", limit=3, boundary=True
     )
     found = [
         run("evaluate", tmp_path / str(n), monkeypatch, **common, **way)

@@ -421,6 +421,7 @@ def test_training_notebook(encoder, tmp_path, monkeypatch):
         batch=8,
         size=96,
         width=48,
+        depth=1,
         features=str(tmp_path / "features"),
         threads=1,
     )
