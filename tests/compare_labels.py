@@ -57,6 +57,8 @@ def label_maps(commit: str, folder: Path) -> dict[str, np.ndarray]:
     "The label maps of one commit, by what they show."
     tree, file = folder / commit.replace("/", "-"), folder / f"{commit.replace('/', '-')}.npz"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
+    # The package's data must be that commit's, whatever environment this runs in.
+    (tree / "ovss_nb/data").symlink_to("../data")
     try:
         print(commit, flush=True)
         subprocess.run([sys.executable, "-c", LABEL, file], cwd=tree, check=True)
