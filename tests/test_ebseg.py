@@ -859,7 +859,7 @@ class Blind(Encoder):
     "make, message",
     [
         (lambda: EBSeg(Blind(), weights="random"), "no transformer blocks"),
-        (lambda: small(proposal_start=6), "numbers from 0 to 5"),
+        (lambda: small(proposal_start=6), "from 0 to 5"),
         (lambda: small(fused_layers=(1, 2)), "fused_layers must be a list of 3"),
         (lambda: small(surgery_start=-1), "surgery_start must be a whole number from 0 up"),
         (lambda: small(aux_encoder="dino"), "no aux_encoder"),

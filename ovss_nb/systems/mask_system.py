@@ -235,7 +235,7 @@ class MaskSystem(TrainedSystem):
         if not all(isinstance(image, self.image_class) for image in images):
             raise ValueError(
                 f"{type(self).__name__} resizes images in its own way: encode them with its `encode_image`,"
-                " leave the resize rule away, and use the options size and keep_aspect"
+                " leave a resize rule such as windows away, and use the options size and keep_aspect"
             )
 
     # ---- scores
