@@ -2,12 +2,12 @@
 
     python tests/compare_labels.py OLD_COMMIT [NEW_COMMIT]
 
-Checks out both commits (the second is HEAD unless it is given) into temporary git worktrees, lets each label
-skimage's photographs with all of its systems, by the settings of its own tests (`tests/test_systems.py`, small
-networks with random weights included) and by its defaults where weights come with the package, and prints the
-maps that differ and how many there are. Ends with 1 if any map differs or is missing on one side.
+Checks out both commits (the second is HEAD unless it is given) into temporary git worktrees, and lets each
+label skimage's photographs with all of its systems: by the settings of its own tests (`tests/test_systems.py`,
+small networks with random weights included), and by its defaults where weights come with the package. Prints
+the maps that differ and how many there are. Ends with 1 if any map differs or is missing on one side.
 
-A change that only moves and renames must end with 0; one that improves a system shows here which maps it touches.
+A change that only moves and renames must end with 0; one that improves a system shows which maps it touches.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 import numpy as np
 
-# What runs in each worktree, with that commit's package and tests: it must suit old layouts as well as new ones.
+# What runs in each worktree, with that commit's package and tests: it must suit old layouts and new ones.
 LABEL = """
 import sys
 sys.path[:0] = [".", "tests"]
@@ -30,8 +30,12 @@ except ImportError:
     from ovss_nb.predict import create, create_encoder, list_systems
 import test_systems
 
-photographs = dict(chelsea="cat, blanket, wall", coffee="cup, saucer, spoon, table", rocket="rocket, sky, tower",
-                   astronaut="woman, flag, rocket, space suit")
+photographs = dict(
+    chelsea="cat, blanket, wall",
+    coffee="cup, saucer, spoon, table",
+    rocket="rocket, sky, tower",
+    astronaut="woman, flag, rocket, space suit",
+)
 small = getattr(test_systems, "OPTIONS", None) or test_systems.KNOBS
 encoder, maps = create_encoder("lite", "cpu"), {}
 for name in list_systems():

@@ -274,8 +274,8 @@ class SAN(MaskSystem):
         check_blocks(encoder, self.fused_layers, proposal_start=self.proposal_start)
         if len(self.fused_layers) > c.depth:
             raise ValueError(
-                f"{len(self.fused_layers)} fused_layers cannot enter before depth={c.depth} blocks: one before"
-                " each"
+                f"{len(self.fused_layers)} fused_layers cannot enter before depth={c.depth} blocks:"
+                " one before each"
             )
         biases = encoder.heads if c.bias_per_head else 1
         scale = logit_scale(encoder, c.logit_scale)
