@@ -243,13 +243,14 @@ def test_patches_of_16_and_14(patch, blocks):
 
 
 def test_guiding_blocks_of_the_released_models():
-    class Tower:
-        name = "tower"
+    class Tower(ViTEncoder):
+        name, blocks = "tower", ()
 
         def __init__(self, count):
+            super().__init__()
             self.blocks = [None] * count
 
-    assert [guidance_blocks(Tower(o)) for o in (12, 24, 4)] == [(3, 7), (7, 15), (0, 1)]
+    assert [guidance_blocks(Tower(count)) for count in (12, 24, 4)] == [(3, 7), (7, 15), (0, 1)]
     with pytest.raises(ValueError, match="no transformer blocks"):
         guidance_blocks(Tower(0))
     with pytest.raises(ValueError, match="0 to 11"):
