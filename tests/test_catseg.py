@@ -12,6 +12,7 @@ from doubles import close, thinned
 import pytest
 import torch
 from torch.nn import functional as F
+from ovss_nb.encoders.base import ViTEncoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.core.images import fit_longest
 from ovss_nb.components.fusion import sample_regions
