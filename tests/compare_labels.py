@@ -3,9 +3,9 @@
     python tests/compare_labels.py OLD_COMMIT [NEW_COMMIT]
 
 Checks out both commits (the second is HEAD unless it is given) into temporary git worktrees, and lets each
-label skimage's photographs with all of its systems: by the settings of its own tests (`tests/test_systems.py`,
-small networks with random weights included), and by its defaults where weights come with the package. Prints
-the maps that differ and how many there are. Ends with 1 if any map differs or is missing on one side.
+label skimage's photographs with all of its systems: by the settings of its own `tests/test_systems.py`, small
+networks with random weights included, and by its defaults where weights come with the package. Prints the
+maps that differ and how many there are. Ends with 1 if any map differs or is missing on one side.
 
 A change that only moves and renames must end with 0; one that improves a system shows which maps it touches.
 """
