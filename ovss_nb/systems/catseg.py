@@ -219,7 +219,7 @@ def convert_checkpoint(
             network[ours] = value.flatten() if ours.endswith((".padding", ".padding_guidance")) else value
     return network, join_projections(clip), masks
 
-
+# %% ../../nbs/systems/09_catseg.ipynb #b11a4b4e
 def check_masks(
     path: str | Path,  # for the error
     masks: dict[str, torch.Tensor],  # that a checkpoint stores
@@ -319,7 +319,7 @@ def view_size(
     step, least = (1, config.window) if config.windows else (stride, stride)
     return fit_shortest(*size, side, config.longest, step, least)
 
-
+# %% ../../nbs/systems/09_catseg.ipynb #6a55a726
 def as_loaded(
     image: np.ndarray,  # H x W x 3 uint8
     config: CATSegConfig,

@@ -21,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
+
+# %% ../../nbs/systems/12_ebseg.ipynb #d8b31434
 from ..benchmarks.protocols import system_facts
 from ..components.mask_classification import TextClassifier, mask_pool
 from ..components.mask_decoder import MaskDecoder, MaskHead, PixelDecoder, Prediction
@@ -163,7 +165,7 @@ def pyramid_maps(
         for x, size in zip(maps, sizes)
     ]
 
-
+# %% ../../nbs/systems/12_ebseg.ipynb #6b08e8c6
 class EBSegNetwork(nn.Module):
     "The trained part: fusion, pixel decoder, mask decoder with EBSeg's head, and the background's vector."
 
@@ -331,7 +333,7 @@ def clip_name(
     short = short.replace(".attn.qkv.", ".attn.in_proj_").replace(".attn.proj.", ".attn.out_proj.")
     return f"visual.{short}"
 
-
+# %% ../../nbs/systems/12_ebseg.ipynb #cdec4726
 def convert_checkpoint(
     state: dict[str, torch.Tensor],  # of the authors' checkpoint
     # for `EBSegNetwork`, for open_clip's CLIP, and for SAM's image encoder
@@ -380,7 +382,7 @@ class TwiceSeenImage(MaskImage):
     maps: list[torch.Tensor] = field(default_factory=list)
     known: tuple | None = None  # a network, its state, and its `BranchEmbeddings`
 
-
+# %% ../../nbs/systems/12_ebseg.ipynb #14cbb1fb
 def normalize_for(
     encoder: Encoder,
     pixels: torch.Tensor,  # B x 3 x h x w from 0 to 1
@@ -439,7 +441,7 @@ def frozen_embeddings(
     "D of every query: the mean of a dense map under its mask."
     return mask_pool(dense, F.interpolate(masks, dense.shape[-2:], mode="bilinear", align_corners=False))
 
-
+# %% ../../nbs/systems/12_ebseg.ipynb #2af90ad8
 def branch_losses(
     branches: BranchEmbeddings,
     text: TextBank,
@@ -499,7 +501,7 @@ def split_aux(
     )
     return aux, {name: value for name, value in state.items() if not name.startswith(prefix)}
 
-
+# %% ../../nbs/systems/12_ebseg.ipynb #dd1aaa5a
 def stored_words(path: str | Path) -> frozenset[str] | None:
     "The words that a file of ours was trained with, if it says so."
     if not str(path).endswith(".safetensors"):

@@ -43,7 +43,7 @@ class MaskConfig(TrainedConfig):
     logit_scale: Positive | None = None
     loss_points: Count = 12544  # at which each mask is compared in training
 
-
+# %% ../../nbs/systems/03_mask_system.ipynb #90406bfb
 def first_block(
     chosen: int | None,  # the option
     count: int,  # blocks of the encoder
@@ -94,7 +94,7 @@ def padded_size(
     height, width = (-(-side // multiple) * multiple for side in size)
     return height, width
 
-
+# %% ../../nbs/systems/03_mask_system.ipynb #f169f317
 def resize_image(
     image: np.ndarray,  # H x W x 3 uint8
     size: tuple[int, int],

@@ -197,7 +197,7 @@ def quarter_layers(
     "The layers that are fused unless others are chosen: every quarter, the last only of up to 12 blocks."
     return tuple(round(i * count / 4) for i in range(5 if count <= 12 else 4))
 
-
+# %% ../../nbs/systems/13_mrovseg.ipynb #bf371d44
 def join_views(views: list[Views]) -> Views:
     "Views of single images as those of a batch."
 
@@ -223,7 +223,7 @@ class SlicedImage(MaskImage):
 
     views: Views | None = None  # of a batch of one
 
-
+# %% ../../nbs/systems/13_mrovseg.ipynb #3f48b90b
 class MROVSeg(MaskSystem):
     """Multi-resolution open-vocabulary segmentation with frozen CLIP (arXiv 2408.14776; MR-1 to MR-11).
 

@@ -129,7 +129,7 @@ def check_matched(images: list[EncodedImage]):
             f"images of different sizes cannot go together: {sorted(grids)} patches; use keep_aspect=False"
         )
 
-
+# %% ../../nbs/systems/08_pnp_ovss.ipynb #324a81b6
 def selected_maps(
     matcher: ImageTextMatcher,
     images: list[MatchedImage],  # of one size

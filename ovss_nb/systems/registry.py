@@ -66,7 +66,7 @@ SYSTEMS = {
 }
 SYSTEMS = {name: SystemRecord(name, *record) for name, record in SYSTEMS.items()}
 
-
+# %% ../../nbs/systems/14_registry.ipynb #6d37d0cb
 def list_systems() -> dict[str, str]:
     "Names of systems and what each is."
     return {name: record.what for name, record in SYSTEMS.items()}
@@ -102,7 +102,7 @@ def _read_rule(rule: str) -> tuple[str, dict]:
         name: read_option(f"{name} in the resize rule {rule!r}", text, _NUMBERS[name]) for name, text in named
     }
 
-
+# %% ../../nbs/systems/14_registry.ipynb #c116e33d
 def resize_rule(
     # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the
     # system's own

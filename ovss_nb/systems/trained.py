@@ -97,7 +97,7 @@ def stored_options(
     options.pop("weights", None)
     return metadata.get("system", ""), options
 
-
+# %% ../../nbs/systems/02_trained.ipynb #9f6ebe42
 @dataclass(frozen=True)
 class TrainedConfig(Config):
     """Options of every system with a trained network; each system adds its own.
@@ -153,7 +153,7 @@ def split_state(
     )
     return network, encoder
 
-
+# %% ../../nbs/systems/02_trained.ipynb #770ad458
 def renamed(
     name: str,  # in the authors' checkpoint
     table: Sequence[tuple[str, str]],  # regular expressions and what stands in their place
@@ -192,7 +192,7 @@ def tuned_tensors(module: nn.Module) -> set[str]:
     names = (name for name, parameter in module.named_parameters() if parameter.requires_grad)
     return {re.sub(r"parametrizations\.(\w+)\.original\d$", r"\1", name) for name in names}
 
-
+# %% ../../nbs/systems/02_trained.ipynb #903da790
 def with_tensors(
     encoder: Encoder,
     values: dict[str, torch.Tensor],  # by name
@@ -206,7 +206,7 @@ def with_tensors(
     encoder._fingerprint = None
     return encoder
 
-
+# %% ../../nbs/systems/02_trained.ipynb #d6da4de7
 def network_digest(network: nn.Module) -> str:
     "sha256 over names and values of a network's weights."
     digest = hashlib.sha256()
