@@ -242,7 +242,7 @@ def _fill(network: Any, name: str, config: Any) -> nn.Module:
         )
     return model
 
-
+# %% ../../nbs/encoders/09_blip.ipynb #6b055240
 def load_blip(
     # a name of `MODELS`, a hub name, a folder or file, "random:tiny", "random:base", "random:large", or a
     # `BlipConfig`

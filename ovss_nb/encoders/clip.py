@@ -81,7 +81,7 @@ def _content(path: Path) -> Any:
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError):
         return None
 
-
+# %% ../../nbs/encoders/03_clip.ipynb #2c71948e
 def peek(
     path: Path,  # a checkpoint
     # by plain name; of safetensors the shapes alone; empty for what is no table of tensors
@@ -285,7 +285,7 @@ def _build_marked(model: str, path: str, tensors: dict[str, torch.Tensor], optio
     built.load_state_dict({name: tensor for name, tensor in weights.items() if name not in MARKS})
     return built
 
-
+# %% ../../nbs/encoders/03_clip.ipynb #3dc8a8d4
 def _build(
     model: str,
     pretrained: str | None,  # for `open_clip.create_model`; "random" for None without complaint

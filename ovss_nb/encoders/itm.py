@@ -67,7 +67,7 @@ def _row(tokenizer: Any, text: str | list[str], opening: str) -> tuple[list[int]
         row += own
     return row, spans
 
-
+# %% ../../nbs/encoders/08_itm.ipynb #9b1b4750
 def tokenize(
     tokenizer: Any,  # of transformers
     texts: Sequence[str | list[str]],  # per text a sentence, or a list of names that follow the opening

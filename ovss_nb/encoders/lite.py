@@ -234,7 +234,7 @@ def _read_tower(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads((file.metadata() or {})["config"])
         return config, {name: file.get_tensor(name).float() for name in file.keys()}
 
-
+# %% ../../nbs/encoders/04_lite.ipynb #5eb16c09
 class LiteTower(nn.Module):
     "A local head and a ViT, both from the stem's tokens (B x h x w x 768) to the text space (384)."
 

@@ -204,7 +204,7 @@ def _check_neck(source, tensors: dict[str, torch.Tensor], neck: nn.Module):
             " nbs/experiments/train_lite_sam.ipynb."
         )
 
-
+# %% ../../nbs/encoders/07_lite_sam.ipynb #10ad8e6c
 def load_neck(
     weights: str | Path | None = None,  # file; None for the package's own; "random" for an untrained neck
 ) -> tuple[LiteNeck, dict[str, str]]:  # on the CPU, frozen; the header's metadata

@@ -209,7 +209,7 @@ MATCHERS: dict[str, Kind] = {
     ),
 }
 
-
+# %% ../../nbs/encoders/10_registry.ipynb #b1c45377
 def list_matchers() -> dict[str, str]:
     "Kinds of image-text matchers and what each is."
     return {name: kind.what for name, kind in MATCHERS.items()}

@@ -131,7 +131,7 @@ def vision_of(shapes: dict[str, tuple[int, ...]], heads: int | None = None) -> V
         num_classes=0,
     )
 
-
+# %% ../../nbs/encoders/05_simseg.ipynb #fe8f8fe3
 def language_of(shapes: dict[str, tuple[int, ...]], heads: int | None = None) -> Any:  # a `BertConfig`
     "The configuration of BERT that a checkpoint's shapes belong to."
     prefix = PREFIXES["language."]

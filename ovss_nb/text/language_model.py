@@ -598,7 +598,7 @@ def _connect(base_url: str | None, api_key: str | None, timeout: float):
             "There is no key: set OPENAI_API_KEY, or name a local server with base_url (--base-url)"
         ) from None
 
-
+# %% ../../nbs/text/01_language_model.ipynb #1dc744d8
 @dataclass
 class _Server:
     "A model behind its server: calls are made, repeated and counted here."
