@@ -637,7 +637,7 @@ def test_foreign_windows_are_refused():
 
 
 def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_path):
-    """`train.fit` with a learning rate of its own for the encoder;
+    """`fit` with a learning rate of its own for the encoder;
     a finished run is read back; `save` keeps the tuned matrices.
     """
     from ovss_nb.training.fit import fit

@@ -4,7 +4,6 @@ items done exactly once whatever happens to processes, and none left behind. Rea
 
 import os, signal, subprocess, sys, threading, time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import psutil

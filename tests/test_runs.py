@@ -25,7 +25,6 @@ from ovss_nb.app.experiments import (
     read_sweep,
     results,
     results_table,
-    run_hash,
     run_inputs,
     run_notebook,
     sweep,

@@ -4,7 +4,6 @@ import json, os, subprocess, sys, warnings
 from io import BytesIO
 from pathlib import Path
 
-import os
 import numpy as np
 import pytest
 import skimage
@@ -312,7 +311,7 @@ def test_a_photo_is_never_written_over(tmp_path, how):
     for out in (path, tmp_path / "link.png", str(tmp_path / "." / "photo.png")):
         with pytest.raises(OverwriteError):
             result.save_png(out)
-    from ovss_nb.core.formats import save_coco, save_geojson, save_panoptic, save_scores
+    from ovss_nb.core.formats import save_coco, save_panoptic, save_scores
 
     with pytest.raises(OverwriteError):
         save_coco({"photo.png": result}, path)

@@ -2,13 +2,11 @@
 encoded by the test itself, stopped, resumed, turned, and refused with one message.
 """
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from fractions import Fraction
 from pathlib import Path

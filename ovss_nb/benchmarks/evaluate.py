@@ -554,7 +554,7 @@ def _run_folder(run_dir: str | Path | None) -> Iterator[tuple[Path, Journal]]:
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #0dbb155e
 def _tally(
     records: Iterable[dict],
-    found: Evaluation,  # is added to
+    evaluation: Evaluation,  # is added to
     journal: Journal,
     before: dict[int, dict],  # what the journal holds
     pending: _Pending,
@@ -566,23 +566,23 @@ def _tally(
     for record in records:
         if before.get(record["i"]) != json.loads(json.dumps(record)):
             journal.append(record)
-        found.add(record)
+        evaluation.add(record)
         pending.path(record["i"]).unlink(missing_ok=True)
         bar.update()
         if not bar.disable and time.monotonic() - shown > 0.5:
-            bar.set_postfix(mIoU=f"{100 * found.confusion.miou():.1f}", bad=len(found.bad))
+            bar.set_postfix(mIoU=f"{100 * evaluation.confusion.miou():.1f}", bad=len(evaluation.bad))
             shown = time.monotonic()
-        if len(found.bad) > most:
+        if len(evaluation.bad) > most:
             break
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #f66cee19
-def _check_bad(found: Evaluation, total: int, max_bad: float):
+def _check_bad(evaluation: Evaluation, total: int, max_bad: float):
     "Raise `EvaluationError` if more than the share `max_bad` is bad."
-    if len(found.bad) > max_bad * total:
-        items = [found.bad[i] for i in sorted(found.bad)][:3]
+    if len(evaluation.bad) > max_bad * total:
+        items = [evaluation.bad[i] for i in sorted(evaluation.bad)][:3]
         first = "; ".join(f"{item['stem']}: {item['reason']}" for item in items)
         raise EvaluationError(
-            f"{len(found.bad)} of {total} items are bad, more than the share max_bad={max_bad}"
+            f"{len(evaluation.bad)} of {total} items are bad, more than the share max_bad={max_bad}"
             f" allows. Mend them, or allow more. The first: {first}"
         )
 
@@ -664,7 +664,7 @@ def evaluate(
         pending, predictions = home / "pending", home / "predictions" if save_predictions else None
         pending.mkdir(exist_ok=True)
         count = _Count(dataset, vocabulary, boundary, pending, predictions, digests=run_dir is not None)
-        found = _nothing_yet(facts, count)
+        evaluation = _nothing_yet(facts, count)
 
         def begin(description):
             facts["system"] = description
@@ -676,7 +676,7 @@ def evaluate(
             begin(judge.describe())
         before, done = _latest(journal), _still_true(journal, count, judge)
         for record in done.values():
-            found.add(record)
+            evaluation.add(record)
         _forget_changed(
             [
                 i
@@ -694,13 +694,13 @@ def evaluate(
         title = facts["system"].get("system") if judge else "workers"
         bar = tqdm(total=len(picked), initial=len(done), desc=title, disable=not progress, unit="image")
         with bar:
-            _tally(records, found, journal, before, count.pending, bar, max_bad * len(picked))
-        _check_bad(found, len(picked), max_bad)
+            _tally(records, evaluation, journal, before, count.pending, bar, max_bad * len(picked))
+        _check_bad(evaluation, len(picked), max_bad)
         if run_dir:
-            write_json(home / "metrics.json", found.metrics())
+            write_json(home / "metrics.json", evaluation.metrics())
             shutil.rmtree(pending)
-        found.warn_of_one_class()
-        return found
+        evaluation.warn_of_one_class()
+        return evaluation
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #08bcfa3f
 class StoredPredictions:

@@ -439,9 +439,9 @@ def coco_instance_labels(
             f"{where}: no picture has the id {image_id!r}. Use the annotations of the same split, e.g."
             " instances_val2017.json"
         )
-    picture = pictures[image_id]
-    labels = np.zeros((picture["height"], picture["width"]), np.uint8)
-    for position, (k, segmentation) in enumerate(picture["objects"]):
+    entry = pictures[image_id]
+    labels = np.zeros((entry["height"], entry["width"]), np.uint8)
+    for position, (k, segmentation) in enumerate(entry["objects"]):
         try:
             inside = _object_mask(segmentation, *labels.shape)
         except (ValueError, TypeError, OverflowError, MemoryError) as e:

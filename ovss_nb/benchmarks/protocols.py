@@ -24,7 +24,7 @@ from ..core.optional import suggest
 from .label_files import coco_instance_labels, read_ade20k_full, read_camvid_colors
 from .label_files import read_matlab_labels
 from .mess import mess_records
-from .label_maps import LABEL_MAPS, LabelMap, label_map, parse_label_map
+from .label_maps import LABEL_MAPS, LabelMap, parse_label_map
 from ..core.vocabulary import Vocabulary, load_vocabulary
 
 # %% ../../nbs/benchmarks/05_protocols.ipynb #c23ea0b8

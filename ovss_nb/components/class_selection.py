@@ -145,10 +145,10 @@ def selection_question(
     size: int = 1024,  # pixels of the longer side of what is sent, at most
 ) -> Question:
     "The numbered names and the image, as a JPEG in the turn itself (PnP-OVSS; our wording)."
-    photo = Image.fromarray(image)
-    photo.thumbnail((size, size))
+    smaller = Image.fromarray(image)
+    smaller.thumbnail((size, size))
     buffer = BytesIO()
-    photo.save(buffer, "JPEG", quality=90)
+    smaller.save(buffer, "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     text = SELECTION_QUESTION.format(names=class_list(vocabulary), limit=limit)
     content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]

@@ -197,12 +197,12 @@ def _borders(labels: np.ndarray, width: int) -> np.ndarray:
 
 
 def _painted(
-    labels: np.ndarray, palette: np.ndarray, photo: np.ndarray | None, opacity: float, outline: bool
+    labels: np.ndarray, palette: np.ndarray, image: np.ndarray | None, opacity: float, outline: bool
 ) -> np.ndarray:
     "The colors of the labels over the photo, if there is one, with white borders."
     painted = palette[labels]
-    if photo is not None:
-        mixed = photo * np.float32(1 - opacity) + painted * np.float32(opacity) + np.float32(0.5)
+    if image is not None:
+        mixed = image * np.float32(1 - opacity) + painted * np.float32(opacity) + np.float32(0.5)
         painted = mixed.astype(np.uint8)
     if outline:
         painted[_borders(labels, max(1, round(max(labels.shape) / 600)))] = 255
@@ -490,8 +490,8 @@ class Segmentation:
         """
         if not 0 <= opacity <= 1:
             raise SegmentationError(f"opacity must lie in 0..1, not {opacity}")
-        photo = self.image if image is None else _fitting_image(image, self.labels)
-        sheet = Image.fromarray(_painted(self.labels, self.palette, photo, opacity, outline))
+        image = self.image if image is None else _fitting_image(image, self.labels)
+        sheet = Image.fromarray(_painted(self.labels, self.palette, image, opacity, outline))
         if legend:
             color = dict(zip(self.names, self.palette))
             entries = [(color[name], name, area) for name, area in _largest_first(self.areas())]

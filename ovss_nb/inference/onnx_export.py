@@ -30,6 +30,7 @@ from ..systems.lmseg import LMSeg
 from ..systems.maskclip import MaskCLIP
 from ..systems.mrovseg import MROVSeg
 from ..systems.san import SAN
+from ..systems.windows import SlidingWindows
 from ..text.text_bank import TextBank
 from ..core.vocabulary import Vocabulary
 
@@ -67,8 +68,10 @@ def _write(
             program.save(temporary, external_data=False)
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #ee25bca4
-class _Look(nn.Module):
+class _EncoderGraph(nn.Module):
     "Normalizing and encoding."
+
+    asks_seen = False  # whether an input says which classes were seen in training
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -101,14 +104,14 @@ def export_encoder(
             f"the sides of {size} must be multiples of {encoder.stride}, the stride of {encoder.name}"
         )
     pixels = torch.zeros(1, 3, *size, device=encoder.device)
-    _write(_Look(encoder), dict(pixels=pixels), ["dense", "pooled"], None, Path(path))
+    _write(_EncoderGraph(encoder), dict(pixels=pixels), ["dense", "pooled"], None, Path(path))
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #24ed0c36
 def _mean(text: torch.Tensor) -> torch.Tensor:
     return F.normalize(text.sum(1), dim=-1)
 
 
-class _MaskCLIPGraph(_Look):
+class _MaskCLIPGraph(_EncoderGraph):
     "Cosines of patches and texts."
 
     def __init__(self, system: MaskCLIP):
@@ -165,7 +168,7 @@ def _merge(logits: torch.Tensor, corners: list, window: int, side: tuple[int, in
     return (sum(placed(logits[i : i + 1], *corner) for i, corner in enumerate(corners)) / count + whole) / 2
 
 # %% ../../nbs/inference/05_onnx_export.ipynb #0f39a5e4
-class _CATSegGraph(_Look):
+class _CATSegGraph(_EncoderGraph):
     "Views, guides, cost aggregation, and the merged views."
 
     def __init__(self, system: CATSeg):
@@ -235,7 +238,7 @@ class _LMSegGraph(_CATSegGraph):
         super().__init__(system)
         if system.aux_encoder is None:
             return
-        self.second, size = _Look(system.aux_encoder), system.aux_encoder.size
+        self.second, size = _EncoderGraph(system.aux_encoder), system.aux_encoder.size
         self.rules["second"] = dict(
             rule="longest",
             size=size,
@@ -265,7 +268,7 @@ def _bank(text: torch.Tensor) -> TextBank:
     return TextBank(text, text.ne(0).any(-1), (), (), ())
 
 
-class _QueryGraph(_Look):
+class _QueryGraph(_EncoderGraph):
     """What the systems of mask queries share:
     a square image, and masks joined at the resolution of the input.
     """
@@ -389,7 +392,7 @@ def _graph_of(system: System) -> nn.Module:
     kind = type(system)
     if kind not in GRAPHS:
         reason = "it decides for each image which classes are drawn, or follows gradients"
-        if hasattr(system, "system"):
+        if isinstance(system, SlidingWindows):
             reason = "leave the resize rule `windows` away, and cut the image before the graph"
         names = ", ".join(known.__name__ for known in GRAPHS)
         raise ValueError(f"{kind.__name__} cannot be a graph: {reason}. There are: {names}")
@@ -404,7 +407,7 @@ def _example_inputs(graph: Any, dim: int) -> tuple[dict[str, torch.Tensor], dict
     texts = torch.export.Dim("texts", min=1, max=2**12)
     inputs = {"pixels": graph.examples["pixels"], "text": F.normalize(torch.randn(5, 3, dim), dim=-1)}
     dynamic: dict[str, Any] = {"pixels": None, "text": {0: classes, 1: texts}}
-    if getattr(graph, "asks_seen", False):
+    if graph.asks_seen:
         inputs["seen"] = torch.tensor([True, False, True, False, True])
         dynamic["seen"] = {0: classes}
     for name, example in graph.examples.items():
@@ -429,7 +432,7 @@ def _card(system: System, graph: Any, banks: dict[str, Vocabulary]) -> dict[str,
     name = type(system).__name__.lower()
     stored = {file: dict(classes=len(own), question=_question(own)) for file, own in banks.items()}
     takes = dict(least=2 if graph.most else 1, most=graph.most, dim=system.encoder.dim)
-    seen = getattr(graph, "asks_seen", False)
+    seen = graph.asks_seen
     graph_file = dict(system=name, file=f"{name}.onnx", inputs=graph.rules)
     return dict(banks=stored) | graph_file | takes | dict(seen=seen, made=system.describe())
 
@@ -461,7 +464,7 @@ def export_system(
         export_encoder(system.encoder, folder / "encoder.onnx", size)
     for file, vocabulary in banks.items():
         bank = system.encode_text(vocabulary)
-        seen = system.seen(bank).numpy() if getattr(graph, "asks_seen", False) else None
+        seen = system.seen(bank).numpy() if graph.asks_seen else None
         save_bank(bank.embeddings.cpu().numpy(), bank.names, folder / file, seen)
     with atomic_path(card_file) as temporary:
         temporary.write_text(json.dumps(_card(system, graph, banks), indent=1), encoding="utf-8")

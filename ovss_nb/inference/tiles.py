@@ -25,17 +25,18 @@ from ..core.options import Count, Index, Range, fit_option
 from ..core.segmentation import Segmentation, SegmentationError, default_palette
 from ..systems.pnp_ovss import PnPOVSS
 from ..systems.simseg import SimSeg
+from ..systems.windows import SlidingWindows
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/inference/02_tiles.ipynb #07f1d5f1
-def _mirrored(picture: ImageWindows, least: int) -> ImageWindows:
+def _mirrored(image: ImageWindows, least: int) -> ImageWindows:
     "The image, mirrored beyond its lower and right edges where a side has fewer than `least` pixels."
-    height, width = picture.size
+    height, width = image.size
     if min(height, width) >= least:
-        return picture
+        return image
 
     def read(top, left, h, w):
-        inside = picture.read(top, left, min(h, height - top), min(w, width - left))
+        inside = image.read(top, left, min(h, height - top), min(w, width - left))
         return np.pad(inside, ((0, h - inside.shape[0]), (0, w - inside.shape[1]), (0, 0)), mode="symmetric")
 
     return ImageWindows((max(height, least), max(width, least)), read)
@@ -85,11 +86,11 @@ class _Tile:
 
 def _votes(system: Any) -> bool:
     "Whether a system's labels are more than the best of its scores."
-    inner = getattr(system, "system", system)
+    inner = system.system if isinstance(system, SlidingWindows) else system
     return isinstance(inner, (SimSeg, PnPOVSS)) or bool(getattr(inner.config, "crf", False))
 
 
-def _look(system: Any, pixels: np.ndarray, text: Any, vocabulary: Vocabulary) -> _Tile:
+def _scored_tile(system: Any, pixels: np.ndarray, text: Any, vocabulary: Vocabulary) -> _Tile:
     "A tile's scores, or the labels of a system that votes."
     encoded = system.encode_image(pixels)
     scores = system.scores(encoded, text).float()
@@ -161,22 +162,22 @@ def _end_row(grid: _Grid, alive: dict[int, dict[int, _Tile]], end: int):
 
 # %% ../../nbs/inference/02_tiles.ipynb #0cae74f9
 def _plan(
-    picture: ImageWindows, system: Any, tile: int | None, overlap: float, margin: int | None
+    image: ImageWindows, system: Any, tile: int | None, overlap: float, margin: int | None
 ) -> tuple[ImageWindows, _Grid]:
     "The image, mirrored if it must be, and its tiles."
     tile, margin = fit_option("tile", tile, Count | None), fit_option("margin", margin, Index | None)
     overlap = fit_option("overlap", overlap, Annotated[float, Range(0, 1, "high")])
     seen = getattr(system, "resolution", None) or system.config.size
     seen = seen if isinstance(seen, int) else max(seen)
-    tile = min(tile or seen, max(picture.size))
-    picture = _mirrored(picture, tile)
+    tile = min(tile or seen, max(image.size))
+    image = _mirrored(image, tile)
     stride = getattr(system.encoder, "stride", 1) * tile
-    return picture, _Grid(picture.size, tile, overlap, stride // seen if stride % seen == 0 else 1, margin)
+    return image, _Grid(image.size, tile, overlap, stride // seen if stride % seen == 0 else 1, margin)
 
 # %% ../../nbs/inference/02_tiles.ipynb #bfbb0009
 @torch.inference_mode()
 def label_rows(
-    picture: ImageWindows,
+    image: ImageWindows,
     system: Any,  # from `ovss_nb.create`
     words: Any,  # what `Vocabulary.of` takes
     tile: int | None = None,  # pixels that are seen at once; default: the system's input size
@@ -190,9 +191,9 @@ def label_rows(
     Scores of tiles are mixed before the argmax; memory does not depend on the height. Raises `ValueError` for
     an impossible tile or start.
     """
-    vocabulary, (height, width) = Vocabulary.of(words), picture.size
+    vocabulary, (height, width) = Vocabulary.of(words), image.size
     text, classes = system.encode_text(vocabulary), len(vocabulary)
-    picture, grid = _plan(picture, system, tile, overlap, margin)
+    image, grid = _plan(image, system, tile, overlap, margin)
     if start not in (*grid.tops, height):
         raise ValueError(
             f"rows are finished up to a tile: start must be one of {grid.tops[:4]}..., not {start}"
@@ -209,8 +210,8 @@ def label_rows(
             strip = np.empty((end - top, grid.stops[-1]), np.uint8 if classes <= 256 else np.uint16)
             alive[row] = {}
             for column, (left, stop) in enumerate(zip(grid.lefts, grid.stops)):
-                pixels = picture.read(top, left, grid.tile, grid.tile)
-                alive[row][column] = _look(system, pixels, text, vocabulary)
+                pixels = image.read(top, left, grid.tile, grid.tile)
+                alive[row][column] = _scored_tile(system, pixels, text, vocabulary)
                 bar.update()
                 if end > start:
                     strip[:, left:stop] = _cell(grid, alive, classes, (top, end), (left, stop))
@@ -220,14 +221,14 @@ def label_rows(
                 yield top, strip[: height - top, :width]
 
 # %% ../../nbs/inference/02_tiles.ipynb #67696f3e
-def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: ImageWindows):
-    "A GeoTIFF with palette and names, at the location of `picture`, and empty where that has no data."
+def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, image: ImageWindows):
+    "A GeoTIFF with palette and names, at the location of `image`, and empty where that has no data."
     rasterio = require("rasterio", "geo")
     from rasterio.errors import NotGeoreferencedWarning
     from rasterio.windows import Window
 
     (height, width), palette = labels.shape, default_palette(vocabulary.names)
-    location = dict(picture.georeference or {})
+    location = dict(image.georeference or {})
     points = location.pop("gcps", None)
     kind = dict(driver="GTiff", height=height, width=width, count=1, dtype=labels.dtype)
     kind |= dict(compress="deflate", bigtiff="if_safer")
@@ -246,11 +247,11 @@ def _write_tiff(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture:
                 rows = labels[top : top + 256]
                 window = Window(0, top, width, len(rows))
                 file.write(rows, 1, window=window)
-                if picture.holes:
-                    file.write_mask(picture.holes(top, 0, len(rows), width), window=window)
+                if image.holes:
+                    file.write_mask(image.holes(top, 0, len(rows), width), window=window)
 
 
-def _write_png(path: Path, labels: np.ndarray, vocabulary: Vocabulary, picture: ImageWindows):
+def _write_png(path: Path, labels: np.ndarray, vocabulary: Vocabulary, image: ImageWindows):
     "As `Segmentation.save_png`, without its copies of the labels."
     image, palette = Image.fromarray(labels), default_palette(vocabulary.names)
     if labels.dtype == np.uint8:
@@ -307,18 +308,18 @@ def segment_tiles(
     dtype = np.dtype(np.uint8 if len(vocabulary) <= 256 else np.uint16)
     partial, state = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
     limits, bands = check_limits(limits), check_bands(bands)
-    with open_image(source, limits, bands) as picture:
-        height, width = picture.size
-        files = picture.files or ((Path(source),) if isinstance(source, (str, Path)) else ())
+    with open_image(source, limits, bands) as image:
+        height, width = image.size
+        files = image.files or ((Path(source),) if isinstance(source, (str, Path)) else ())
         refuse_overwrite((out, partial, state), source, words, *files)
         # not its name, size and time: they may be those of another
-        what = [file_digest(file) for file in files] or picture.read(0, 0, height, width)
+        what = [file_digest(file) for file in files] or image.read(0, 0, height, width)
         described = json.dumps(system.describe(), sort_keys=True)
         asked = vocabulary.names, vocabulary.words, vocabulary.background
         key = Cache.key(what, described, *asked, tile, overlap, margin, limits, bands)
         start = _finished_rows(partial, state, key, width * dtype.itemsize)
         with open(partial, "r+b" if start else "wb") as file:
-            for top, strip in label_rows(picture, system, vocabulary, tile, overlap, margin, start, progress):
+            for top, strip in label_rows(image, system, vocabulary, tile, overlap, margin, start, progress):
                 file.seek(top * width * dtype.itemsize)
                 file.write(strip.tobytes())
                 file.flush()
@@ -326,7 +327,7 @@ def segment_tiles(
                     temporary.write_text(json.dumps({"key": key, "rows": top + len(strip)}))
         labels = np.memmap(partial, dtype, "r", shape=(height, width))
         write = _write_png if out.suffix.lower() == ".png" else _write_tiff
-        write(out, labels, vocabulary, picture)
+        write(out, labels, vocabulary, image)
         counts = np.zeros(len(vocabulary), np.int64)
         for y in range(0, height, 256):
             counts += np.bincount(labels[y : y + 256].ravel(), minlength=len(vocabulary))

@@ -42,7 +42,6 @@ from ovss_nb.systems.mask_system import (
     check_blocks,
     first_block,
     pad_to,
-    padded_size,
     semantic_inference,
     unfreeze,
 )

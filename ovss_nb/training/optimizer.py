@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'parameter_groups', 'schedule_factor']
 # %% ../../nbs/training/03_optimizer.ipynb #65b54679
 import math, re
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 from torch import nn
 from .feature_cache import TrainingError
 
@@ -63,7 +63,7 @@ SCHEDULES = {
 def schedule_factor(
     step: int,
     steps: int,  # from 0 to steps - 1
-    schedule: str = "cosine",  # constant, cosine or poly
+    schedule: Literal["constant", "cosine", "poly"] = "cosine",
     warmup: int = 0,  # steps of the ramp; the first takes 1/warmup
 ) -> float:  # 0 to 1
     """What the learning rate is multiplied with at a step:
