@@ -156,7 +156,7 @@ def reply(request, status, body, headers={}):
 
 def describe(messages):
     "A good answer to LMSeg's two steps and to the subclass prompts, about the class that the question names."
-    first = next(o["content"] for o in messages if o["role"] == "user")
+    first = next(message["content"] for message in messages if message["role"] == "user")
     if "How should such a text" in first:
         return "Name the class first, and say only what can be seen."
     if "subclasses of" in first:

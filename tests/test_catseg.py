@@ -99,7 +99,7 @@ def bank(system):
         vectors[:, None],
         torch.ones(5, 1, dtype=torch.bool),
         tuple("abcde"),
-        tuple((o,) for o in "abcde"),
+        tuple((value,) for value in "abcde"),
         ("{}",),
     )
 
@@ -118,7 +118,7 @@ def test_checkpoint_names(released):
         state_dict_difference(network, released.network.state_dict()) == ""
         and state_dict_difference(clip, released.encoder.model.state_dict()) == ""
     )
-    qkv = sum(o.endswith(("q_proj_weight", "k_proj_weight")) for o in names)
+    qkv = sum(name.endswith(("q_proj_weight", "k_proj_weight")) for name in names)
     assert len(names) == 204 and len(network) + len(clip) + len(masks) == 204 - qkv and len(masks) == 2
 
 
@@ -138,15 +138,16 @@ def test_a_checkpoint_that_does_not_fit_is_explained(checkpoint, tmp_path):
     refused(
         rename, r"(?s)1 missing:\n  aggregation.head.weight \(1x16x3x3\)\n1 unknown:\n  aggregation.head.wait"
     )
-    refused(lambda o: o.update({"upsample1.bias": torch.zeros(3)}), r"enlarge.0.bias: 3, expected 16")
-    refused(lambda o: o.pop(f"{CLIP}visual.proj"), "another CLIP")
-    refused(lambda o: None, "windows of 6", attention_window=6)
-    refused(lambda o: None, "does not fit this configuration", aggregation_layers=3)
-    refused(lambda o: None, "quickgelu", encoder=small_clip(quick_gelu=False))
-    refused(lambda o: None, "another CLIP", encoder=small_clip())
-    refused(lambda o: o.update({"sam.x": torch.zeros(1)}), "1 unknown:\n  sam.x")
+    refused(lambda state: state.update({"upsample1.bias": torch.zeros(3)}), r"enlarge.0.bias: 3, expected 16")
+    refused(lambda state: state.pop(f"{CLIP}visual.proj"), "another CLIP")
+    refused(lambda state: None, "windows of 6", attention_window=6)
+    refused(lambda state: None, "does not fit this configuration", aggregation_layers=3)
+    refused(lambda state: None, "quickgelu", encoder=small_clip(quick_gelu=False))
+    refused(lambda state: None, "another CLIP", encoder=small_clip())
+    refused(lambda state: state.update({"sam.x": torch.zeros(1)}), "1 unknown:\n  sam.x")
     refused(
-        lambda o: [o.pop(k) for k in list(o) if k.startswith(AGGREGATOR)], "neither the authors' nor ours"
+        lambda state: [state.pop(k) for k in list(state) if k.startswith(AGGREGATOR)],
+        "neither the authors' nor ours",
     )
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -199,7 +200,7 @@ def test_end_to_end(released, window):
     text, image = bank(released), released.encode_image(pixels(window))
     close(released.text_features(text)[0][None], window["mid.e2e_text"])
     close(thinned(image.features.dense), window["mid.e2e_img_feats_global_stride2"])
-    guides = [up(o[-1:]) for up, o in zip(released.network.enlarge, image.layers)]
+    guides = [up(row[-1:]) for up, row in zip(released.network.enlarge, image.layers)]
     close(thinned(guides[0]), window["mid.e2e_guidance_res4_global_stride2"])
     close(guides[1][..., ::2, ::2], window["mid.e2e_guidance_res5_global_stride2"])
     with torch.inference_mode():
@@ -263,7 +264,7 @@ def test_released_sizes():
     for dim, width in ((512, 768), (768, 1024)):
         with torch.device("meta"):
             network = CATSegNetwork(dim, (width, width), CATSegConfig())
-        shapes = {name: tuple(o.shape) for name, o in network.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         assert (
             shapes["enlarge.0.weight"] == (width, 256, 2, 2)
             and shapes["enlarge.1.weight"] == (width, 128, 4, 4)
@@ -376,7 +377,7 @@ def spoken(system, words=("cat", "dog", "tree")):
         system.encoder.text(list(words))[:, None],
         torch.ones(len(words), 1, dtype=torch.bool),
         tuple(words),
-        tuple((o,) for o in words),
+        tuple((name,) for name in words),
         ("{}",),
     )
 
@@ -385,8 +386,8 @@ def test_training_moves_queries_values_and_the_network_alone():
     system = CATSeg(small_clip(), **SMALL)
     system.network.requires_grad_(True).train()
     tune_queries_values(system.encoder)
-    frozen = {name: o.clone() for name, o in system.encoder_state().items()}
-    parameters = [o for o in system.module.parameters() if o.requires_grad]
+    frozen = {name: tensor.clone() for name, tensor in system.encoder_state().items()}
+    parameters = [parameter for parameter in system.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.1)
     labels = torch.randint(0, 3, (2, 64, 96))
     labels[:, :5] = 255
@@ -398,7 +399,7 @@ def test_training_moves_queries_values_and_the_network_alone():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    moved = {name for name, o in system.encoder_state().items() if not torch.equal(o, frozen[name])}
+    moved = {name for name, tensor in system.encoder_state().items() if not torch.equal(tensor, frozen[name])}
     assert moved == {name for name in frozen if name.endswith("in_proj_weight")}
     for name in moved:
         changed = [
@@ -456,8 +457,8 @@ PHOTO = np.random.default_rng(6).integers(0, 255, (40, 70, 3), dtype=np.uint8)
 def test_lmseg_with_weight_1_and_the_template_is_catseg(options, words, tmp_path):
     options = SMALL | dict(size=96, window=64) | options
     catseg = CATSeg(small_clip(), **options)
-    for o in catseg.network.parameters():
-        o.data += 0.02
+    for parameter in catseg.network.parameters():
+        parameter.data += 0.02
     catseg.save(tmp_path / "catseg.safetensors")
     lmseg = LMSeg(
         small_clip(),
@@ -501,7 +502,7 @@ def test_the_second_encoder_runs_once_per_image():
         text = system.encode_text(words)
         for one, scores in zip(images, system.batch_scores(images, text)):
             close(system.scores(one, text), scores, 1e-4)
-    assert second.asked == 2 and [o.aux_features.shape[-2:] for o in images] == [(4, 4)] * 2
+    assert second.asked == 2 and [image.aux_features.shape[-2:] for image in images] == [(4, 4)] * 2
 
 
 def test_windows_see_their_own_share_of_the_second_map():
@@ -528,13 +529,13 @@ def test_lmseg_trains_weight_and_projection():
     assert system.aux_encoder.asked == 2 and seen[0].regions.allclose(torch.tensor([[0, 0, 43 / 64, 1]]))
     system.loss(seen, torch.randint(0, 3, (2, 64, 64)), spoken(system))[0].backward()
     fusion = system.network.fusion
-    assert fusion.theta.shape == (24, 1, 1) and all(o.grad.any() for o in fusion.parameters())
+    assert fusion.theta.shape == (24, 1, 1) and all(parameter.grad.any() for parameter in fusion.parameters())
 
 
 def test_lmseg_weights_round_trip(tmp_path):
     system = LMSeg(small_clip(), aux_encoder=Edges(), **SMALL)
-    for o in system.network.parameters():
-        o.data += 0.02
+    for parameter in system.network.parameters():
+        parameter.data += 0.02
     system.save(tmp_path / "lmseg.safetensors")
     again = LMSeg(
         small_clip(),
@@ -583,12 +584,12 @@ def test_what_is_packed_is_what_was_seen(options):
         system.encode_images([PHOTO, PHOTO[:, :30]]),
         system.encode_text(["cat", "dog", "tree", "car"]),
     )
-    packed = [system.to_cache(o) for o in images]
-    assert {name: o.shape for name, o in packed[0].items()} == {
-        name: o.shape for name, o in packed[1].items()
+    packed = [system.to_cache(image) for image in images]
+    assert {name: tensor.shape for name, tensor in packed[0].items()} == {
+        name: tensor.shape for name, tensor in packed[1].items()
     } and ("aux_features" in packed[0]) == system.network.fusion.asks
     again, halves = (
-        [system.from_cache({name: kind(o) for name, o in row.items()}) for row in packed]
+        [system.from_cache({name: kind(tensor) for name, tensor in row.items()}) for row in packed]
         for kind in (torch.Tensor.float, torch.Tensor.half)
     )
     for one, two, half in zip(images, again, halves):

@@ -130,7 +130,7 @@ def golden_clip(file):
     )
     tensors = doubles.golden(file)
     model.visual.load_state_dict(
-        {name.removeprefix("w."): o for name, o in tensors.items() if name.startswith("w.")}
+        {name.removeprefix("w."): tensor for name, tensor in tensors.items() if name.startswith("w.")}
     )
     encoder = CLIPEncoder(model, tokenizer=open_clip.SimpleTokenizer(), device="cpu")
     encoder.mean, encoder.std = (0, 0, 0), (1, 1, 1)  # the stored images are normalized
@@ -144,13 +144,13 @@ def test_frozen_map(case):
     system, g = golden_clip("ebseg_surgery")
     assert (system.proposal_start, system.surgery_start, system.fused_layers) == (4, 1, (1, 3, 4))
     images = system.encode_pixels(g[f"in.{case}.image"])
-    for i, o in enumerate(images):
-        close(o.features.dense[0], g[f"out.{case}.dense_map"][i])
+    for i, one in enumerate(images):
+        close(one.features.dense[0], g[f"out.{case}.dense_map"][i])
         close(
-            o.tokens[0, 1:].mT.unflatten(-1, g[f"out.{case}.plain_patch_feat_4"].shape[-2:]),
+            one.tokens[0, 1:].mT.unflatten(-1, g[f"out.{case}.plain_patch_feat_4"].shape[-2:]),
             g[f"out.{case}.plain_patch_feat_4"][i],
         )
-        close(o.tokens[0, :1], g[f"out.{case}.plain_cls_token_4"][:, i])
+        close(one.tokens[0, :1], g[f"out.{case}.plain_cls_token_4"][:, i])
     trained = system.encode_pixels(g[f"in.{case}.image"], training=True)
     close(trained[0].tokens, images[0].tokens, 1e-5)
     assert trained[0].features is None
@@ -191,33 +191,37 @@ def test_pooled_frozen_embeddings(golden):
 def test_balancing(golden, model, monkeypatch):
     "From embeddings to semantic scores."
     exponents = golden[f"const.{model}.alpha_beta_gamma"].double().tolist()
-    exponents = dict(zip(("alpha", "beta", "gamma"), (round(o, 6) for o in exponents)))
+    exponents = dict(zip(("alpha", "beta", "gamma"), (round(value, 6) for value in exponents)))
     assert exponents == (
         dict(alpha=0.09, beta=0.3, gamma=0.7) if model == "B" else dict(alpha=0.12, beta=0.4, gamma=0.6)
     )
-    logits = [golden[f"out.balance.logits_{o}"] for o in "ABD"]
+    logits = [golden[f"out.balance.logits_{name}"] for name in "ABD"]
     classifier = ebseg.TextClassifier(16, float(golden["in.balance.logit_scale_log"].exp()))
     with torch.no_grad():
         classifier.background.copy_(golden["in.balance.text_embeddings"][-1])
-    for found, o in zip(
+    for found, row in zip(
         (golden["in.balance.A"], golden["in.balance.B"], golden["out.balance.pooled_D"]), logits
     ):
-        close(classifier.logits(found, golden["in.balance.text_embeddings"][:-1]), o)
+        close(classifier.logits(found, golden["in.balance.text_embeddings"][:-1]), row)
     p = adaptive_balance(*logits, golden["in.balance.overlap"].bool(), **exponents)
     close(p, golden[f"out.balance.{model}.class_probs"], 1e-5)
     # of probabilities near 1e-8
     close((p + 1e-8).log(), golden[f"out.balance.{model}.log_class_probs"], 2e-3)
-    frame = tuple(golden["in.balance.padded_size"].tolist())
+    padded = tuple(golden["in.balance.padded_size"].tolist())
     for i in range(2):
-        filled, size = (tuple(golden[f"in.balance.{o}"][i].tolist()) for o in ("image_sizes", "output_sizes"))
+        resized, size = (
+            tuple(golden[f"in.balance.{name}"][i].tolist()) for name in ("image_sizes", "output_sizes")
+        )
         masks = golden["in.balance.pred_masks"][i]
         close(
             thinned(
-                torch.cat([o for _, o in semantic_inference(p[i], masks, frame, filled, size, 10_000)], 1)
+                torch.cat(
+                    [strip for _, strip in semantic_inference(p[i], masks, padded, resized, size, 10_000)], 1
+                )
             ),
             golden[f"out.balance.{model}.sem_seg_{i}_stride2"],
         )
-        rows, columns = (resize_matrix(*o) for o in zip(masks.shape[1:], frame, filled, size))
+        rows, columns = (resize_matrix(*row) for row in zip(masks.shape[1:], padded, resized, size))
         close(thinned(rows @ masks @ columns.T), golden[f"out.balance.mask_logits_resized_{i}_stride2"])
 
 
@@ -317,22 +321,24 @@ def authors_state(system, clip, sam):
             f"transformer.resblocks.{i}",
             (f"clip_visual_extractor.resblocks.{i}" if i < first else f"clip_rec_head.resblocks.{i - first}"),
         )
-        for o in ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"):
-            put(f"{theirs}.{o}", f"{ours}.{o}", visual)
+        for one in ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            put(f"{theirs}.{one}", f"{ours}.{one}", visual)
         plain = i < start
         put(f"{theirs}.attn.{'out_proj' if plain else 'proj'}", f"{ours}.attn.out_proj", visual)
         for part in ("weight", "bias"):
             found[f"{theirs}.attn.{'in_proj_' if plain else 'qkv.'}{part}"] = visual[
                 f"{ours}.attn.in_proj_{part}"
             ]
-    for o in ("ln_pre", "ln_post", "conv1"):
-        put(f"clip_visual_extractor.{o}", o, visual)
-    for o in ("class_embedding", "positional_embedding", "proj"):
-        found[f"clip_visual_extractor.{o}"] = visual[o]
+    for one in ("ln_pre", "ln_post", "conv1"):
+        put(f"clip_visual_extractor.{one}", one, visual)
+    for one in ("class_embedding", "positional_embedding", "proj"):
+        found[f"clip_visual_extractor.{one}"] = visual[one]
     put("clip_rec_head.ln_post", "ln_post", visual)
     found["clip_rec_head.proj"] = visual["proj"]
     found |= {
-        f"ov_classifier.{name}": o for name, o in clip.state_dict().items() if not name.startswith("visual.")
+        f"ov_classifier.{name}": tensor
+        for name, tensor in clip.state_dict().items()
+        if not name.startswith("visual.")
     }
     found |= {
         "ov_classifier.bg_embed": network["classifier.background"][None],
@@ -340,7 +346,9 @@ def authors_state(system, clip, sam):
         "criterion.empty_weight": torch.ones(172),
     }
     return found | {
-        f"backbone.{name}": o for name, o in sam.state_dict().items() if not name.startswith("neck.")
+        f"backbone.{name}": tensor
+        for name, tensor in sam.state_dict().items()
+        if not name.startswith("neck.")
     }
 
 
@@ -371,12 +379,12 @@ def test_authors_checkpoint(released):
     loaded = EBSeg(encoder, aux_encoder=second, **(SMALL | dict(weights=str(path))))
     for ours, theirs in ((loaded.network, system.network), (loaded.encoder, system.encoder)):
         assert state_dict_difference(ours.state_dict(), theirs.state_dict()) == "" and all(
-            torch.equal(o, theirs.state_dict()[name]) for name, o in ours.state_dict().items()
+            torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items()
         )
-    own = {name: o for name, o in loaded.aux_encoder.state_dict().items() if ".neck." not in name}
-    assert all(torch.equal(o, system.aux_encoder.state_dict()[name]) for name, o in own.items()) and float(
-        loaded.network.classifier.scale
-    ) == pytest.approx(float(np.exp(2.5)))
+    own = {name: tensor for name, tensor in loaded.aux_encoder.state_dict().items() if ".neck." not in name}
+    assert all(
+        torch.equal(tensor, system.aux_encoder.state_dict()[name]) for name, tensor in own.items()
+    ) and float(loaded.network.classifier.scale) == pytest.approx(float(np.exp(2.5)))
     assert (
         loaded.encoder is not encoder
         and loaded.aux_encoder is not second
@@ -400,7 +408,7 @@ def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size
     what CLIP sees and the balance differ between EBSeg_base.pth and EBSeg_large.pth; what the caller says
     counts for more.
     """
-    options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    options = {name: value for name, value in SMALL.items() if name != "encoder_scale"}
     made = EBSeg(small_clip(1, layers=layers), aux_encoder=small_sam(1), **options)
     torch.save(
         {"model": authors_state(made, made.encoder.model, made.aux_encoder.model)},
@@ -437,7 +445,7 @@ def test_what_differs_by_size_follows_from_the_encoder():
     """Without any file too:
     blocks that are fused, that proposals start at and that the second path starts at (SYSTEMS 3.1).
     """
-    options = {name: o for name, o in SMALL.items() if name != "encoder_scale"}
+    options = {name: value for name, value in SMALL.items() if name != "encoder_scale"}
     for layers, first, start, fused in ((12, 9, 2, (3, 6, 9)), (24, 18, 4, (6, 12, 18))):
         system = EBSeg(small_clip(layers=layers), aux_encoder=None, **options)
         assert (system.proposal_start, system.surgery_start, system.fused_layers) == (
@@ -523,8 +531,8 @@ def test_any_picture(aux_encoder, size):
     )
     image = system.encode_image(photo(*size))
     assert (
-        all(o % 32 == 0 for o in image.padded_size)
-        and found.scores.shape[1:] == tuple(-(-o // 4) for o in image.resized_size)
+        all(side % 32 == 0 for side in image.padded_size)
+        and found.scores.shape[1:] == tuple(-(-side // 4) for side in image.resized_size)
         and min(image.resized_size) in (64, 18)
     )
 
@@ -532,7 +540,7 @@ def test_any_picture(aux_encoder, size):
 def test_one_at_a_time_or_together():
     system = small()
     pictures = [photo(seed=i) for i in range(3)] + [photo(64, 64)]
-    together, alone = system.encode_images(pictures), [system.encode_image(o) for o in pictures]
+    together, alone = system.encode_images(pictures), [system.encode_image(image) for image in pictures]
     for a, b in zip(together, alone):
         close(a.tokens, b.tokens)
         close(a.features.dense, b.features.dense)
@@ -551,7 +559,7 @@ def test_all_answers_together_equal_one_by_one():
     images = [system.encode_image(photo())]
     answers = system.branch_embeddings(images, every=True)
     predictions = system.network(
-        [o.float() for o in images[0].maps], images[0].layers, images[0].padded_size, every=True
+        [level.float() for level in images[0].maps], images[0].layers, images[0].padded_size, every=True
     )
     assert len(answers) == len(predictions) == 4
     for answer, prediction in zip(answers, predictions):
@@ -585,7 +593,9 @@ def test_scaled_clip():
 
 
 def test_full_resolution_and_quarter_agree_mostly():
-    fine, coarse = (small(resolution=o).segment(photo(64, 96), WORDS).labels for o in ("image", "masks"))
+    fine, coarse = (
+        small(resolution=option).segment(photo(64, 96), WORDS).labels for option in ("image", "masks")
+    )
     assert (fine == coarse).mean() > 0.8 and fine.dtype == coarse.dtype
 
 
@@ -606,7 +616,9 @@ def test_frozen_embedding_of_a_full_mask():
 def test_permuting_classes_permutes_scores():
     system, order = small(seen=("cat", "sofa")), [2, 0, 3, 1]
     image = system.encode_image(photo())
-    before, after = (system.scores(image, system.encode_text(o)) for o in (WORDS, [WORDS[i] for i in order]))
+    before, after = (
+        system.scores(image, system.encode_text(value)) for value in (WORDS, [WORDS[i] for i in order])
+    )
     close(after, before[order], 1e-5)
 
 
@@ -659,7 +671,7 @@ def test_what_counts_as_seen():
 def test_seen_words_change_the_result():
     image = photo()
     one, other = (
-        small(seen=o).segment(image, WORDS).scores for o in (("cat", "grass"), ("sofa", "saxophone"))
+        small(seen=value).segment(image, WORDS).scores for value in (("cat", "grass"), ("sofa", "saxophone"))
     )
     assert not np.allclose(one, other, atol=1e-4)
 
@@ -725,8 +737,8 @@ def test_loss_is_the_sum_of_its_parts():
     images, text = system.encode_batch(pixels), system.encode_text(WORDS)
 
     def value(**options):
-        for name, o in options.items():
-            object.__setattr__(system.config, name, o)
+        for name, one in options.items():
+            object.__setattr__(system.config, name, one)
         return system.loss(images, labels, text, torch.Generator().manual_seed(3))
 
     (whole, numbers), (bare, _), (cosine, other) = (
@@ -807,12 +819,12 @@ def test_positions_are_trained_and_kept(tmp_path):
     )
     value.backward()
     assert (
-        all(o.grad is not None and o.grad.any() for o in positions)
-        and sum(o.requires_grad for o in system.module.parameters()) == 2
+        all(value.grad is not None and value.grad.any() for value in positions)
+        and sum(parameter.requires_grad for parameter in system.module.parameters()) == 2
     )
     with torch.no_grad():
-        for o in positions:
-            o -= 0.1 * o.grad.sign()
+        for one in positions:
+            one -= 0.1 * one.grad.sign()
     system.save(tmp_path / "tuned.safetensors")
     encoder, aux_encoder = small_clip(), small_sam()
     loaded = EBSeg(

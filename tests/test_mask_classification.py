@@ -104,8 +104,8 @@ def test_san_proposals(golden, encoder, case, form):
     images = golden[f"in.{case}.image"]
     tokens, blocks = at_split(encoder, images), encoder.blocks[SPLIT:]
     first, second = (
-        sos_bias(golden[f"in.{case}.{o}"], encoder.grid(images), "bilinear")
-        for o in ("attn_bias", "attn_bias_second_layer")
+        sos_bias(golden[f"in.{case}.{name}"], encoder.grid(images), "bilinear")
+        for name in ("attn_bias", "attn_bias_second_layer")
     )
     for bias, name in ((first, "shared_bias_all_layers"), ([first, second], "per_layer_bias")):
         assert torch.allclose(

@@ -84,7 +84,7 @@ def deformable(golden):
 
 def test_deformable_attention(golden):
     g, module = golden["msdeform"], deformable(golden)
-    shapes = [tuple(o) for o in g["in.spatial_shapes"].tolist()]
+    shapes = [tuple(shape) for shape in g["in.spatial_shapes"].tolist()]
     close(module(g["in.query"], g["in.reference_points"], g["in.value"], shapes), g["out.output"], 1e-5)
     close(
         module(g["in.query"], g["in.reference_points"], g["in.value"], shapes, g["in.padding_mask"]),
@@ -123,7 +123,7 @@ def test_deformable_attention_equals_loops(golden):
     expected = module.output(expected)
     close(expected, g["out.output"], 1e-5)
     close(
-        module(g["in.query"], g["in.reference_points"], g["in.value"], [tuple(o) for o in shapes]),
+        module(g["in.query"], g["in.reference_points"], g["in.value"], [tuple(shape) for shape in shapes]),
         expected,
         1e-5,
     )
@@ -296,12 +296,12 @@ def test_any_size_and_any_batch(grid):
     maps = [torch.randn(3, c, scale * grid[0], scale * grid[1]) for c, scale in ((6, 4), (8, 2), (10, 1))]
     together = module(*pixels(maps), every=True)
     assert (
-        [tuple(o.masks.shape) for o in together] == [(3, 5, 4 * grid[0], 4 * grid[1])] * 4
+        [tuple(image.masks.shape) for image in together] == [(3, 5, 4 * grid[0], 4 * grid[1])] * 4
         and together[0].embeddings.shape == (3, 5, 7)
         and together[-1].bias.shape[:3] == (3, 3, 5)
     )
     for i in range(3):
-        alone = module(*pixels([o[i : i + 1] for o in maps]))[-1]
+        alone = module(*pixels([one[i : i + 1] for one in maps]))[-1]
         close(alone.masks[0], together[-1].masks[i])
         close(alone.embeddings[0], together[-1].embeddings[i])
         close(alone.bias[0], together[-1].bias[i])
@@ -335,7 +335,8 @@ def test_training_gives_all_answers_and_bias_a_gradient():
     answers = module([torch.randn(2, 16, 4, 4)], torch.randn(2, 16, 8, 8))
     assert len(answers) == 3
     sum(
-        o.masks.square().mean() + o.embeddings[..., 0].mean() + o.bias.square().mean() for o in answers
+        value.masks.square().mean() + value.embeddings[..., 0].mean() + value.bias.square().mean()
+        for value in answers
     ).backward()
     for name, p in module.named_parameters():
         assert p.grad is not None and p.grad.any(), name

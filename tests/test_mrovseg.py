@@ -41,7 +41,7 @@ def close(a, b, tolerance=1e-4):
 
 
 @pytest.mark.parametrize(
-    "height, width, frame, filled",
+    "height, width, resized, padded",
     [
         (64, 64, (64, 64), (64, 64)),
         (60, 90, (64, 96), (64, 96)),
@@ -51,16 +51,16 @@ def close(a, b, tolerance=1e-4):
         (300, 451, (64, 96), (64, 96)),
     ],
 )
-def test_every_picture_has_its_frame(system, height, width, frame, filled):
+def test_every_picture_has_its_sizes(system, height, width, resized, padded):
     image = system.encode_image(picture(height, width))
-    assert (image.resized_size, image.padded_size) == (frame, filled)
-    grid = filled[0] // 16, filled[1] // 16
+    assert (image.resized_size, image.padded_size) == (resized, padded)
+    grid = padded[0] // 16, padded[1] // 16
     assert (
         image.views.high[3].shape == (1, 32, *grid)
         and image.views.low[3].shape == (1, 32, -(-grid[0] // 2), -(-grid[1] // 2))
         and list(image.views.cls) == [3]
     )
-    assert system.scores(image, system.encode_text(WORDS)).shape == (4, *frame)
+    assert system.scores(image, system.encode_text(WORDS)).shape == (4, *resized)
     ((embeddings, masks, attention),) = system.outputs([image])
     assert (
         embeddings.shape == (1, 6, 24)
@@ -71,22 +71,24 @@ def test_every_picture_has_its_frame(system, height, width, frame, filled):
 
 
 @pytest.mark.parametrize(
-    "ratio, side, filled",
+    "ratio, side, padded",
     [(0.5, 32, (64, 96)), (0.75, 48, (64, 96)), (1.0, 64, (64, 128)), (0.25, 16, (64, 80))],
 )
-def test_slice_ratios(clip, ratio, side, filled):
+def test_slice_ratios(clip, ratio, side, padded):
     system = MROVSeg(clip, size=64, slice_ratio=ratio, **TINY)
     image = system.encode_image(picture(64, 80))
     assert (
         system.slice == side
-        and image.padded_size == filled
+        and image.padded_size == padded
         and system.scores(image, system.encode_text(WORDS)).shape == (4, 64, 80)
     )
 
 
 def test_filling_up_is_grey_and_at_the_bottom_and_right(system):
     shown, _ = system.preprocess(picture(64, 80))
-    mean, deviation = (torch.tensor(o).view(1, 3, 1, 1) for o in (system.encoder.mean, system.encoder.std))
+    mean, deviation = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (system.encoder.mean, system.encoder.std)
+    )
     pixels = (shown * deviation + mean) * 255
     close(pixels[..., 80:], torch.full((1, 3, 64, 16), 128.0), 1e-2)
     close(pixels[..., :80], torch.from_numpy(picture(64, 80)).permute(2, 0, 1)[None].float(), 1e-2)
@@ -161,7 +163,7 @@ def test_weights_are_asked_for(clip):
 
 def test_a_batch_is_its_images(system):
     images = [picture(64, 64), picture(64, 96, 1), picture(64, 64, 2), picture(60, 96, 3), picture(64, 90, 4)]
-    alone = [system.encode_image(o) for o in images]
+    alone = [system.encode_image(image) for image in images]
     together, text = system.encode_images(images), system.encode_text(WORDS)
     for a, b in zip(alone, together):
         close(a.views.tokens(3), b.views.tokens(3))
@@ -174,7 +176,7 @@ def test_classes_in_another_order(system):
     order = [2, 0, 3, 1]
     close(system.scores(image, text.select(order)), system.scores(image, text)[order])
     assert (
-        system.segment(image, [WORDS[o] for o in order]).labels
+        system.segment(image, [WORDS[name] for name in order]).labels
         == np.argsort(order)[system.segment(image, WORDS).labels]
     ).mean() > 0.999
 
@@ -203,7 +205,9 @@ def test_the_best_of_several_texts(clip):
     ((embeddings, _, _),) = best.outputs([image])
     vectors, mask = torch.zeros(4, 2, 24), torch.tensor([[True, True]] + [[True, False]] * 3)
     vectors[:, 0], vectors[0, 1] = text.embeddings[:, 0], text.embeddings[1, 0]
-    double = TextBank(vectors, mask, text.names, ((WORDS[0], WORDS[1]), *((o,) for o in WORDS[1:])), ("{}",))
+    double = TextBank(
+        vectors, mask, text.names, ((WORDS[0], WORDS[1]), *((name,) for name in WORDS[1:])), ("{}",)
+    )
     single, both = best.class_logits(embeddings, text), best.class_logits(embeddings, double)
     close(both[..., 0], torch.maximum(single[..., 0], single[..., 1]))
     close(both[..., 1:], single[..., 1:])
@@ -250,12 +254,14 @@ def test_the_factor_of_the_cosines(clip, logit_scale):
 # ---- switches
 
 SWITCHES = [
-    dict(zip(("multi_resolution", "hierarchical", "multi_grained"), o))
-    for o in itertools.product((True, False), repeat=3)
+    dict(zip(("multi_resolution", "hierarchical", "multi_grained"), value))
+    for value in itertools.product((True, False), repeat=3)
 ]
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda o: "".join("01"[v] for v in o.values()))
+@pytest.mark.parametrize(
+    "switches", SWITCHES, ids=lambda switches: "".join("01"[v] for v in switches.values())
+)
 def test_every_switch(clip, switches):
     "Sizes, and what depends on what: without slices only the small view is seen, and every parameter learns."
     system = MROVSeg(clip, size=64, **(TINY | switches), keep_aspect=False)
@@ -273,9 +279,13 @@ def test_every_switch(clip, switches):
     )
     loss.backward()
     idle = [
-        name for name, o in system.network.named_parameters() if o.grad is None or not o.grad.abs().sum() > 0
+        name
+        for name, parameter in system.network.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
     ]
-    assert set(parts) == {"class", "mask", "dice"} and all(o.startswith("attention.s") for o in idle), idle
+    assert set(parts) == {"class", "mask", "dice"} and all(name.startswith("attention.s") for name in idle), (
+        idle
+    )
 
 
 def test_high_and_low_both_count(system):
@@ -411,8 +421,8 @@ def test_two_layers_make_no_pyramid(clip):
 
 def test_weights_round_trip(clip, tmp_path):
     system = MROVSeg(clip, size=64, **TINY)
-    for o in system.network.parameters():
-        o.data += 0.1 * torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    for one in system.network.parameters():
+        one.data += 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
     system.save(path := str(tmp_path / "mrovseg.safetensors"))
     again = MROVSeg(clip, size=64, **(TINY | dict(weights=path)))
     image, text = system.encode_image(picture(64, 80)), system.encode_text(WORDS)
@@ -433,11 +443,11 @@ def test_packed_is_unpacked(clip):
     system = MROVSeg(clip, size=64, **TINY, keep_aspect=False)
     image, text = system.encode_image(picture(64, 100)), system.encode_text(WORDS)
     packed = system.to_cache(image)
-    assert {o: tuple(v.shape) for o, v in packed.items()} == {f"high{i}": (32, 4, 4) for i in range(5)} | {
-        f"low{i}": (32, 2, 2) for i in range(5)
-    } | {"cls3": (32,)}
+    assert {tensor: tuple(v.shape) for tensor, v in packed.items()} == {
+        f"high{i}": (32, 4, 4) for i in range(5)
+    } | {f"low{i}": (32, 2, 2) for i in range(5)} | {"cls3": (32,)}
     close(system.scores(system.from_cache(packed), text), system.scores(image, text))
-    half = system.from_cache({name: o.half() for name, o in packed.items()})
+    half = system.from_cache({name: tensor.half() for name, tensor in packed.items()})
     assert half.views.high[3].dtype == torch.float32
     close(system.scores(half, text), system.scores(image, text), 0.05)
 
@@ -522,7 +532,9 @@ def test_pictures_without_a_class_can_be_trained_on(clip):
     loss, _ = system.loss(images, labels, system.encode_text(WORDS), torch.Generator().manual_seed(0))
     loss.backward()
     assert torch.isfinite(loss) and all(
-        o.grad.isfinite().all() for o in system.network.parameters() if o.grad is not None
+        parameter.grad.isfinite().all()
+        for parameter in system.network.parameters()
+        if parameter.grad is not None
     )
 
 
@@ -537,7 +549,8 @@ def test_the_loss_falls(clip):
     labels[0, :, 32:] = 1
     labels[1, :, :32] = 1
     images = [
-        system.from_cache(system.to_cache(system.encode_image(o))) for o in (left, left[:, ::-1].copy())
+        system.from_cache(system.to_cache(system.encode_image(image)))
+        for image in (left, left[:, ::-1].copy())
     ]
     text, generator = system.encode_text(["red", "blue"]), torch.Generator().manual_seed(0)
     optimizer, losses = torch.optim.AdamW(system.network.parameters(), lr=3e-3), []

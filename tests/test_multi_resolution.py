@@ -37,8 +37,8 @@ def small_clip(patch=16, quick_gelu=True):
         dict(context_length=77, vocab_size=100, width=32, heads=2, layers=1),
         quick_gelu=quick_gelu,
     )
-    for o in model.visual.parameters():
-        o.data += 0.05 * torch.randn_like(o)  # no bias is zero any more
+    for parameter in model.visual.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # no bias is zero any more
     return CLIPEncoder(model, device="cpu")
 
 
@@ -77,7 +77,7 @@ def test_restoring_is_the_inverse_of_cutting(grid, size):
 
 def test_overlaps_are_averaged():
     # 2 x 2 slices of 3 on 4 x 4 places
-    maps = torch.stack([torch.full((1, 3, 3), float(o)) for o in range(4)])
+    maps = torch.stack([torch.full((1, 3, 3), float(k)) for k in range(4)])
     expected = torch.tensor([[0, 0.5, 0.5, 1], [1, 1.5, 1.5, 2], [1, 1.5, 1.5, 2], [2, 2.5, 2.5, 3]])
     assert torch.allclose(merge_slices(maps, (4, 4))[0, 0], expected)
 
@@ -208,7 +208,7 @@ def test_full_trust_removes_the_other_view(bias, which):
 def test_every_kind_of_fusion_learns(kind, normalize):
     fusion = MultiResFusion(8, 12, kind=kind, normalize=normalize)
     (fusion(random(1, 8, 4, 6), random(1, 8, 2, 3), (4, 6)) * random(1, 12, 4, 6)).sum().backward()
-    assert all(o.grad.abs().sum() > 0 for o in fusion.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in fusion.parameters())
 
 
 # ---- adapter
@@ -241,9 +241,9 @@ def test_adapter_step_by_step(positions):
         expected.append(F.layer_norm(x, (16,)))
     outputs, seen = adapter(stem, high, low, (4, 6), every=True)
     assert len(outputs) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, seen))
-    for (queries, tokens), o in zip(outputs, expected[-2:]):
-        assert torch.allclose(queries, o[:, :5], atol=1e-4) and torch.allclose(
-            tokens.flatten(2).mT, o[:, 5:], atol=1e-4
+    for (queries, tokens), one in zip(outputs, expected[-2:]):
+        assert torch.allclose(queries, one[:, :5], atol=1e-4) and torch.allclose(
+            tokens.flatten(2).mT, one[:, 5:], atol=1e-4
         )
     (last,), _ = adapter(stem, high, low, (4, 6))
     assert torch.allclose(last[0], outputs[-1][0], atol=1e-5)
@@ -256,7 +256,7 @@ def test_a_batch_is_its_images():
     ((queries, tokens),) = adapter(stem, high, low, (4, 6))[0]
     for b in range(3):
         ((q, t),) = adapter(
-            stem[b : b + 1], [o[b : b + 1] for o in high], [o[b : b + 1] for o in low], (4, 6)
+            stem[b : b + 1], [value[b : b + 1] for value in high], [value[b : b + 1] for value in low], (4, 6)
         )[0]
         assert torch.allclose(queries[b : b + 1], q, atol=1e-5) and torch.allclose(
             tokens[b : b + 1], t, atol=1e-5
@@ -268,8 +268,8 @@ def test_single_resolution_needs_no_slices():
     stem = random(1, 32, 2, 3, seed=20)
     ((queries, tokens),) = adapter(stem, None, layers()[1], (4, 6))[0]
     assert queries.shape == (1, 5, 16) and tokens.shape == (1, 16, 4, 6)
-    assert sum(o.numel() for o in adapter.parameters()) < sum(
-        o.numel() for o in MultiResAdapter(32, **SIZES).parameters()
+    assert sum(parameter.numel() for parameter in adapter.parameters()) < sum(
+        parameter.numel() for parameter in MultiResAdapter(32, **SIZES).parameters()
     )
 
 
@@ -476,7 +476,7 @@ def test_a_delta_mask_finds_its_token_in_the_small_view(seen):
     heads, width = encoder.blocks[0].attn.num_heads, views.cls[2].shape[-1]
     masks = torch.full((2, heads, 1, 30), -1e4)
     masks[..., 3 + 2] = 0  # row 1, column 2 of 2 x 3
-    other = Views({i: o.flip(1) for i, o in views.high.items()}, views.low, views.cls)
+    other = Views({i: tensor.flip(1) for i, tensor in views.high.items()}, views.low, views.cls)
     found = attend(encoder, views, masks, torch.zeros(1, width))
     assert torch.allclose(found, attend(encoder, other, masks, torch.zeros(1, width)), atol=1e-4)
     with torch.no_grad():
@@ -500,7 +500,7 @@ def test_masks_are_learned_through_frozen_blocks(seen):
     assert (
         masks.grad.abs().sum() > 0
         and positions.grad.abs().sum() > 0
-        and all(o.grad is None for o in encoder.parameters())
+        and all(parameter.grad is None for parameter in encoder.parameters())
     )
 
 

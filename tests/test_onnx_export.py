@@ -145,8 +145,8 @@ LONG = pytest.mark.skipif(
     [
         "maskclip max",
         *(
-            pytest.param(o, marks=LONG)
-            for o in (
+            pytest.param(value, marks=LONG)
+            for value in (
                 "lmseg",
                 "catseg",
                 "san",
@@ -237,7 +237,7 @@ def test_preprocessing_without_torch_is_the_same():
     "Resizing, filling up, enlarging: bit for bit or to rounding what the library does with torch."
     encoder, image = small_clip(), load_image(PHOTOS / "rocket.jpg")
     pixels, _ = fit_input(image, dict(rule="square", size=[64, 96], resample="bicubic"))
-    mean, std = (torch.tensor(o).view(1, 3, 1, 1) for o in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (encoder.mean, encoder.std))
     assert torch.allclose(
         (torch.from_numpy(pixels) - mean) / std, encoder.preprocess(image, (64, 96)), atol=1e-6
     )
@@ -300,19 +300,21 @@ def test_every_list_has_its_file(tiny, tmp_path):
     ]
     folder = tmp_path / "deep/down/graph"
     export_system(tiny, folder, lists)
-    files = [stored_bank(folder, o) for o in lists]
+    files = [stored_bank(folder, name) for name in lists]
     assert (
-        len(set(files)) == len(lists) - 1 and files[5] == files[2] and all(o.parent == folder for o in files)
+        len(set(files)) == len(lists) - 1
+        and files[5] == files[2]
+        and all(file.parent == folder for file in files)
     )
     for file, words in zip(files, lists):
         bank = tiny.encode_text(words)
         embeddings, names, _ = load_bank(file)
         assert names == bank.names and np.array_equal(embeddings, bank.embeddings.numpy())
     assert (
-        len({o.name.casefold() for o in files}) == len(lists) - 1
+        len({file.name.casefold() for file in files}) == len(lists) - 1
         and len(list(folder.glob("*.safetensors"))) == len(lists) - 1
     )
-    assert [o.name for o in tmp_path.rglob("*.safetensors") if o.parent != folder] == []
+    assert [file.name for file in tmp_path.rglob("*.safetensors") if file.parent != folder] == []
 
 
 def test_the_check_looks_at_what_lies_there(tiny, tmp_path):

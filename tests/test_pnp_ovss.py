@@ -123,7 +123,7 @@ def test_words_stand_for_names_and_background_is_never_asked_about(system, monke
 def test_order_and_single_names(matcher):
     # texts of their own do not know of an order
     system = PnPOVSS(Colors(), model=matcher, **KNOBS, one_prompt=False)
-    one, two = (system.segment(picture(0), o) for o in (WORDS, WORDS[::-1]))
+    one, two = (system.segment(picture(0), value) for value in (WORDS, WORDS[::-1]))
     assert (np.asarray(one.names)[one.labels] == np.asarray(two.names)[two.labels]).mean() > 0.999
     assert (system.segment(picture(0), ["cat"]).labels == 0).all()
 
@@ -155,10 +155,14 @@ def test_rules_of_the_data_sets(title, expected):
 
 def test_defaults_that_depend_on_the_matcher():
     assert [
-        getattr(PnPOVSSConfig(matcher="blip:large-flickr").salience(), o)
-        for o in ("layer", "head", "one_prompt")
+        getattr(PnPOVSSConfig(matcher="blip:large-flickr").salience(), option)
+        for option in ("layer", "head", "one_prompt")
     ] == [7, 9, True]
-    assert [getattr(PnPOVSSConfig().salience(), o) for o in ("layer", "head", "one_prompt")] == [0, 0, False]
+    assert [getattr(PnPOVSSConfig().salience(), option) for option in ("layer", "head", "one_prompt")] == [
+        0,
+        0,
+        False,
+    ]
     assert PnPOVSSConfig(matcher="blip:x", layer=0, head=0, one_prompt=False).salience().layer == 0
     config = PnPOVSSConfig(drop_rule="half", selection="llm")
     assert PnPOVSSConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

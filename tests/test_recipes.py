@@ -152,9 +152,9 @@ def test_published_texts_are_one_per_class(name):
     """
     stuff = load_vocabulary("COCO-Stuff-171")
     said = texts_read(text_system(name, templates="single", first_word=True), stuff)
-    assert said == [f"A photo of a {o} in the scene" for o in stuff.names] and len(said) == 171
+    assert said == [f"A photo of a {name} in the scene" for name in stuff.names] and len(said) == 171
     assert (
-        sum(len(o) > 1 for o in stuff.words) == 53
+        sum(len(value) > 1 for value in stuff.words) == 53
         and len(texts_read(text_system(name, templates="single"), stuff)) > 171 + 52
     )
 
@@ -186,7 +186,11 @@ def test_san_trains_the_position_table():
     groups = parameter_groups(
         model.module, found["weight_decay"], {"^(encoder|aux_encoder)": found["encoder_lr"]}
     )
-    table = [o for o in groups if any(name.startswith("encoder.") for name in o["names"])] if tuned else []
+    table = (
+        [group for group in groups if any(name.startswith("encoder.") for name in group["names"])]
+        if tuned
+        else []
+    )
     model.network.requires_grad_(True)
     loss, _ = model.loss(
         model.encode_batch(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)),
@@ -195,7 +199,10 @@ def test_san_trains_the_position_table():
         torch.Generator().manual_seed(0),
     )
     loss.backward()
-    assert [(o["names"], o["factor"], o["weight_decay"]) for o in table] == [
+    assert [(group["names"], group["factor"], group["weight_decay"]) for group in table] == [
         (["encoder.model.visual.positional_embedding"], 1.0, 0.0)
     ]
-    assert tuned[0].grad.abs().sum() > 0 and sum(o.grad is not None for o in model.encoder.parameters()) == 1
+    assert (
+        tuned[0].grad.abs().sum() > 0
+        and sum(parameter.grad is not None for parameter in model.encoder.parameters()) == 1
+    )

@@ -199,7 +199,7 @@ def test_maps_and_drops_equal_the_slow_way(matcher, images, options):
     for i in range(3):
         slow, order = slow_salience_dropout(matcher, images[i], texts[i], config)
         assert slow.abs().max() > 0 and (fast[i] - slow).abs().max() <= 1e-5 * slow.abs().max()
-        assert [o.dropped[i].nonzero()[:, 0].tolist() for o in rounds] == order
+        assert [step.dropped[i].nonzero()[:, 0].tolist() for step in rounds] == order
 
 
 def test_maps_equal_the_slow_way_in_single_precision(network, images):
@@ -232,7 +232,7 @@ def test_rows_bound_the_pass_and_change_nothing(matcher, images):
                 whole, class_maps(matcher, images, NAMES, replace(CONFIG, one_prompt=False, rows=rows))
             ):
                 assert torch.allclose(a, b, atol=1e-10)
-            assert max(max(o) for o in seen) <= rows
+            assert max(max(value) for value in seen) <= rows
     finally:
         del matcher.logits
 
@@ -263,7 +263,9 @@ def test_split_lists_give_each_class_its_own_map(matcher, images):
         assert (prompts.lists == 0).sum() >= 2
         fast = class_maps(matcher, images[:2], [names, ["dog"]], CONFIG)
         rows = [
-            sum(len(o) for o in prompts.spans[:r]) for r, owner in enumerate(prompts.lists) if owner == 0
+            sum(len(value) for value in prompts.spans[:r])
+            for r, owner in enumerate(prompts.lists)
+            if owner == 0
         ] + [len(names)]
         slow, _ = slow_salience_dropout(
             matcher, images[0], [names[a:b] for a, b in zip(rows, rows[1:])], CONFIG
@@ -309,12 +311,14 @@ def test_nothing_below_the_layer_keeps_a_graph(matcher, images):
 
     def saved(layer, gradient=True):
         count = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda o: (count.append(o.numel()), o)[1], lambda o: o):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (count.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+        ):
             salience_maps(matcher, tokens, prompts, None, layer, 0, gradient)
         return sum(count)
 
     assert 0 < saved(2) < saved(1) < saved(0) and saved(0, False) == 0
-    assert not any(matcher.attention_module(o)._forward_pre_hooks for o in range(3)) and not any(
+    assert not any(matcher.attention_module(k)._forward_pre_hooks for k in range(3)) and not any(
         p.requires_grad or p.grad is not None for p in matcher.parameters()
     )
 
@@ -346,7 +350,7 @@ def test_spans_of_awkward_names(matcher, images):
 def test_glue_changes_the_words_not_their_number(matcher, images):
     names = [["coffee cup", "snow-covered hill", "cat"]] * 3
     plain, glued = (
-        class_maps(matcher, images, names, replace(CONFIG, compat_glue_names=o)) for o in ("", " -")
+        class_maps(matcher, images, names, replace(CONFIG, compat_glue_names=value)) for value in ("", " -")
     )
     by_hand = class_maps(matcher, images, [["coffeecup", "snowcoveredhill", "cat"]] * 3, CONFIG)
     for a, b, c in zip(plain, glued, by_hand):
@@ -397,7 +401,7 @@ def test_iterations_on_a_small_grid_run_out_of_patches(matcher, images):
     "Ten patches each, of 2 x 7: the third iteration has nothing left to see, and says nothing."
     rounds = list(salience_iterations(matcher, images[:, :, :32], matcher.prompts(NAMES), None, CONFIG))
     assert (
-        [int(o.dropped[0].sum()) for o in rounds] == [0, 10, 14, 14]
+        [int(step.dropped[0].sum()) for step in rounds] == [0, 10, 14, 14]
         and not rounds[2].maps.any()
         and rounds[1].maps.any()
     )
@@ -405,7 +409,7 @@ def test_iterations_on_a_small_grid_run_out_of_patches(matcher, images):
 
 def test_first_of_several_counts_twice(matcher, images):
     prompts = matcher.prompts(NAMES)
-    rounds = [o.maps for o in salience_iterations(matcher, images, prompts, None, CONFIG)]
+    rounds = [value.maps for value in salience_iterations(matcher, images, prompts, None, CONFIG)]
     assert torch.allclose(
         salience_dropout(matcher, images, prompts, None, CONFIG),
         2 * rounds[0] + rounds[1] + rounds[2] + rounds[3],
@@ -454,7 +458,7 @@ def test_what_cannot_be_is_refused(matcher, images):
 
 def test_defaults_are_those_of_the_table():
     "The defaults are those of the released code."
-    defaults = {o.name: o.default for o in fields(SalienceConfig)}
+    defaults = {field.name: field.default for field in fields(SalienceConfig)}
     assert (
         defaults.items()
         >= dict(
@@ -484,20 +488,20 @@ def reference_probabilities(maps, size, value=0.15, sigma=0.05, background=True,
 
     h, w = maps.shape[1:]
     large = []
-    for o in maps:
-        o = o * (scaled(o) >= value)
+    for each in maps:
+        each = each * (scaled(each) >= value)
         ys, xs = np.linspace(0, h - 1, size[0]), np.linspace(0, w - 1, size[1])  # corners on corners
         y, x = np.minimum(ys.astype(int), h - 2), np.minimum(xs.astype(int), w - 2)
         b, a = (ys - y)[:, None], (xs - x)[None]
         big = (
-            (1 - b) * (1 - a) * o[y][:, x]
-            + (1 - b) * a * o[y][:, x + 1]
-            + b * (1 - a) * o[y + 1][:, x]
-            + b * a * o[y + 1][:, x + 1]
+            (1 - b) * (1 - a) * each[y][:, x]
+            + (1 - b) * a * each[y][:, x + 1]
+            + b * (1 - a) * each[y + 1][:, x]
+            + b * a * each[y + 1][:, x + 1]
         )
         large.append(scaled(big) if rescale else big)
     channels = [(np.array(large) == 0).all(0).astype(float)] * background + large
-    channels = np.array([scaled(gaussian_filter(o, sigma * max(size))) for o in channels])
+    channels = np.array([scaled(gaussian_filter(one, sigma * max(size))) for one in channels])
     return np.exp(channels) / np.exp(channels).sum(0)
 
 

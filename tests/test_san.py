@@ -113,8 +113,8 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
                 logits, golden[f"out.{name}.logits_{i}"], atol=1e-4
             )
         bias = system.network(
-            torch.cat([o.pixels for o in images]),
-            [torch.cat([o.layers[k] for o in images]) for k in system.fused_layers],
+            torch.cat([image.pixels for image in images]),
+            [torch.cat([image.layers[k] for image in images]) for k in system.fused_layers],
         )[0][1]
         assert torch.allclose(bias, golden[f"out.{name}.bias_1"], atol=1e-4)
         step = 2 if resolution == "input" else 4
@@ -217,8 +217,10 @@ def test_all_names_of_the_released_networks(model, dim, width, heads):
         for name, value in ours.items()
     )
     scale = theirs.pop("ov_classifier.logit_scale")  # not trained, so the log does not list it
-    assert {name: tuple(o.shape) for name, o in theirs.items()} == {
-        name: o for name, o in listed.items() if name != "clip_visual_extractor.positional_embedding"
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {
+        name: tensor
+        for name, tensor in listed.items()
+        if name != "clip_visual_extractor.positional_embedding"
     }
     network, clip, _ = convert_checkpoint(theirs | {"ov_classifier.logit_scale": scale})
     assert network.keys() == ours.keys() and all(network[name].shape == ours[name].shape for name in ours)
@@ -301,7 +303,7 @@ def test_pictures_of_any_shape(small, lite, shape, resolution):
     ).all()
     scores = system.scores(seen, text)
     expected = dict(
-        image=shape, input=seen.resized_size, masks=tuple(round(o / 16) for o in seen.resized_size)
+        image=shape, input=seen.resized_size, masks=tuple(round(side / 16) for side in seen.resized_size)
     )[resolution]
     assert tuple(scores.shape) == (3, *expected) and scores.isfinite().all() and (scores >= 0).all()
 
@@ -435,7 +437,7 @@ def test_what_is_stored_is_what_was_seen(lite):
     system = SAN(lite, **SMALL, keep_aspect=False)
     text, image = system.encode_text(["cat", "dog"]), system.encode_image(pixels(64, 96))
     arrays = system.to_cache(image)
-    assert {name: tuple(o.shape) for name, o in arrays.items()} == dict(
+    assert {name: tuple(tensor.shape) for name, tensor in arrays.items()} == dict(
         pixels=(3, 64, 64),
         cls=(192,),
         layer0=(192, 2, 2),
@@ -443,7 +445,7 @@ def test_what_is_stored_is_what_was_seen(lite):
         layer2=(192, 2, 2),
         layer3=(192, 2, 2),
     )
-    again = system.from_cache({name: o.half() for name, o in arrays.items()})
+    again = system.from_cache({name: tensor.half() for name, tensor in arrays.items()})
     assert again.image is None and again.pixels.dtype == torch.float32
     assert torch.allclose(
         system.scores(again, text),
@@ -479,7 +481,7 @@ def test_the_loss_falls_and_repeats(lite):
     pictures[0][:, 32:] += 180
     pictures[1][32:] += 180  # one half is bright
     images, labels = (
-        [system.from_cache(system.to_cache(system.encode_image(o))) for o in pictures],
+        [system.from_cache(system.to_cache(system.encode_image(image))) for image in pictures],
         torch.zeros(2, 32, 32, dtype=torch.long),
     )
     labels[0, :, 16:], labels[1, 16:], labels[:, :4] = 1, 2, 255

@@ -49,7 +49,7 @@ KNOBS |= {
     "san": MASKS | dict(size=128, encoder_scale=1.0, depth=4, channels=8),
     "mrovseg": MASKS | dict(size=128, channels=16),
     "ebseg": (
-        {key: o for key, o in MASKS.items() if key != "resolution"}
+        {key: tensor for key, tensor in MASKS.items() if key != "resolution"}
         | dict(
             size=128,
             encoder_scale=1.0,
@@ -96,7 +96,10 @@ def test_order_of_the_words_changes_nothing_but_the_indices(system):
 def test_the_last_stage_is_what_the_scores_are(system):
     image, text = system.encode_image(PHOTOS / "chelsea.png"), system.encode_text(["cat", "teapot"])
     stages = system.stages(image, text)
-    assert all(o.ndim == 3 and len(o) == 2 and np.isfinite(np.asarray(o)).all() for o in stages.values())
+    assert all(
+        scores.ndim == 3 and len(scores) == 2 and np.isfinite(np.asarray(scores)).all()
+        for scores in stages.values()
+    )
     assert np.allclose(list(stages.values())[-1], system.scores(image, text), atol=1e-5)
 
 
@@ -105,7 +108,7 @@ def test_one_name_alone_is_said_once(system):
         warnings.simplefilter("always")
         for photo in ("chelsea.png", "chelsea.png"):
             system.segment(PHOTOS / photo, ["teapot"])
-    told = [str(o.message) for o in told if issubclass(o.category, VocabularyWarning)]
+    told = [str(warning.message) for warning in told if issubclass(warning.category, VocabularyWarning)]
     assert (
         len(told) == 1 and "'teapot' is the only name" in told[0] and "Add the name 'background'" in told[0]
     )
@@ -129,7 +132,7 @@ def test_one_name_alone(system):
 @pytest.mark.parametrize("name", ["Background", "__background__", "bg"])
 def test_a_background_is_one_however_it_is_spelt(system, name):
     image = system.encode_image(PHOTOS / "rocket.jpg")
-    plain, other = (system.segment(image, ["rocket", o]) for o in ("background", name))
+    plain, other = (system.segment(image, ["rocket", one]) for one in ("background", name))
     assert (plain.labels == other.labels).all() and other.names == ("rocket", name)
 
 
@@ -291,8 +294,8 @@ def test_background_beside_descriptions(encoder):
     a bank's own list goes before them.
     """
     named, described, kinds = (
-        create("maskclip", encoder, cache=None, prompts=o).encode_text("VOC-21")
-        for o in ("names", "descriptions", "subclasses")
+        create("maskclip", encoder, cache=None, prompts=name).encode_text("VOC-21")
+        for name in ("names", "descriptions", "subclasses")
     )
     assert (
         named.words[0] == described.words[0]

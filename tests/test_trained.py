@@ -32,7 +32,7 @@ class Turned(TrainedSystem):
     def logits(self, images, text):
         return 20 * torch.einsum(
             "bdhw,kd->bkhw",
-            F.normalize(self.network(torch.cat([o.features.dense for o in images]).float()), dim=1),
+            F.normalize(self.network(torch.cat([image.features.dense for image in images]).float()), dim=1),
             text.mean(),
         )
 
@@ -67,7 +67,10 @@ def test_the_start_belongs_to_the_seed():
     three = turned(encoder)
     three.reset(3)
     assert one.describe()["network"] != two.describe()["network"] == three.describe()["network"]
-    assert not any(o.requires_grad for o in two.network.parameters()) and not two.network.training
+    assert (
+        not any(parameter.requires_grad for parameter in two.network.parameters())
+        and not two.network.training
+    )
 
 
 def test_what_a_system_must_give():
@@ -120,14 +123,14 @@ def test_the_authors_names(tmp_path):
     class Published(Turned):
         def convert_checkpoint(self, path, state):
             return (
-                ({name[7:]: o for name, o in state.items()}, {})
-                if all(o.startswith("theirs.") for o in state)
+                ({name[7:]: tensor for name, tensor in state.items()}, {})
+                if all(name.startswith("theirs.") for name in state)
                 else None
             )
 
     system = turned()
     torch.save(
-        {"model": {f"theirs.{name}": o for name, o in system.network.state_dict().items()}},
+        {"model": {f"theirs.{name}": tensor for name, tensor in system.network.state_dict().items()}},
         tmp_path / "turned.pth",
     )
     assert (
@@ -141,7 +144,7 @@ def test_the_authors_names(tmp_path):
 def test_stored_features():
     system = turned()
     bank, image = system.encode_text(WORDS), system.encode_image(PHOTO)
-    again = system.from_cache({name: o.half() for name, o in system.to_cache(image).items()})
+    again = system.from_cache({name: tensor.half() for name, tensor in system.to_cache(image).items()})
     assert (
         again.image is None and (system.scores(again, bank) - system.scores(image, bank)).abs().max() < 0.05
     )
@@ -168,7 +171,11 @@ def test_crops_bring_gradients_into_a_tuned_encoder():
     system.loss(seen, torch.randint(0, 3, (2, 32, 32)), system.encode_text(WORDS).select([0, 1, 2]), None)[
         0
     ].backward()
-    towers = {name.split(".")[1] for name, o in system.encoder.named_parameters() if o.grad is not None}
+    towers = {
+        name.split(".")[1]
+        for name, parameter in system.encoder.named_parameters()
+        if parameter.grad is not None
+    }
     assert towers == {"visual"}  # the bank was made beforehand
 
 
@@ -177,14 +184,14 @@ def test_training_through_the_contract(tmp_path):
     system = turned()
     bank = system.encode_text(WORDS)
     kept = [
-        {name: o.half() for name, o in system.to_cache(system.encode_image(o)).items()}
-        for o in (PHOTO, PHOTO[:, ::-1].copy())
+        {name: tensor.half() for name, tensor in system.to_cache(system.encode_image(image)).items()}
+        for image in (PHOTO, PHOTO[:, ::-1].copy())
     ]
     labels = torch.randint(0, 2, (2, 16, 16), generator=torch.Generator().manual_seed(0))
     labels[:, :2] = 255
 
     def batches(number, generator):
-        return dict(images=[system.from_cache(o) for o in kept], generator=generator)
+        return dict(images=[system.from_cache(value) for value in kept], generator=generator)
 
     def step(_, batch):
         return system.loss(batch["images"], labels, bank.select([0, 2]), batch["generator"])
