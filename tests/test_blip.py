@@ -43,7 +43,7 @@ PHOTO = load_image(Path(data.__file__).parent / "chelsea.png")  # 300 x 451
 TEXTS = ["A cat looks at you.", ["cat", "traffic light", "t-shirt"], "A rocket."]
 
 
-def randomise(network, seed=0):
+def randomize(network, seed=0):
     "Every parameter random and large enough to matter, so that one forgotten or swapped shows."
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def randomise(network, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    return randomise(load_blip("random:tiny"))
+    return randomize(load_blip("random:tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -538,7 +538,7 @@ def test_original_file_goes_round(network, images, tmp_path):
 @pytest.fixture(scope="module")
 def narrow():
     "Heads of 64 channels, as in the published models, and little else."
-    return randomise(BlipForImageTextRetrieval(blip_config(128, 2, 64, 1, image_size=48, joint=8)))
+    return randomize(BlipForImageTextRetrieval(blip_config(128, 2, 64, 1, image_size=48, joint=8)))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ SMALL = dict(
 WORDS = ["cat", "sofa", "grass", "saxophone"]
 
 
-def randomise(module, seed):
+def randomize(module, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -64,13 +64,8 @@ def randomise(module, seed):
 
 
 def small_clip(seed=0, quick_gelu=True, layers=6):
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=64, patch_size=16, width=32, layers=layers, head_width=16),
-        dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
-        quick_gelu=quick_gelu,
-    )
-    return CLIPEncoder(randomise(model, seed), tokenizer=open_clip.SimpleTokenizer(), device="cpu")
+    model = doubles.small_clip_model(layers=layers, quick_gelu=quick_gelu)
+    return CLIPEncoder(randomize(model, seed), tokenizer=open_clip.SimpleTokenizer(), device="cpu")
 
 
 def small_sam(seed=0):
@@ -86,7 +81,7 @@ def small_sam(seed=0):
         window_size=3,
         use_rel_pos=True,
     )
-    return SAMEncoder(randomise(network, seed), size=64, device="cpu")
+    return SAMEncoder(randomize(network, seed), size=64, device="cpu")
 
 
 def small(seed=0, aux_encoder="sam", **options):
@@ -356,7 +351,7 @@ def authors_state(system, clip, sam):
 def released(tmp_path_factory):
     "A small model as the authors would have saved it, and the system it was made from."
     system = small(seed=1)
-    randomise(system.network, 7)
+    randomize(system.network, 7)
     with torch.no_grad():
         system.encoder.model.logit_scale.fill_(2.5)
     system.network.classifier.scale.fill_(float(np.exp(2.5)))
@@ -906,7 +901,7 @@ def test_file_with_another_second_encoder(tmp_path):
     with pytest.raises(ValueError, match="second encoder"):
         EBSeg(
             small_clip(),
-            aux_encoder=SAMEncoder(randomise(other, 0), size=128, device="cpu"),
+            aux_encoder=SAMEncoder(randomize(other, 0), size=128, device="cpu"),
             **(SMALL | dict(weights=str(tmp_path / "tuned.safetensors"))),
         )
 

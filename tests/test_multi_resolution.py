@@ -3,11 +3,11 @@ slices come back exactly, fusion and masks equal their formulas place by place, 
 that their mask points at.
 """
 
-import open_clip
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from doubles import small_clip_model
 from ovss_nb.encoders.base import Encoder
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.encoders.lite import LiteEncoder
@@ -30,13 +30,7 @@ from ovss_nb.components.multi_resolution import (
 
 
 def small_clip(patch=16, quick_gelu=True):
-    torch.manual_seed(0)
-    model = open_clip.CLIP(
-        24,
-        dict(image_size=4 * patch, patch_size=patch, width=32, layers=4, head_width=16),
-        dict(context_length=77, vocab_size=100, width=32, heads=2, layers=1),
-        quick_gelu=quick_gelu,
-    )
+    model = small_clip_model(patch, quick_gelu=quick_gelu, vocab_size=100)
     for parameter in model.visual.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # no bias is zero any more
     return CLIPEncoder(model, device="cpu")

@@ -13,6 +13,7 @@ from segment_anything.modeling import ImageEncoderViT
 from skimage import data
 from torch import nn
 from torch.nn import functional as F
+from doubles import randomize
 from ovss_nb.encoders.sam import CHECKPOINTS, SAMEncoder, load_sam
 from ovss_nb.core.optional import MissingExtra
 from ovss_nb.core.images import load_image
@@ -20,23 +21,6 @@ from ovss_nb.core.images import load_image
 PHOTO = load_image(Path(data.__file__).parent / "chelsea.png")  # 300 x 451
 WIDTH, HEADS, PATCH, WINDOW, DIM = 32, 2, 4, 3, 16
 SIZES = [(32, 32), (48, 60), (20, 44), (8, 8)]  # native; larger; mixed; smaller than a window
-
-
-def randomise(module, seed=0):
-    "Every parameter random, so that a forgotten one shows; positions are zero at construction."
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        with torch.no_grad():
-            if "pos" in name:
-                p.copy_(noise * 0.5)
-            else:
-                p.copy_(
-                    noise / p[0].numel() ** 0.5
-                    if p.ndim > 1
-                    else noise * 0.2 + (1 if name.endswith("weight") else 0)
-                )
-    return module.eval().requires_grad_(False)
 
 
 def tiny(seed=0, depth=2, global_blocks=(1,), **options):
@@ -52,7 +36,7 @@ def tiny(seed=0, depth=2, global_blocks=(1,), **options):
         )
         | options
     )
-    return randomise(
+    return randomize(
         ImageEncoderViT(
             depth=depth,
             global_attn_indexes=global_blocks,
@@ -85,7 +69,7 @@ def cut(model, kept, size):
     network.blocks = nn.ModuleList(network.blocks[i] for i in kept)
     network.img_size, side = size, size // 16
     network.pos_embed = nn.Parameter(torch.empty(1, side, side, network.pos_embed.shape[-1], device="meta"))
-    return randomise(network.to_empty(device="cpu"))
+    return randomize(network.to_empty(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +413,7 @@ def test_checkpoints_go_round(sam):
     """A file as Meta publishes it, the same in safetensors, and the encoder alone in half precision:
     all give the network back.
     """
-    randomise(sam)
+    randomize(sam)
     expected = sam.image_encoder.state_dict()
     x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:

@@ -308,8 +308,8 @@ class SAN(MaskSystem):
             every,
         )
         patches = layers[self.proposal_start]
-        grid, way = tuple(patches.shape[-2:]), self.config.bias_resize
-        bias = torch.cat([sos_bias(bias, grid, way) for _, bias in outputs], 2)
+        grid, resize = tuple(patches.shape[-2:]), self.config.bias_resize
+        bias = torch.cat([sos_bias(bias, grid, resize) for _, bias in outputs], 2)
         cls = torch.cat([image.cls for image in images])
         tokens = torch.cat([cls[:, None], patches.flatten(2).mT], 1).to(self.encoder.dtype)
         blocks = list(self.encoder.blocks)[self.proposal_start :]

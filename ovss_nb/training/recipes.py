@@ -12,7 +12,7 @@ __all__ = ['UNSEEN', 'SMALL', 'COST', 'SQUARE', 'SMALL_SAN', 'SMALL_EBSEG', 'SMA
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -252,44 +252,44 @@ class Measurement:
         count = [self.pixels[k] if k < len(self.pixels) else -1 for k in scored.trained]
         return int(np.argmax(count))
 
-    def maps(self, way: str, name: str, n: int, bank: TextBank) -> dict[str, torch.Tensor]:
+    def maps(self, method: str, name: str, n: int, bank: TextBank) -> dict[str, torch.Tensor]:
         "By row of the table, scores of image n of a test."
         dataset, rows = self.tests[name]
-        pixels = self.nearest if way == "maskclip" else self.model
+        pixels = self.nearest if method == "maskclip" else self.model
         if self.kept:
             image = stored_image(self.model, self.kept[name], n)
         else:
             image = pixels.encode_image(dataset.image(rows[n]))
-        if way == "maskclip":
+        if method == "maskclip":
             # not every system keeps them
             if image.features is None:
                 image = self.nearest.encode_image(dataset.image(rows[n]))
-            return {way: self.nearest.scores(EncodedImage(None, image.features), bank)}
-        if way == "untrained":
-            return {way: self.model.scores(image, bank)}
+            return {method: self.nearest.scores(EncodedImage(None, image.features), bank)}
+        if method == "untrained":
+            return {method: self.model.scores(image, bank)}
         *before, (_, last) = self.model.stages(image, bank).items()
-        return {f"trained, {stage}": scores for stage, scores in before} | {way: last}
+        return {f"trained, {stage}": scores for stage, scores in before} | {method: last}
 
     @torch.inference_mode()
     def __call__(
         self,
-        way: str,  # commonest class, maskclip, untrained or trained
+        method: Literal["commonest class", "maskclip", "untrained", "trained"],
         most: int | None = None,  # images of each test
     ) -> dict[str, dict[str, dict]]:  # row of the table -> test -> as `miou_of_parts`
-        "Measure one way. Raises `ValueError` for a test without labels."
+        "Measure one method. Raises `ValueError` for a test without labels."
         table: dict[str, dict[str, dict]] = {}
         for name, (dataset, rows) in self.tests.items():
             counts: dict[str, Confusion] = {}
             scored = self.scored[name]
-            bank = (self.nearest if way == "maskclip" else self.model).encode_text(scored.words)
+            bank = (self.nearest if method == "maskclip" else self.model).encode_text(scored.words)
             for n, i in enumerate(rows[:most]):
                 truth = grid_labels(scored.table[dataset.labels(i)], self.size)
-                if way == "commonest class":
-                    labels = {way: np.full(truth.shape, self.commonest(scored))}
+                if method == "commonest class":
+                    labels = {method: np.full(truth.shape, self.commonest(scored))}
                 else:
                     labels = {
                         row: upsample_argmax(scores, truth.shape).cpu().numpy()
-                        for row, scores in self.maps(way, name, n, bank).items()
+                        for row, scores in self.maps(method, name, n, bank).items()
                     }
                 for row, own in labels.items():
                     counts.setdefault(row, Confusion(len(scored.words), 255)).add(truth, own)
