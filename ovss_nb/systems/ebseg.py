@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'USES', 'check_shares', 'EBSegConfig', 'LayerFusion', 'pyramid_maps', 'EBSegNetwork', 'comparable_words',
-           'all_words', 'seen_classes', 'published_flags', 'adaptive_balance', 'first_of_last', 'clip_name',
-           'convert_checkpoint', 'BranchEmbeddings', 'TwiceSeenImage', 'normalize_for', 'token_map', 'clip_pass',
-           'guided_embeddings', 'frozen_embeddings', 'branch_losses', 'released_sam', 'split_aux', 'stored_words',
-           'EBSeg']
+           'all_words', 'seen_classes', 'published_flags', 'option_words', 'remembered_words', 'adaptive_balance',
+           'best_classes', 'first_of_last', 'clip_name', 'convert_checkpoint', 'BranchEmbeddings', 'TwiceSeenImage',
+           'normalize_for', 'token_map', 'clip_pass', 'Blocks', 'chosen_blocks', 'input_multiple', 'clip_input',
+           'seen_by_clip', 'single_images', 'image_arrays', 'image_of_arrays', 'guided_embeddings', 'frozen_embeddings',
+           'branch_embeddings', 'kept_answer', 'branch_losses', 'answers_loss', 'released_sam', 'split_aux',
+           'file_parts', 'stored_words', 'TwoEncoderSystem', 'EBSeg']
 
 # %% ../../nbs/systems/12_ebseg.ipynb #1e4a4e9e
 import json, re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -235,6 +237,22 @@ def published_flags() -> dict[tuple[str, ...], torch.Tensor]:  # names of a ship
         flags_by_names[vocabulary.names] = flags
     return flags_by_names
 
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00002
+def option_words(
+    seen: str | tuple[str, ...],  # a vocabulary's name or file, or words
+) -> frozenset[str]:
+    "The training words that the option `seen` names."
+    return comparable_words(seen) if isinstance(seen, tuple) else all_words(Vocabulary.of(seen))
+
+
+def remembered_words(
+    memory: dict[tuple[str, ...], tuple[tuple[str, ...], ...]],  # words of classes by their names
+    vocabulary: Vocabulary,
+    most: int = 32,  # vocabularies
+) -> dict[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    "The memory with a vocabulary more; the oldest is forgotten where it is full."
+    return dict([*memory.items()][1 - most :]) | {vocabulary.names: vocabulary.words}
+
 # %% ../../nbs/systems/12_ebseg.ipynb #19e31161
 def adaptive_balance(
     # B x N x (K+1) logits by the embeddings A, B and D, background last
@@ -260,6 +278,15 @@ def adaptive_balance(
     mixed = (1e-8 + p_a**of_a * p_d**of_d * p_b**gamma).log().softmax(-1)
     none = a.float().softmax(-1)[..., -1:]
     return torch.cat([mixed * (1 - none), none], -1)
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00005
+def best_classes(
+    strips: Iterable[torch.Tensor],  # K x rows x W scores, from the top
+    count: int,  # of classes
+) -> np.ndarray:  # H x W
+    "The class with the highest score at each pixel."
+    kind = torch.int16 if count < 2**15 else torch.int32
+    return torch.cat([strip.argmax(0).to(kind) for strip in strips]).cpu().numpy()
 
 # %% ../../nbs/systems/12_ebseg.ipynb #0f1480c3
 _HEADS = dict(mask_embed="mask", mask_embed1="embed", attn_proj="attend")
@@ -418,6 +445,111 @@ def clip_pass(
         outputs.append(tokens)
     return outputs, surgery
 
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00008
+class Blocks(NamedTuple):
+    "Which blocks of CLIP, counted from 0, do what."
+
+    fused_layers: tuple[int, ...]  # tokens that enter these are fused
+    proposal_start: int  # the first block of mask attention
+    surgery_start: int  # the first block of the second path
+
+
+def chosen_blocks(encoder: Encoder, config: EBSegConfig) -> Blocks:
+    "The blocks that the options name, or their defaults. Raises as `check_blocks`."
+    count = len(encoder.blocks)
+    fused = config.fused_layers or tuple(k * count // 4 for k in (1, 2, 3))
+    surgery_start = count // 6 if config.surgery_start is None else config.surgery_start
+    starts = dict(proposal_start=first_block(config.proposal_start, count), surgery_start=surgery_start)
+    check_blocks(encoder, fused, **starts)
+    return Blocks(fused, **starts)
+
+
+def input_multiple(
+    stride: int,  # of CLIP's patches
+    scale: float,  # CLIP sees the image so many times as large
+) -> int:
+    "Sides of the input are multiples of so many pixels, so that both grids fit, where that can be."
+    step = stride / scale
+    return int(step) if step % 32 == 0 else 32
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00011
+def clip_input(
+    encoder: Encoder,
+    pixels: torch.Tensor,  # B x 3 x h x w from 0 to 1
+    padded: tuple[int, int],
+    scale: float,
+) -> tuple[torch.Tensor, tuple[int, int]]:  # B x 3 x H x W, and its grid of patches
+    "Images as CLIP sees them."
+    x = normalize_for(encoder, pixels, padded)
+    if scale != 1:
+        x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    rows, columns = (max(1, side // encoder.stride) for side in x.shape[-2:])
+    # what a convolution in steps leaves over anyway
+    return x[..., : rows * encoder.stride, : columns * encoder.stride], (rows, columns)
+
+
+def seen_by_clip(
+    encoder: Encoder,
+    pixels: torch.Tensor,  # B x 3 x h x w from 0 to 1
+    padded: tuple[int, int],
+    config: EBSegConfig,
+    blocks: Blocks,
+    training: bool = False,  # without the dense map
+) -> TwiceSeenImage:  # a batch, without maps of the second encoder
+    "What CLIP sees of images."
+    x, grid = clip_input(encoder, pixels, padded, config.encoder_scale)
+    surgical, features = config.frozen == "surgery" and not training, None
+    depth = None if surgical else max(blocks.proposal_start, *blocks.fused_layers)
+    outputs, surgery = clip_pass(encoder, x, depth, blocks.surgery_start if surgical else None)
+    if surgical:
+        pooled = encoder.project(outputs[-1][:, 0])
+        features = ImageFeatures(token_map(encoder.project(surgery), grid), pooled)
+    elif not training:
+        features = encoder.encode(x)
+    if features is not None:
+        features = ImageFeatures(F.normalize(features.dense.float(), dim=1), features.pooled.float())
+    layers = [token_map(outputs[i], grid) for i in blocks.fused_layers]
+    return TwiceSeenImage(None, features, tokens=outputs[blocks.proposal_start], layers=layers)
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00013
+def single_images(batch: TwiceSeenImage) -> list[TwiceSeenImage]:
+    "The images of a batch, one by one."
+    images = []
+    for i in range(len(batch.tokens)):
+        one, features = slice(i, i + 1), batch.features
+        if features is not None:
+            features = ImageFeatures(features.dense[one], features.pooled[one])
+        image = TwiceSeenImage(None, features, tokens=batch.tokens[one])
+        image.layers = [layer[one] for layer in batch.layers]
+        image.maps = [level[one] for level in batch.maps]
+        images.append(image)
+    return images
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00016
+def image_arrays(
+    image: TwiceSeenImage,  # with features
+    blocks: Blocks,
+) -> dict[str, torch.Tensor]:
+    "What is stored of an image; a layer that the tokens hold anyway is left out."
+    layers = zip(blocks.fused_layers, image.layers)
+    arrays = {f"layer{i}": layer for i, layer in layers if i != blocks.proposal_start}
+    arrays |= {f"map{i}": level for i, level in enumerate(image.maps)}
+    return arrays | dict(tokens=image.tokens, dense=image.features.dense, pooled=image.features.pooled)
+
+
+def image_of_arrays(
+    arrays: dict[str, torch.Tensor],  # of `image_arrays`
+    blocks: Blocks,
+    has_aux: bool,  # whether there is a second encoder
+) -> TwiceSeenImage:
+    "The image again, without pixels and sizes."
+    tokens, dense = arrays["tokens"], arrays["dense"]
+    arrays = arrays | {f"layer{blocks.proposal_start}": token_map(tokens, dense.shape[-2:])}
+    image = TwiceSeenImage(None, ImageFeatures(dense, arrays["pooled"]), tokens=tokens)
+    image.layers = [arrays[f"layer{i}"] for i in blocks.fused_layers]
+    image.maps = [arrays[f"map{i}"] for i in range(4)] if has_aux else []
+    return image
+
 # %% ../../nbs/systems/12_ebseg.ipynb #4659be59
 def guided_embeddings(
     encoder: Encoder,
@@ -439,6 +571,40 @@ def frozen_embeddings(
 ) -> torch.Tensor:  # B x N x d
     "D of every query: the mean of a dense map under its mask."
     return mask_pool(dense, F.interpolate(masks, dense.shape[-2:], mode="bilinear", align_corners=False))
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00019
+def branch_embeddings(
+    network: EBSegNetwork,
+    encoder: Encoder,
+    images: list[TwiceSeenImage],  # whose inputs are of one size
+    proposal_start: int,
+    every: bool = False,  # one per decoder layer, and the first; else the last only
+) -> list[BranchEmbeddings]:  # the last one with D, if the images have features
+    "What the network says about some images, before any word is known."
+    layers = [torch.cat(level).float() for level in zip(*(image.layers for image in images))]
+    maps = [torch.cat(level).float() for level in zip(*(image.maps for image in images))]
+    predictions = network(maps, layers, images[0].padded_size, every)
+    tokens, grid = torch.cat([image.tokens for image in images]), layers[0].shape[-2:]
+    guided = guided_embeddings(encoder, tokens, predictions, grid, proposal_start)
+    branches = [BranchEmbeddings(one.masks, one.embeddings, b) for one, b in zip(predictions, guided)]
+    if all(image.features for image in images):
+        dense = torch.cat([image.features.dense for image in images])
+        branches[-1].D = frozen_embeddings(dense, branches[-1].masks)
+    return branches
+
+
+def kept_answer(
+    image: TwiceSeenImage,
+    network: nn.Module,
+    answer: Callable[[], BranchEmbeddings],
+) -> BranchEmbeddings:
+    "The answer that an image keeps; it is asked for again only if the network has changed since."
+    version = sum(parameter._version for parameter in network.parameters())
+    known = getattr(image, "known", None)
+    if known is None or known[0] is not network or known[1] != version:
+        known = network, version, answer()
+        image.known = known
+    return known[2]
 
 # %% ../../nbs/systems/12_ebseg.ipynb #2af90ad8
 def branch_losses(
@@ -465,6 +631,27 @@ def branch_losses(
     )
     names = dict(class0="class_A", class1="class_B")
     return loss, {names.get(name, name): value for name, value in parts.items()}, matches
+
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00022
+def answers_loss(
+    answers: list[BranchEmbeddings],  # of every layer
+    labels: torch.Tensor,  # B x H x W
+    text: TextBank,
+    generator: torch.Generator,
+    compare: Callable[[torch.Tensor, TextBank], torch.Tensor],  # logits of embeddings
+    config: EBSegConfig,
+) -> tuple[torch.Tensor, dict[str, float]]:  # the loss, and its parts in the last layer
+    "`branch_losses` of all answers, and the SSC loss of the last."
+    total, targets = 0, mask_targets(labels)
+    # out of inference mode
+    text = TextBank(**vars(text) | dict(embeddings=text.embeddings.to(labels.device).float().clone()))
+    for branches in answers:
+        loss, parts, matches = branch_losses(branches, text, targets, generator, compare, config)
+        total = total + loss
+    if config.ssc:
+        structure = ssc_loss(branches.A, text.mean(), matches, targets, config.ssc_normalize)
+        total, parts = total + config.ssc * structure, parts | dict(ssc=float(structure.detach()))
+    return total, parts
 
 # %% ../../nbs/systems/12_ebseg.ipynb #64988c6c
 def released_sam(
@@ -500,6 +687,24 @@ def split_aux(
     )
     return aux, {name: value for name, value in state.items() if not name.startswith(prefix)}
 
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00025
+def file_parts(
+    path: str | Path,  # for errors
+    state: dict[str, torch.Tensor],  # of the file
+    encoder: Encoder,
+    aux_encoder: Encoder | None,
+    authors: str,  # what of the authors' files fits, for errors
+    title: str,  # of the system, for errors
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    "Tensors of a file, the authors' or ours, for the network, the encoder and the second encoder."
+    if any(name.startswith("sem_seg_head.") for name in state):
+        network, clip, sam = convert_checkpoint(state)
+        check_released_clip(path, clip, encoder, authors)
+        aux = released_sam(path, sam, aux_encoder, authors)
+        return network, {f"model.{name}": value for name, value in clip.items()}, aux
+    aux, rest = split_aux(path, state, aux_encoder)
+    return *split_state(path, rest, title), aux
+
 # %% ../../nbs/systems/12_ebseg.ipynb #dd1aaa5a
 def stored_words(path: str | Path) -> frozenset[str] | None:
     "The words that a file of ours was trained with, if it says so."
@@ -509,19 +714,12 @@ def stored_words(path: str | Path) -> frozenset[str] | None:
         words = (file.metadata() or {}).get("seen")
     return frozenset(json.loads(words)) if words else None
 
-# %% ../../nbs/systems/12_ebseg.ipynb #115ea7d5
-class EBSeg(MaskSystem):
-    """Mask queries named by three opinions (Shan et al. 2024; EB-1 to EB-12).
-
-    Raises as `TrainedSystem`, as `create_aux_encoder`, and `ValueError` for an encoder without open_clip's
-    transformer blocks.
-    """
+# %% ../../nbs/systems/12_ebseg.ipynb #e1a00027
+class TwoEncoderSystem(MaskSystem):
+    "EBSeg without its words: two encoders, one network, and their files. Raises as `EBSeg`."
 
     config_class, image_class = EBSegConfig, TwiceSeenImage
-    authors = (
-        "the authors' EBSeg_base.pth with encoder='clip:ViT-B-16-quickgelu/random' (EBSeg_large.pth:"
-        " 'clip:ViT-L-14-336-quickgelu/random') and aux_encoder='sam:vit_b/random'"
-    )
+    _aux_tensors: dict[str, torch.Tensor] = {}  # of a file, until the second encoder gets them
 
     def __init__(
         self,
@@ -536,7 +734,6 @@ class EBSeg(MaskSystem):
         self.aux_encoder = aux_encoder if isinstance(aux_encoder, Encoder) else None
         if self.aux_encoder is None and aux_encoder != "":
             options["aux_encoder"] = aux_encoder or "none"
-        self._words, self._seen_words, self._aux_tensors = {}, None, {}
         super().__init__(encoder, config, cache, **options)
 
     def build(self) -> EBSegNetwork:
@@ -544,24 +741,12 @@ class EBSeg(MaskSystem):
         self.config = c = self.config.completed(encoder)
         if self.aux_encoder is None and c.has_aux:
             self.aux_encoder = create_aux_encoder(c.aux_encoder, device=encoder.device)
-        count = len(encoder.blocks)
-        self.proposal_start = first_block(c.proposal_start, count)
-        self.surgery_start = count // 6 if c.surgery_start is None else c.surgery_start
-        self.fused_layers = c.fused_layers or tuple(k * count // 4 for k in (1, 2, 3))
-        starts = dict(proposal_start=self.proposal_start, surgery_start=self.surgery_start)
-        check_blocks(encoder, self.fused_layers, **starts)
-        step = encoder.stride / c.encoder_scale
-        self.pad_multiple = int(step) if step % 32 == 0 else 32  # so that both grids fit, where that can be
+        self.blocks = chosen_blocks(encoder, c)
+        self.fused_layers, self.proposal_start, self.surgery_start = self.blocks
+        self.pad_multiple = input_multiple(encoder.stride, c.encoder_scale)
         channels = (self.aux_encoder.width if self.aux_encoder else encoder.width,) * 4
         scale = logit_scale(encoder, c.logit_scale)
         return EBSegNetwork(encoder.dim, encoder.width, encoder.heads, channels, c, scale)
-
-    def describe(self) -> dict:
-        "As every trained system's, and who the second encoder is and which words count as seen."
-        facts, aux = super().describe(), self.aux_encoder
-        if aux:
-            facts |= dict(aux_encoder=aux.name, aux_fingerprint=aux.fingerprint)
-        return facts | dict(seen=Cache.key(sorted(self.trained_words)))
 
     # ---- images
 
@@ -572,47 +757,31 @@ class EBSeg(MaskSystem):
 
     def encode_pixels(self, pixels: torch.Tensor, training: bool = False) -> list[TwiceSeenImage]:
         "Images through both encoders; in training without the dense map for D."
-        c, encoder = self.config, self.encoder
-        padded = self.padded_size(tuple(pixels.shape[-2:]))
-        x = normalize_for(encoder, pixels, padded)
-        if c.encoder_scale != 1:
-            x = F.interpolate(x, scale_factor=c.encoder_scale, mode="bilinear", align_corners=False)
-        rows, columns = grid = tuple(max(1, side // encoder.stride) for side in x.shape[-2:])
-        # what a convolution in steps leaves over anyway
-        x = x[..., : rows * encoder.stride, : columns * encoder.stride]
-        surgical = c.frozen == "surgery" and not training
-        depth = None if surgical else max(self.proposal_start, *self.fused_layers)
-        outputs, surgery = clip_pass(encoder, x, depth, self.surgery_start if surgical else None)
-        dense = pooled = None
-        if surgical:
-            dense = token_map(encoder.project(surgery), grid)
-            pooled = encoder.project(outputs[-1][:, 0]).float()
-        elif not training:
-            features = encoder.encode(x)
-            dense, pooled = features.dense, features.pooled.float()
-        dense = None if dense is None else F.normalize(dense.float(), dim=1)
-        maps = (
-            self.aux_encoder.levels(normalize_for(self.aux_encoder, pixels, padded))
-            if self.aux_encoder
-            else []
-        )
-        layers = [token_map(outputs[i], grid) for i in self.fused_layers]
-        return [
-            TwiceSeenImage(
-                None,
-                None if dense is None else ImageFeatures(dense[i : i + 1], pooled[i : i + 1]),
-                tokens=outputs[self.proposal_start][i : i + 1],
-                layers=[layer[i : i + 1] for layer in layers],
-                maps=[one[i : i + 1].to(pixels.device) for one in maps],
-            )
-            for i in range(len(pixels))
-        ]
+        padded, aux = self.padded_size(tuple(pixels.shape[-2:])), self.aux_encoder
+        batch = seen_by_clip(self.encoder, pixels, padded, self.config, self.blocks, training)
+        if aux:
+            batch.maps = [level.to(pixels.device) for level in aux.levels(normalize_for(aux, pixels, padded))]
+        return single_images(batch)
 
     def check_images(self, images: Sequence[MaskImage]):
         "Raises `ValueError` for images that cannot be one batch, or that another system encoded."
         super().check_images(images)
         if len(sizes := {image.padded_size for image in images}) != 1:
             raise ValueError(f"images of one batch must be of one size, got {sorted(sizes)}")
+
+    def cache_key(self) -> tuple:
+        c, aux = self.config, self.aux_encoder
+        encoders = self.encoder.fingerprint, aux.fingerprint if aux else None
+        return *encoders, c.size, c.encoder_scale, *self.blocks, c.frozen
+
+    def arrays_of(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
+        return image_arrays(image, self.blocks)
+
+    def image_of(self, arrays: dict[str, torch.Tensor]) -> TwiceSeenImage:
+        image = image_of_arrays(arrays, self.blocks, self.aux_encoder is not None)
+        return self.with_sizes(image, None, (self.config.size, self.config.size))
+
+    # ---- what the network says
 
     def branch_embeddings(
         self,
@@ -621,35 +790,86 @@ class EBSeg(MaskSystem):
     ) -> list[BranchEmbeddings]:  # the last one with D, if the images have features
         "What the network says about some images, before any word is known. Raises as `check_images`."
         self.check_images(images)
-        layers = [torch.cat(level).float() for level in zip(*(image.layers for image in images))]
-        maps = [torch.cat(level).float() for level in zip(*(image.maps for image in images))]
-        predictions = self.network(maps, layers, images[0].padded_size, every)
-        tokens, grid = torch.cat([image.tokens for image in images]), layers[0].shape[-2:]
-        guided = guided_embeddings(self.encoder, tokens, predictions, grid, self.proposal_start)
-        branches = [BranchEmbeddings(one.masks, one.embeddings, b) for one, b in zip(predictions, guided)]
-        if all(image.features for image in images):
-            dense = torch.cat([image.features.dense for image in images])
-            branches[-1].D = frozen_embeddings(dense, branches[-1].masks)
-        return branches
+        return branch_embeddings(self.network, self.encoder, images, self.proposal_start, every)
 
     @torch.no_grad()
     def last_embeddings(self, image: TwiceSeenImage) -> BranchEmbeddings:
         "The last answer about one image, computed again only if the network has changed since."
-        version = sum(parameter._version for parameter in self.network.parameters())
-        known = getattr(image, "known", None)
-        if known is None or known[0] is not self.network or known[1] != version:
-            known = self.network, version, self.branch_embeddings([image])[-1]
-            image.known = known
-        return known[2]
+        return kept_answer(image, self.network, lambda: self.branch_embeddings([image])[-1])
+
+    # ---- training and weights
+
+    @property
+    def module(self) -> nn.ModuleDict:
+        "Network and encoders as one module, for an optimizer."
+        parts = dict(network=self.network, encoder=self.encoder)
+        return nn.ModuleDict(parts | (dict(aux_encoder=self.aux_encoder) if self.aux_encoder else {}))
+
+    def tune(self) -> list[nn.Parameter]:
+        """With `train_positions`, unfreeze the position embeddings of the image towers, in place.
+
+        `save` then keeps them. Only images given to `encode_batch` train them.
+        """
+        if not self.config.train_positions:
+            return []
+        tuned = unfreeze({"": self.encoder}, ["visual.positional_embedding"])
+        if self.aux_encoder:
+            tuned |= unfreeze({"aux_encoder.": self.aux_encoder}, ["model.pos_embed"])
+        self.tuned_names = sorted({*self.tuned_names, *tuned})
+        return list(tuned.values())
+
+    def encoder_state(self) -> dict[str, torch.Tensor]:
+        "Tensors of both encoders; names of the second one's start with `aux_encoder.`"
+        aux = self.aux_encoder.state_dict() if self.aux_encoder else {}
+        return super().encoder_state() | {f"aux_encoder.{name}": value for name, value in aux.items()}
+
+    def convert_checkpoint(
+        self, path: str | Path, state: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        "Network and encoder of a file, the authors' or ours; what the second encoder gets is laid aside."
+        parts = file_parts(path, state, self.encoder, self.aux_encoder, self.authors, type(self).__name__)
+        network, encoder, self._aux_tensors = parts
+        return network, encoder
+
+    def load(self, path: str | Path):
+        """Fill network and encoders from a file of `save`'s or the authors'.
+
+        Encoders that change are copied first. Raises `ValueError` with the differences.
+        """
+        super().load(path)
+        if self._aux_tensors:
+            self.aux_encoder = with_tensors(self.aux_encoder, self._aux_tensors)
+            self.tuned_names = [*self.tuned_names, *(f"aux_encoder.{name}" for name in self._aux_tensors)]
+            self._aux_tensors = {}
+
+# %% ../../nbs/systems/12_ebseg.ipynb #115ea7d5
+class EBSeg(TwoEncoderSystem):
+    """Mask queries named by three opinions (Shan et al. 2024; EB-1 to EB-12).
+
+    Raises as `TrainedSystem`, as `create_aux_encoder`, and `ValueError` for an encoder without open_clip's
+    transformer blocks.
+    """
+
+    authors = (
+        "the authors' EBSeg_base.pth with encoder='clip:ViT-B-16-quickgelu/random' (EBSeg_large.pth:"
+        " 'clip:ViT-L-14-336-quickgelu/random') and aux_encoder='sam:vit_b/random'"
+    )
+    _words: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {}  # see `remembered_words`
+    _seen_words: frozenset[str] | None = None
+
+    def describe(self) -> dict:
+        "As every trained system's, and who the second encoder is and which words count as seen."
+        facts, aux = super().describe(), self.aux_encoder
+        if aux:
+            facts |= dict(aux_encoder=aux.name, aux_fingerprint=aux.fingerprint)
+        return facts | dict(seen=Cache.key(sorted(self.trained_words)))
 
     # ---- words
 
     def encode_text(self, words) -> TextBank:
         "Text bank of `words`. All of them are remembered, for the question which classes are seen."
         vocabulary = Vocabulary.of(words)
-        while len(self._words) >= 32:
-            self._words.pop(next(iter(self._words)))
-        self._words[vocabulary.names] = vocabulary.words
+        self._words = remembered_words(self._words, vocabulary)
         return super().encode_text(vocabulary)
 
     def words_of(self, text: TextBank) -> tuple[tuple[str, ...], ...]:
@@ -660,10 +880,7 @@ class EBSeg(MaskSystem):
     def trained_words(self) -> frozenset[str]:
         "Words that count as seen: of the last `set_seen_classes`, the weights' file, or the option `seen`."
         if self._seen_words is None:
-            seen = self.config.seen
-            self._seen_words = (
-                comparable_words(seen) if isinstance(seen, tuple) else all_words(Vocabulary.of(seen))
-            )
+            self._seen_words = option_words(self.config.seen)
         return self._seen_words
 
     def set_seen_classes(self, vocabulary: Vocabulary):
@@ -721,75 +938,16 @@ class EBSeg(MaskSystem):
         "H x W label indices, joined at the image's own resolution, or enlarged from `scores`: `resolution`."
         if self.config.resolution == "masks":
             return super().labels(image, text, scores, vocabulary)
-        kind = torch.int16 if len(text.names) < 2**15 else torch.int32
-        strips = self.semantic_strips(image, text, image.size)
-        return torch.cat([strip.argmax(0).to(kind) for strip in strips]).cpu().numpy()
+        return best_classes(self.semantic_strips(image, text, image.size), len(text.names))
 
-    # ---- training
-
-    @property
-    def module(self) -> nn.ModuleDict:
-        "Network and encoders as one module, for an optimizer."
-        parts = dict(network=self.network, encoder=self.encoder)
-        return nn.ModuleDict(parts | (dict(aux_encoder=self.aux_encoder) if self.aux_encoder else {}))
-
-    def tune(self) -> list[nn.Parameter]:
-        """With `train_positions`, unfreeze the position embeddings of the image towers, in place.
-
-        `save` then keeps them. Only images given to `encode_batch` train them.
-        """
-        if not self.config.train_positions:
-            return []
-        tuned = unfreeze({"": self.encoder}, ["visual.positional_embedding"])
-        if self.aux_encoder:
-            tuned |= unfreeze({"aux_encoder.": self.aux_encoder}, ["model.pos_embed"])
-        self.tuned_names = sorted({*self.tuned_names, *tuned})
-        return list(tuned.values())
-
-    def cache_key(self) -> tuple:
-        c, aux = self.config, self.aux_encoder
-        encoders = self.encoder.fingerprint, aux.fingerprint if aux else None
-        blocks = self.fused_layers, self.proposal_start, self.surgery_start
-        return *encoders, c.size, c.encoder_scale, *blocks, c.frozen
-
-    def arrays_of(self, image: TwiceSeenImage) -> dict[str, torch.Tensor]:
-        layers = zip(self.fused_layers, image.layers)
-        arrays = {f"layer{i}": layer for i, layer in layers if i != self.proposal_start}
-        arrays |= {f"map{i}": one for i, one in enumerate(image.maps)}
-        return arrays | dict(tokens=image.tokens, dense=image.features.dense, pooled=image.features.pooled)
-
-    def image_of(self, arrays: dict[str, torch.Tensor]) -> TwiceSeenImage:
-        start, dense = self.proposal_start, arrays["dense"]
-        arrays = arrays | {f"layer{start}": token_map(arrays["tokens"], dense.shape[-2:])}
-        layers = [arrays[f"layer{i}"] for i in self.fused_layers]
-        maps = [arrays[f"map{i}"] for i in range(4)] if self.aux_encoder else []
-        side = (self.config.size, self.config.size)
-        features = ImageFeatures(dense, arrays["pooled"])
-        return TwiceSeenImage(
-            None, features, None, side, self.padded_size(side), arrays["tokens"], layers, maps
-        )
+    # ---- training and weights
 
     def loss(
         self, images: list[TwiceSeenImage], labels: torch.Tensor, text: TextBank, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         "`branch_losses` of all answers, and the SSC loss of the last."
-        c, total, targets = self.config, 0, mask_targets(labels)
-        # out of inference mode
-        text = TextBank(**vars(text) | dict(embeddings=text.embeddings.to(labels.device).float().clone()))
-        for branches in self.branch_embeddings(images, every=True):
-            loss, parts, matches = branch_losses(branches, text, targets, generator, self.class_logits, c)
-            total = total + loss
-        if c.ssc:
-            structure = ssc_loss(branches.A, text.mean(), matches, targets, c.ssc_normalize)
-            total, parts = total + c.ssc * structure, parts | dict(ssc=float(structure.detach()))
-        return total, parts
-
-    # ---- weights
-
-    def encoder_state(self) -> dict[str, torch.Tensor]:
-        "Tensors of both encoders; names of the second one's start with `aux_encoder.`"
-        aux = self.aux_encoder.state_dict() if self.aux_encoder else {}
-        return super().encoder_state() | {f"aux_encoder.{name}": value for name, value in aux.items()}
+        answers = self.branch_embeddings(images, every=True)
+        return answers_loss(answers, labels, text, generator, self.class_logits, self.config)
 
     def save(
         self, path: str | Path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
@@ -797,26 +955,7 @@ class EBSeg(MaskSystem):
         "As every trained system's, with the words that count as seen."
         super().save(path, dict(metadata or {}, seen=json.dumps(sorted(self.trained_words))), dtype)
 
-    def convert_checkpoint(
-        self, path: str | Path, state: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        "Network and encoder of a file, the authors' or ours; what the second encoder gets is laid aside."
-        if any(name.startswith("sem_seg_head.") for name in state):
-            network, clip, sam = convert_checkpoint(state)
-            check_released_clip(path, clip, self.encoder, self.authors)
-            self._aux_tensors = released_sam(path, sam, self.aux_encoder, self.authors)
-            return network, {f"model.{name}": value for name, value in clip.items()}
-        self._aux_tensors, rest = split_aux(path, state, self.aux_encoder)
-        return split_state(path, rest, type(self).__name__)
-
     def load(self, path: str | Path):
-        """Fill network and encoders from a file of `save`'s or the authors'.
-
-        Encoders that change are copied first. Raises `ValueError` with the differences.
-        """
+        "As `TwoEncoderSystem`'s, with the words that the file was trained with."
         super().load(path)
-        if self._aux_tensors:
-            self.aux_encoder = with_tensors(self.aux_encoder, self._aux_tensors)
-            self.tuned_names = [*self.tuned_names, *(f"aux_encoder.{name}" for name in self._aux_tensors)]
-            self._aux_tensors = {}
         self._seen_words = stored_words(path) or self._seen_words
