@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from doubles import finite_difference
+from doubles import finite_difference, randomize
 from safetensors.torch import load_file, save_file
 from skimage import data
 
@@ -41,21 +41,6 @@ from ovss_nb.core.vocabulary import load_vocabulary
 
 PHOTO = load_image(Path(data.__file__).parent / "chelsea.png")  # 300 x 451
 TEXTS = ["A cat looks at you.", ["cat", "traffic light", "t-shirt"], "A rocket."]
-
-
-def randomize(network, seed=0):
-    "Every parameter random and large enough to matter, so that one forgotten or swapped shows."
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "embed" in name and "patch" not in name:
-                p.copy_(noise)
-            elif p.ndim > 1:
-                p.copy_(2 * noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(noise * 0.2 + (1 if "orm" in name and name.endswith("weight") else 0))
-    return network.eval()
 
 
 @pytest.fixture(scope="module")

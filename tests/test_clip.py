@@ -6,6 +6,7 @@ import hashlib, json, os, subprocess, sys, warnings
 import numpy as np
 import open_clip
 import doubles
+from doubles import golden_weights
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -287,7 +288,7 @@ def test_catseg_dense_clip():
     `value` with the class-token residual, guidance layers, position table, pooled vector, text.
     """
     golden = doubles.golden("catseg_clip_dense")
-    state = {k[2:]: v for k, v in golden.items() if k.startswith("w.")}
+    state = golden_weights(golden)
     # the checkpoint keeps query, key and value apart
     for key in [key for key in state if key.endswith("q_proj_weight")]:
         stem = key.removesuffix("q_proj_weight")
@@ -329,7 +330,7 @@ def test_ebseg_surgery(case):
     "EBSeg's frozen embeddings D: `vv`, second path opened after one of six blocks, unit length per place."
     golden = doubles.golden("ebseg_surgery")
     model = tiny(embed_dim=32, image_size=64, patch_size=16, width=64, layers=6, head_width=16)
-    model.visual.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
+    model.visual.load_state_dict(golden_weights(golden))
     encoder, x = CLIPEncoder(model, dense_mode="vv", device="cpu"), golden[f"in.{case}.image"]
     assert (F.normalize(encoder.dense(x), dim=1) - golden[f"out.{case}.dense_map"]).abs().max() <= 1e-5
     assert (encoder.layers(x, [3])[0] - golden[f"out.{case}.plain_patch_feat_4"]).abs().max() <= 1e-5

@@ -5,6 +5,7 @@ SOS tokens against EBSeg's and SAN's numbers and against the concatenated form, 
 import math
 import open_clip
 import doubles
+from doubles import golden_weights
 import pytest
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def golden():
 @pytest.fixture(scope="module")
 def encoder(golden):
     encoder = tiny()
-    encoder.visual.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
+    encoder.visual.load_state_dict(golden_weights(golden))
     return encoder
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import open_clip
 import doubles
-from doubles import thinned
+from doubles import golden_weights, thinned
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,9 +69,7 @@ def golden():
 def checkpoint(tmp_path_factory, golden):
     "As the authors' training writes it."
     path = tmp_path_factory.mktemp("san") / "san_tiny.pth"
-    torch.save(
-        {"model": {k[2:]: v for k, v in golden.items() if k.startswith("w.")}, "iteration": 60000}, path
-    )
+    torch.save({"model": golden_weights(golden), "iteration": 60000}, path)
     return path
 
 
@@ -238,7 +236,7 @@ def test_all_names_of_the_released_networks(model, dim, width, heads):
 
 def test_names_of_clip(golden):
     "The three pieces of the tiny checkpoint are open_clip's model, all of it."
-    network, clip, start = convert_checkpoint({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
+    network, clip, start = convert_checkpoint(golden_weights(golden))
     expected = tiny_clip().model.state_dict()
     assert start == 3 and {k: v.shape for k, v in clip.items()} == {k: v.shape for k, v in expected.items()}
     assert {k: v.shape for k, v in network.items()} == {

@@ -7,7 +7,7 @@ import os
 from unittest.mock import patch
 import numpy as np
 import doubles
-from doubles import close, thinned
+from doubles import close, golden_weights, thinned
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -39,7 +39,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def weights(golden):
-    return {k[2:]: v for k, v in golden.items() if k.startswith("w.")}
+    return golden_weights(golden)
 
 
 @pytest.fixture(scope="module")

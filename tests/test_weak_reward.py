@@ -221,7 +221,7 @@ def slowly(options):
         time.sleep(0.15)
     return measure(options)
 tuner.measure = slowly
-search(tuner, sys.argv[2], 16, SPACE, progress=False)
+search(tuner, sys.argv[2], 10, SPACE, progress=False)
 """
 
 
@@ -230,10 +230,10 @@ def test_killed_and_resumed(tuner, tmp_path):
     """kill -9 in the middle of a real process, twice:
     the whole run tries what an undisturbed one tries, and measures again only what was under way.
     """
-    calm, log = search(tuner, tmp_path / "calm", 16, SPACE, progress=False), tmp_path / "log"
+    calm, log = search(tuner, tmp_path / "calm", 10, SPACE, progress=False), tmp_path / "log"
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "run"), str(log)]
     lines = lambda: log.read_text().splitlines() if log.exists() else []
-    for wanted in (4, 8):
+    for wanted in (3, 6):
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while len(lines()) < wanted:
             assert child.poll() is None, child.stderr.read()
@@ -242,7 +242,7 @@ def test_killed_and_resumed(tuner, tmp_path):
         child.wait()
         child.stderr.close()
     subprocess.run(command, check=True, capture_output=True)
-    assert search(tuner, tmp_path / "run", 16, SPACE, progress=False) == calm
+    assert search(tuner, tmp_path / "run", 10, SPACE, progress=False) == calm
     # one under way at each kill
     assert len(lines()) <= len({repr(sorted(trial.options.items())) for trial in calm}) + 2
 
