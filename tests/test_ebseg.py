@@ -399,7 +399,7 @@ VALUES = dict(
 
 @pytest.mark.parametrize("layers, size", [(6, "B"), (12, "B"), (24, "L")])
 def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size):
-    """SYSTEMS 3.1 and 3.7:
+    """EBSeg's released models:
     what CLIP sees and the balance differ between EBSeg_base.pth and EBSeg_large.pth; what the caller says
     counts for more.
     """
@@ -438,7 +438,7 @@ def test_authors_checkpoint_brings_the_values_of_its_size(tmp_path, layers, size
 
 def test_what_differs_by_size_follows_from_the_encoder():
     """Without any file too:
-    blocks that are fused, that proposals start at and that the second path starts at (SYSTEMS 3.1).
+    blocks that are fused, that proposals start at and that the second path starts at.
     """
     options = {name: value for name, value in SMALL.items() if name != "encoder_scale"}
     for layers, first, start, fused in ((12, 9, 2, (3, 6, 9)), (24, 18, 4, (6, 12, 18))):

@@ -179,7 +179,7 @@ def test_a_batch_is_its_pictures(lite):
 
 
 def test_class_token_copies_under_a_mask_leave_the_others_alone(lite):
-    """What EBSeg and MROVSeg do (SYSTEMS 1.6):
+    """What EBSeg and MROVSeg do:
     copies of the class token that see some patches and are seen by none.
     """
     with torch.inference_mode():

@@ -150,7 +150,7 @@ def mmseg(truth, labels, classes, ignore):
 
 @pytest.mark.parametrize("seed, classes", CASES)
 def test_equals_detectron2_and_mmseg(seed, classes):
-    "Each under its own convention (TARGETS E1, section 6)."
+    "Each under its own convention."
     truth, labels, ignore = case(seed, classes)
     confusion = Confusion(classes).add(truth, labels)
     summary = confusion.summary()

@@ -114,7 +114,7 @@ def test_layers_of_the_paper(blocks, layers, start, kept):
 
 
 def test_patches_of_14_at_672():
-    "L/14: 672 pixels, slices of 336, 24 x 24 places each (SYSTEMS 4.1)."
+    "L/14: 672 pixels, slices of 336, 24 x 24 places each."
     system = MROVSeg(small_clip(patch=14), size=672, **TINY)
     image = system.encode_image(picture(672, 700))
     assert (
@@ -214,7 +214,7 @@ def test_the_best_of_several_texts(clip):
 
 
 def test_resolution_of_the_image(clip):
-    "Masks enlarged to the input, cut, resized to the image, and only then combined (SYSTEMS 1.4)."
+    "Masks enlarged to the input, cut, resized to the image, and only then combined."
     system = MROVSeg(clip, size=64, resolution="image", **TINY)
     image, text = system.encode_image(picture(100, 130)), system.encode_text(WORDS)
     ((embeddings, masks, _),) = system.outputs([image])
@@ -353,7 +353,7 @@ STEMS = [
 
 @pytest.mark.parametrize("options", STEMS)
 def test_the_stem_enters_the_adapter_whatever_is_fused(options):
-    """SYSTEMS 4.2:
+    """MROVSeg's adapter:
     queries join the tokens of layer 0; the expected ones come from the encoder's own `embed`, slice by slice.
     """
     system = MROVSeg(small_clip(layers=12), size=64, **(TINY | options), keep_aspect=False)
@@ -406,7 +406,7 @@ def test_the_stem_matters_though_it_is_not_fused(clip):
     ],
 )
 def test_levels_of_the_pyramid_skip_the_stem(layers, levels):
-    "SYSTEMS 4.3: layers 9, 6 and 3, the deepest at the lowest level."
+    "MROVSeg's fused layers: 9, 6 and 3, the deepest at the lowest level."
     assert MROVSeg(small_clip(layers=12), size=64, **TINY, fused_layers=layers).network.levels == levels
 
 

@@ -131,7 +131,7 @@ def test_the_public_codes_numbers(golden, checkpoint, name, scale):
     ],
 )
 def test_what_differs_by_size_follows_from_the_encoder(layers, patch, scale, entered, start):
-    """SYSTEMS 1.6:
+    """SAN's two sizes:
     B/16 sees half of the picture's pixels, L/14 seven tenths; a option that is given counts for more.
     """
     vision = dict(image_size=4 * patch, patch_size=patch, width=32, layers=layers, head_width=16)
