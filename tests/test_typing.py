@@ -1,7 +1,9 @@
 "A type checker understands a user's script: names, arguments and results have types, and a slip is found."
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,9 +38,15 @@ def check(script, folder):
     "What mypy says about a script."
     (folder / "script.py").write_text(script)
     (folder / "mypy.ini").write_text(CONFIG)
+    # mypy does not see what is installed as editable through an import hook.
+    environment = os.environ | {"MYPYPATH": str(Path(ovss_nb.__file__).parents[1])}
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--no-error-summary"]
     done = subprocess.run(
-        [*command, "--cache-dir", "cache", "script.py"], cwd=folder, capture_output=True, text=True
+        [*command, "--cache-dir", "cache", "script.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     return done.stdout + done.stderr
 
