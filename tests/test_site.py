@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "nbs" / "site"
 # one that is plain, one with equations, one with links and a picture
-IN_FULL = ("03_maps.ipynb", "11_san.ipynb", "00_index.ipynb")
+IN_FULL = ("03_maps.ipynb", "12_san.ipynb", "00_index.ipynb")
 
 
 def plain_page(convert):
@@ -211,7 +211,7 @@ def test_where_comments_may_stand(monkeypatch):
 
 
 def test_equations_of_a_notebook_are_drawn(site):
-    page = text(site / "systems" / "11_san.html")
+    page = text(site / "systems" / "12_san.html")
     assert (
         "<math" in page
         and "mathjax" not in page.casefold()
