@@ -1,8 +1,10 @@
 "Small stand-ins that several test files share."
 
+import json
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 from torch.nn import functional as F
 from ovss_nb.encoders.base import Encoder, ImageFeatures
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+RECIPES = Path(__file__).parents[2] / "shared/golden/recipes"
 
 
 def golden(name):
@@ -26,6 +29,54 @@ def golden(name):
         shared = golden(others)
         tensors |= {key: shared[key] for key in shared if key.startswith(("w.", "in."))}
     return tensors
+
+
+def recipes_golden(name):
+    """Tensors of a published recipe, run by its authors' own modules on random weights, and its network.
+
+    They stay outside of the project, as some of the repositories have no license: the test skips where they
+    are not. The network is open_clip's CLIP with the file's image tower, or None for a file without one.
+    """
+    path = RECIPES / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"numbers of the authors' code lie outside of the project, here is no {path.name}")
+    with safe_open(path, "pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "{}"))
+    tensors = load_file(path)
+    if "layers" not in config:
+        return tensors, None
+    vision = {key: config[key] for key in ("layers", "width", "image_size")}
+    vision |= dict(patch_size=config["patch"], head_width=config["width"] // config["heads"])
+    text = dict(context_length=8, vocab_size=16, width=16, heads=2, layers=1)
+    model = open_clip.CLIP(config["output_dim"], vision, text, quick_gelu=config["activation"] == "QuickGELU")
+    model.visual.load_state_dict(golden_weights(tensors, "visual."))
+    return tensors, model.eval().requires_grad_(False)
+
+
+class WithPositions(CLIPEncoder):
+    "An encoder that takes a table of positions as it is, in place of its own resized one."
+
+    positions = None
+
+    def embed(self, images):
+        if self.positions is None:
+            return super().embed(images)
+        visual = self.visual
+        x = visual.conv1(images).flatten(2).mT
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
+        return visual.ln_pre(x + self.positions)
+
+
+def recipe_encoder(tensors, model, size, **options):
+    "An encoder around a recipe's network, with the authors' position table for images of a size, e.g. 48x64."
+    encoder = WithPositions(model, device="cpu", **options)
+    encoder.positions = tensors.get(f"input.positions.{size}", tensors.get(f"check.positions.{size}"))
+    return encoder
+
+
+def same(ours, theirs, tolerance=1e-5):
+    "Equal shapes, and no number further off than a share of the largest."
+    close(ours, theirs, tolerance * float(theirs.abs().max()))
 
 
 def golden_weights(tensors, prefix="w."):
