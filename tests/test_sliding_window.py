@@ -8,6 +8,7 @@ from ovss_nb.components.sliding_window import (
     cut_windows,
     even_offsets,
     merge_windows,
+    stride_offsets,
     window_corners,
     window_offsets,
     window_weights,
@@ -62,6 +63,19 @@ def test_weights_add_up(length, window, overlap, step):
     assert offsets == sorted(set(offsets)) and all(start % step == 0 for start in offsets[:-1])
 
 
+@pytest.mark.parametrize("window, stride", [(1, 1), (4, 1), (4, 3), (4, 4), (9, 2)])
+def test_published_windows_are_those_of_the_rule(window, stride):
+    "rows = max(H - c + t - 1, 0) // t + 1; a window ends at the edge at the latest, and starts at 0."
+    for length in range(1, 40):
+        expected = []
+        for i in range(max(length - window + stride - 1, 0) // stride + 1):
+            end = min(i * stride + window, length)
+            expected.append(max(end - window, 0))
+        assert stride_offsets(length, window, stride) == expected
+        covered = {x for start in expected for x in range(start, min(start + window, length))}
+        assert covered == set(range(length)) and len(set(expected)) == len(expected)
+
+
 def test_merging_averages_where_windows_overlap():
     image = torch.arange(2 * 7 * 9.0).view(2, 7, 9)
     corners = window_corners(window_offsets(7, 4, 0.5), even_offsets(9, 4))
@@ -82,6 +96,8 @@ def test_merging_averages_where_windows_overlap():
         (lambda: window_offsets(10, 11, 0.1), "does not fit"),
         (lambda: window_offsets(10, 0, 0.1), "does not fit"),
         (lambda: even_offsets(3, 0), "does not fit"),
+        (lambda: stride_offsets(9, 3, 4), "leaves gaps"),
+        (lambda: stride_offsets(9, 3, 0), "leaves gaps"),
         (lambda: window_offsets(10, 5, 1), "overlap"),
         (lambda: window_offsets(10, 5, -0.1), "overlap"),
         (lambda: window_offsets(10, 5, float("nan")), "overlap"),

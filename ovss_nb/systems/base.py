@@ -161,6 +161,16 @@ class System:
         pixels = self.encoder.preprocess(loaded, c.size, c.keep_aspect, c.longest)
         return EncodedImage(loaded, self.encoder.encode(pixels))
 
+    @torch.inference_mode()
+    def encode_window(self, image: np.ndarray) -> EncodedImage:
+        "Encode a part of an image at the size that it has, to the nearest patch."
+        return EncodedImage(image, self.encoder.encode(self.encoder.preprocess(image, image.shape[:2])))
+
+    @property
+    def needs_whole(self) -> bool:
+        "Whether scores or labels need the vector of the whole image, beside those of its windows."
+        return False
+
     def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
         "{name: words} put in place of some names, unless a bank of prompts has texts for them; here none."
         return {}

@@ -80,10 +80,13 @@ def system_class(
 
 # %% ../../nbs/systems/15_registry.ipynb #a81ffb70
 _RULES = dict(square=["size"], shortest=["size", "longest"], windows=["size", "window", "overlap"])
+_RULES |= dict(slide=["size", "window", "stride"])
+_LEAST = dict(windows=2, slide=3)  # numbers that a rule must have
 _NUMBERS = dict(
     size=Annotated[int, Range(1, 13_377)],
     longest=Count,
     window=Count,
+    stride=Count,
     overlap=Annotated[float, Range(0, 1, "high")],
 )
 
@@ -92,10 +95,10 @@ def _read_rule(rule: str) -> tuple[str, dict]:
     "Kind and numbers of a resize rule. Raises `ValueError` for one that does not read so."
     kind, *texts = (part.strip() for part in rule.split(":"))
     names = _RULES.get(kind, [])
-    if not 1 + (kind == "windows") <= len(texts) <= len(names):
+    if not _LEAST.get(kind, 1) <= len(texts) <= len(names):
         raise ValueError(
             f"cannot read the resize rule {rule!r}: write square:336, shortest:640, shortest:640:2560, "
-            "windows:640:384 or windows:640:384:0.333"
+            "windows:640:384, windows:640:384:0.333 or slide:336:224:112"
         )
     named = zip(names, texts)
     return kind, {
@@ -104,10 +107,12 @@ def _read_rule(rule: str) -> tuple[str, dict]:
 
 # %% ../../nbs/systems/15_registry.ipynb #c116e33d
 def resize_rule(
-    # "square:PIXELS", "shortest:PIXELS[:LONGEST]" or "windows:PIXELS:WINDOW[:OVERLAP]"; empty for the
-    # system's own
+    # "square:PIXELS", "shortest:PIXELS[:LONGEST]", "windows:PIXELS:WINDOW[:OVERLAP]" or
+    # "slide:SHORTER:WINDOW:STRIDE"; empty for the system's own
     rule: str,
-) -> tuple[dict, dict | None]:  # options of the configuration, and arguments of `SlidingWindows` or None
+    # options of the configuration, and arguments of `SlidingWindows`, with a stride of `StridedWindows`, or
+    # None
+) -> tuple[dict, dict | None]:
     "What a resize rule means. Raises `ValueError` for one that does not read so, or whose numbers cannot be."
     if not fit_option("resize", rule, str):
         return {}, None
@@ -122,7 +127,9 @@ def resize_rule(
         raise ValueError(
             f"the resize rule {rule!r} has windows of {numbers['window']} pixels in an image of {size}"
         )
-    return ({}, numbers) if kind == "windows" else (numbers | dict(keep_aspect=kind == "shortest"), None)
+    if numbers.get("stride", 1) > numbers.get("window", 1):
+        raise ValueError(f"the resize rule {rule!r} leaves gaps: its stride is longer than a window")
+    return ({}, numbers) if kind in _LEAST else (numbers | dict(keep_aspect=kind == "shortest"), None)
 
 # %% ../../nbs/systems/15_registry.ipynb #92a9cad7
 def own_windows(
@@ -130,6 +137,8 @@ def own_windows(
     windows: dict | None,  # of `resize_rule`
 ) -> dict:
     "A resize rule in the options of a system that brings its own windows."
+    if windows and "stride" in windows:
+        raise ValueError("CAT-Seg and LMSeg bring their own windows: say windows:640:384 in place of slide")
     if windows:
         return dict(windows=True, keep_aspect=False, **windows)
     if not sizes.get("keep_aspect"):
@@ -190,6 +199,12 @@ def shipped_weights(
         trained_with = (file.metadata() or {}).get("fingerprint")
     return path if trained_with == encoder.fingerprint else None
 
+# %% ../../nbs/systems/15_registry.ipynb #5ee27400
+def _seen_through(system: "System", windows: dict) -> "System":
+    "A system behind the windows of a resize rule."
+    module = import_module("ovss_nb.systems.windows")
+    return (module.StridedWindows if "stride" in windows else module.SlidingWindows)(system, **windows)
+
 # %% ../../nbs/systems/15_registry.ipynb #35154ff7
 def create(
     name: str,  # one of `list_systems()`
@@ -222,4 +237,4 @@ def create(
     import_module("ovss_nb.text.text_bank").prompts_digest(config.prompts)
     encoder = create_encoder(encoder, device) if isinstance(encoder, str) else encoder
     system = cls(encoder, config, cache=cache)
-    return import_module("ovss_nb.systems.windows").SlidingWindows(system, **windows) if windows else system
+    return _seen_through(system, windows) if windows else system

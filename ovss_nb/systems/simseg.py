@@ -82,6 +82,10 @@ class SimSeg(System):
 
     config_class = SimSegConfig
 
+    @property
+    def needs_whole(self) -> bool:
+        return True
+
     def class_bank(self, text) -> TextBank:
         "The bank whose class embeddings score the image as a whole."
         return text
