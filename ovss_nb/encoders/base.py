@@ -221,6 +221,8 @@ class Encoder(nn.Module):
 class ViTEncoder(Encoder):
     "An encoder whose image tower is a ViT of open_clip's: its blocks can be run one by one."
 
+    dense_from_blocks: bool = True  # whether its dense map is made of what leaves the last block
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         "The transformer blocks of the image tower; each maps B x N x C tokens to B x N x C."

@@ -343,6 +343,8 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
     extra `lite`, `ValueError` for weights that are missing or unfit.
     """
 
+    dense_from_blocks = False  # its map is the local head's and ConSE's; the ViT's class token is pooled
+
     @checked_arguments
     def __init__(
         self,
