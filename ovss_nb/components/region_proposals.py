@@ -10,9 +10,11 @@ __all__ = ['FILES', 'REGIONS', 'RegionSource', 'check_regions', 'slic_regions', 
 import json, os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 from zipfile import BadZipFile
 import numpy as np
+import torch
+from torch import nn
 from ..benchmarks.label_files import read_index_mask
 from ..core.checkpoints import read_weights
 from ..core.files import read_json
@@ -21,9 +23,6 @@ from ..core.options import Count, NotNegative, Positive, Share, check_names, che
 from ..core.options import fit_option, read_option
 from ..core.segmentation import _object_mask
 from ..encoders.registry import Kind, look_up
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/components/15_region_proposals.ipynb #ab0f2d2f
 class RegionSource(Protocol):
@@ -103,7 +102,7 @@ def paint_masks(
 # %% ../../nbs/components/15_region_proposals.ipynb #205a3c6f
 @checked_arguments
 def sam_regions(
-    model: "torch.nn.Module",  # a whole `Sam` of the package segment_anything
+    model: nn.Module,  # a whole `Sam` of the package segment_anything
     points_per_side: Count = 8,  # of the grid of points
     predicted_iou: Share = 0.4,  # masks that the network rates lower are left out
     stability: Share = 0.4,  # and those that change more with the threshold
@@ -127,7 +126,7 @@ def sam_regions(
 def load_whole_sam(
     model: str,  # `vit_b`, `vit_l` or `vit_h`
     checkpoint: str | os.PathLike | None,  # file, or "random"
-) -> "torch.nn.Module":  # `Sam`, on the CPU
+) -> nn.Module:  # `Sam`, on the CPU
     """Segment Anything with prompts and mask decoder, from a published file.
 
     Raises `ValueError` for missing or other weights, `MissingExtra` without the package.
@@ -284,7 +283,7 @@ def list_regions() -> dict[str, str]:
 
 def propose_regions(
     spec: str,  # one of `list_regions`, e.g. "slic", "slic:200", "sam:vit_b/FILE", "file:FOLDER"
-    device: "str | torch.device" = "auto",  # for Segment Anything
+    device: str | torch.device = "auto",  # for Segment Anything
     **options,  # of the function behind it, e.g. compactness=20 for slic, points_per_side=32 for sam
 ) -> RegionSource:  # function of an image (H x W x 3 uint8) and its file's name to H x W int32
     """Build what makes region maps, from a short text.
