@@ -1,4 +1,4 @@
-"""Region proposals, PAMR, the vote in regions and LPOSS against the authors' numbers and against plain loops."""
+"Region proposals, PAMR, the vote in regions and LPOSS against the authors' numbers and plain loops."
 
 import json
 import math

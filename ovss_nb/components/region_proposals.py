@@ -47,8 +47,8 @@ def check_regions(
         raise ValueError(f"a region map is H x W integers, not {regions.dtype} {shape}")
     if regions.shape != tuple(size):
         raise ValueError(
-            f"regions of {shape} pixels do not fit an image of {size[0]} x {size[1]}: make them from this image"
-            " at this size, or resize them with nearest neighbors"
+            f"regions of {shape} pixels do not fit an image of {size[0]} x {size[1]}: make them from this"
+            " image at this size, or resize them with nearest neighbors"
         )
     if regions.size and not 0 <= regions.min() <= regions.max() < 2**31:
         raise ValueError(
@@ -122,7 +122,7 @@ def sam_regions(
 
     return regions
 
-
+# %% ../../nbs/components/15_region_proposals.ipynb #f509b92d
 def load_whole_sam(
     model: str,  # `vit_b`, `vit_l` or `vit_h`
     checkpoint: str | os.PathLike | None,  # file, or "random"
@@ -148,7 +148,7 @@ def load_whole_sam(
         sam.load_state_dict(rest, strict=False)
     return sam.eval().requires_grad_(False)
 
-# %% ../../nbs/components/15_region_proposals.ipynb #94f47b90
+# %% ../../nbs/components/15_region_proposals.ipynb #62d77a8e
 FILES = (".png", ".tif", ".tiff", ".bmp", ".npz", ".json")  # looked for in this order
 
 
@@ -171,7 +171,7 @@ def _read_regions(path: Path, size: tuple[int, int], on_top: Literal["small", "l
             return arrays["instance_mask"]
     return read_index_mask(path)
 
-
+# %% ../../nbs/components/15_region_proposals.ipynb #e377f2af
 def _stem(name: str | os.PathLike | None) -> str:
     if name is None:
         raise ValueError(
@@ -202,7 +202,7 @@ def folder_regions(
 
     return regions
 
-# %% ../../nbs/components/15_region_proposals.ipynb #62d77a8e
+# %% ../../nbs/components/15_region_proposals.ipynb #e2e1ae58
 @checked_arguments
 def coco_regions(
     path: str,  # a JSON file with `images` and `annotations`
@@ -229,7 +229,7 @@ def coco_regions(
 
     return regions
 
-# %% ../../nbs/components/15_region_proposals.ipynb #e2e1ae58
+# %% ../../nbs/components/15_region_proposals.ipynb #b74a8068
 def _number(rest: str, kind: Any, default: float) -> Any:
     return read_option("the number behind the colon", rest, kind) if rest else default
 
@@ -267,7 +267,7 @@ REGIONS: dict[str, Kind] = {
     "file": Kind(_file, "file:FOLDER with STEM.png, .tif, .npz or .json for each image, or file:COCO.json"),
 }
 
-# %% ../../nbs/components/15_region_proposals.ipynb #59bfa8e6
+# %% ../../nbs/components/15_region_proposals.ipynb #7329d16e
 _KNOWN = {
     "slic": ("compactness",),
     "felzenszwalb": ("blur", "least"),

@@ -16,7 +16,7 @@ from .region_proposals import check_regions
 def region_vote(
     labels: np.ndarray,  # H x W integers from 0
     regions: np.ndarray,  # H x W integers; 0 is in no region
-    # what takes no part: "zero", or "lowest", the smallest number there is, as CorrCLIP's released code has it
+    # what takes no part: "zero", or "lowest", the smallest number there is, as in CorrCLIP's released code
     unsegmented: Literal["zero", "lowest"] = "zero",
 ) -> np.ndarray:  # H x W, of the labels' type
     """The most frequent label of each region for all its pixels; the smaller one where two tie (CorrCLIP).
