@@ -13,6 +13,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch.nn import functional as F
 from ..core.options import Positive, Share, checked_arguments
 from .attention import add_mlp, block_attention
+from .filters import same_region
 
 # %% ../../nbs/encoders/05_regions.ipynb #f4f42e54
 def regions_on_grid(
@@ -80,10 +81,8 @@ def allowed_pairs(
             " both on one grid"
         )
     free = flat == 0
-    together = (flat[:, :, None] == flat[:, None]) & ~free[:, None]
     unscoped = (free[:, :, None] | free[:, None]) & (similarity > similarity.mean((1, 2), keepdim=True))
-    itself = torch.eye(flat.shape[1], dtype=torch.bool, device=flat.device)
-    return together | unscoped | itself
+    return same_region(flat) | unscoped
 
 # %% ../../nbs/encoders/05_regions.ipynb #5c32650b
 def region_tokens(
