@@ -1,9 +1,10 @@
-"""Proxy encoders: networks of timm's made very small, on images of any size, from files and by description."""
+"""Proxy encoders: small networks of timm's on images of any size, from files and by description."""
 
 import pytest
 import timm
 import torch
 from doubles import close, small_clip
+from huggingface_hub import constants
 from ovss_nb.core.options import OptionError
 from ovss_nb.encoders.proxy import EncoderProxy, TimmProxy, fit_pixels, pixels_of
 from ovss_nb.encoders.registry import PROXIES, create_proxy, list_proxies
@@ -92,7 +93,8 @@ def test_weights_of_another_network_are_refused(tmp_path):
         TimmProxy("vit_small_patch16_224.dino", path, device="cpu")
 
 
-def test_without_a_network_the_file_is_named():
+def test_without_a_network_the_file_is_named(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="offline.*huggingface.co/timm/vit_small_patch16_224.dino"):
         create_proxy("dino:vits16", device="cpu")
 
