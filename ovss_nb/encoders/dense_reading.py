@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Term', 'SELF_TERMS', 'FILTER_TERMS', 'READINGS', 'Source', 'DenseReading', 'read_scope', 'scope_pairs',
-           'self_weights', 'resize_map', 'read', 'Tower', 'run_tower', 'block_at', 'wanted_blocks', 'source_blocks',
-           'source_tokens', 'term_filters', 'tower_filters', 'mixed_weights', 'read_source', 'find_reading',
-           'read_dense', 'filter_features', 'encode_dense']
+           'self_weights', 'resize_map', 'read', 'Tower', 'run_tower', 'block_at', 'wanted_blocks', 'residual_blocks',
+           'source_blocks', 'source_tokens', 'term_filters', 'tower_filters', 'mixed_weights', 'read_source',
+           'merged_regions', 'read_regions', 'residual_filters', 'find_reading', 'read_dense', 'filter_features',
+           'encode_dense']
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #7acabbfe
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch.nn import functional as F
 from ..core.optional import suggest
-from ..core.options import Count, Index, OptionError, Positive, check_options
+from ..core.options import Count, Index, OptionError, Positive, Share, check_options
 from .attention import add_mlp, qkv_heads, value_projection
 from .base import Encoder, ImageFeatures, ViTEncoder, as_vit
 from ovss_nb.encoders.filters import (
@@ -26,7 +27,13 @@ from ovss_nb.encoders.filters import (
     neighbor_pairs,
     neighbor_prior,
     read_rule,
-    same_region,
+)
+from ovss_nb.encoders.regions import (
+    allowed_pairs,
+    label_affinity,
+    merge_regions,
+    region_tokens,
+    regions_on_grid,
 )
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #65807c34
@@ -44,9 +51,14 @@ class Source:
     pool: Literal["sum", "mean"] = "sum"  # of several blocks
     weight: float = 1.0
     terms: tuple[Term, ...] | None = None  # default: those of the reading
+    regions: bool = False  # in place of all that: class tokens that saw a region alone (CorrCLIP)
 
     def __post_init__(self):
         check_options(self)
+        if self.regions and (self.first is not None or self.terms is not None):
+            raise OptionError(
+                "regions=True of a source is a reading of its own: leave first, last and terms away"
+            )
         if (self.first is None) != (self.last is None) and self.first is None:
             raise OptionError(f"last={self.last} of a source needs first, where it begins")
         if self.first is not None and self.last is not None and self.last < self.first:
@@ -85,6 +97,32 @@ def _check_grid(reading: "DenseReading"):
         if bad:
             raise OptionError(f"grid='proxy' and {name} disagree: that one lies on the encoder's grid")
 
+# %% ../../nbs/encoders/06_dense_reading.ipynb #00235795
+def _check_regions(reading: "DenseReading"):
+    "Raises `OptionError` for options of CorrCLIP and ResCLIP that disagree with others."
+    said = {
+        "merge": reading.merge is not None,
+        "a source of regions": any(s.regions for s in reading.sources),
+    }
+    for name, given in said.items():
+        if given and reading.scope != "regions":
+            raise OptionError(f"{name} works on regions, and scope={reading.scope!r}: take scope='regions'")
+    if reading.merge is not None and "proxy" not in reading.all_terms:
+        raise OptionError(f"merge={reading.merge:g} asks the proxy who is alike, and terms={reading.terms}")
+    for name in ("residual_mix", "feedback"):
+        pair = getattr(reading, name)
+        if pair is None:
+            continue
+        if not reading.class_token or "identity" in reading.all_terms:
+            raise OptionError(
+                f"{name} is mixed into attention by heads, and terms={reading.terms}, before={reading.before}"
+                " have filters or none: take terms such as 'kk'"
+            )
+        if pair[0] <= 0 or not 0 <= pair[1] <= 1:
+            raise OptionError(f"{name} must be a sharpness above 0 and a share from 0 to 1, not {pair}")
+    if reading.residual_blocks[1] < reading.residual_blocks[0]:
+        raise OptionError(f"residual_blocks={reading.residual_blocks} end before they begin")
+
 # %% ../../nbs/encoders/06_dense_reading.ipynb #e4a1cc68
 @dataclass(frozen=True)
 class DenseReading:
@@ -108,7 +146,14 @@ class DenseReading:
     cut_rule: str = "cut:0.4"  # of both
     proxy_rule: str = "shift:1.2:3"
     scope: str = "all"  # of filters: "all", "regions", "neighbors:RADIUS", "nearest:COUNT"
+    merge: Share | None = None  # join regions whose proxy differs by at most this 1 - cosine (CorrCLIP)
     grid: Literal["encoder", "proxy"] = "encoder"  # where filters work, and what comes out
+    # sharpness and share of attention of the blocks `residual_blocks`, mixed in after the softmax (ResCLIP)
+    residual_mix: tuple[float, float] | None = None
+    residual_blocks: tuple[Index, Index] = (5, 8)  # first and last
+    # sharpness and share of the affinity of a first answer's labels, mixed into the scores (ResCLIP)
+    feedback: tuple[float, float] | None = None
+    feedback_line: Literal["whole", "start", "free"] = "whole"  # see `label_affinity`
     depth: Count = 12  # of the tower that blocks are counted in; others are read at the same shares
 
     def __post_init__(self):
@@ -118,13 +163,15 @@ class DenseReading:
         read_scope(self.scope)
         _check_terms(self)
         _check_grid(self)
+        _check_regions(self)
         if self.ffn and self.sum_at == "after":
             raise OptionError("ffn=True works on the sum of sources, and sum_at='after' adds them later")
 
     @property
     def all_terms(self) -> tuple[Term, ...]:
         "Terms of all sources."
-        own = (self.terms if source.terms is None else source.terms for source in self.sources)
+        said = [source for source in self.sources if not source.regions]
+        own = (self.terms if source.terms is None else source.terms for source in said)
         return tuple(dict.fromkeys(term for terms in own for term in terms))
 
     @property
@@ -163,8 +210,7 @@ def scope_pairs(
     if kind == "nearest":
         return nearest_pairs(similarity, number)
     if kind == "regions" and regions is not None:
-        labels = F.interpolate(regions[:, None].float(), grid, mode="nearest").flatten(1)
-        return same_region(labels.long())
+        return allowed_pairs(similarity, regions_on_grid(regions, grid))
     return None
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #d7844ce2
@@ -175,7 +221,19 @@ READINGS: dict[str, DenseReading] = {
     "clearclip": DenseReading(("qq",)),
     "sclip": DenseReading(("qq", "kk"), "sum", residual="token", ffn=True),
     "naclip": DenseReading(("kk",), prior=5.0),
+    "resclip": DenseReading(
+        ("kk",), prior=5.0, residual_mix=(2.0, 0.3), feedback=(2.1, 0.7), feedback_line="start"
+    ),
     "proxyclip": DenseReading(("proxy",), grid="proxy"),
+    "corrclip": DenseReading(
+        ("proxy",),
+        sources=(Source(), Source(5, 9, "mean"), Source(regions=True, weight=0.5)),
+        sum_at="after",
+        proxy_rule="sharp:4",
+        scope="regions",
+        merge=0.2,
+        grid="proxy",
+    ),
 }
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #7aee84db
@@ -183,14 +241,15 @@ def self_weights(
     block: ResidualAttentionBlock,
     tokens: torch.Tensor,  # B x N x C, as they enter the block
     terms: Sequence[str],  # of `SELF_TERMS`
-    prior: torch.Tensor | None = None,  # N x N, added to the scores
+    prior: torch.Tensor | None = None,  # N x N or B x 1 x N x N, added to the scores
+    scale: float = 1.0,  # of the scores themselves
 ) -> list[torch.Tensor]:  # per term B x heads x N x N fp32, rows that add up to one
     "Attention weights between a block's own queries, keys and values."
     parts = dict(zip("qkv", qkv_heads(block, tokens.contiguous())))
     weights = []
     for asked, asking in terms:
         a, b = parts[asked].float(), parts[asking].float()
-        scores = a @ b.mT * a.shape[-1] ** -0.5
+        scores = a @ b.mT * (scale * a.shape[-1] ** -0.5)
         weights.append((scores if prior is None else scores + prior).softmax(-1))
     return weights
 
@@ -279,8 +338,18 @@ def wanted_blocks(
     said = {reading.before, reading.after} | ({reading.middle} if "middle" in reading.all_terms else set())
     blocks = {block_at(block, reading.depth, count) for block in said if block is not None}
     for source in reading.sources:
+        blocks.update(range(-1, count - 1) if source.regions else ())
         blocks.update(source_blocks(source, reading.depth, count))
+    blocks.update(block - 1 for block in residual_blocks(reading, count))
     return blocks
+
+
+def residual_blocks(reading: DenseReading, count: int) -> range:
+    "The blocks whose attention is mixed in."
+    if reading.residual_mix is None:
+        return range(0)
+    first, last = (block_at(block, reading.depth, count) for block in reading.residual_blocks)
+    return range(first, last + 1)
 
 
 def source_blocks(source: Source, depth: int, count: int) -> range:
@@ -354,10 +423,11 @@ def mixed_weights(
     combine: Literal["mean", "sum"],
     prior: torch.Tensor | None,
     filters: dict[str, torch.Tensor],  # by term
+    scale: float = 1.0,  # of scores of attention
 ) -> torch.Tensor | None:  # B x heads (or 1) x N x N; None for the identity
     "All terms as one table of weights."
     own = [term for term in terms if term in SELF_TERMS]
-    weights = self_weights(block, tokens, own, prior) if own else []
+    weights = self_weights(block, tokens, own, prior, scale) if own else []
     weights += [filters[term][:, None] for term in terms if term in filters]
     if "identity" in terms:
         if not weights:
@@ -395,8 +465,15 @@ def read_source(
     prior = None
     if reading.prior is not None:
         prior = neighbor_prior(tower.grid, reading.prior, not start, tokens.device)
-    terms = reading.terms if source.terms is None else source.terms
-    weights = mixed_weights(block, tokens, terms, reading.combine, prior, filters)
+    terms, scale = reading.terms if source.terms is None else source.terms, 1.0
+    if "feedback" in filters and reading.feedback is not None:
+        tau, share = reading.feedback
+        scale, labels = tau * (1 - share), tau * share * filters["feedback"][:, None]
+        prior = labels if prior is None else prior + labels
+    weights = mixed_weights(block, tokens, terms, reading.combine, prior, filters, scale)
+    if reading.residual_mix is not None and weights is not None:
+        tau, share = reading.residual_mix
+        weights = tau * ((1 - share) * weights + share * filters["residual"])
     said = read(block, tokens, weights, tower.grid, proxy_grid) if start else read(block, tokens, weights)
     if reading.residual == "token":
         said = said + tokens
@@ -404,6 +481,50 @@ def read_source(
         said = said + (1.0 if reading.residual == "cls" else reading.residual) * cls
     said = said if start else said[:, 1:]
     return apply_filter(filters["after"], said) if "after" in filters else said
+
+# %% ../../nbs/encoders/06_dense_reading.ipynb #d3158b3f
+def merged_regions(
+    reading: DenseReading,
+    grid: tuple[int, int],  # on which filters work
+    proxy: torch.Tensor | None = None,  # B x C x h' x w'
+    regions: torch.Tensor | None = None,  # B x H x W int
+) -> torch.Tensor | None:  # B x h x w on the grid, or the regions as they are
+    "Regions that the proxy finds alike, joined."
+    if reading.merge is None or proxy is None or regions is None:
+        return regions
+    features = _proxy_on(proxy, grid).mT.unflatten(-1, grid)
+    return merge_regions(regions_on_grid(regions, grid), features, reading.merge)
+
+
+def read_regions(
+    encoder: ViTEncoder,
+    tower: Tower,  # with what enters every block
+    regions: torch.Tensor,  # B x H x W int
+    grid: tuple[int, int],  # wanted
+) -> torch.Tensor:  # B x N x C
+    "The class token of each patch's region."
+    inputs = [tower.inputs[i] for i in range(tower.depth)]
+    tokens = region_tokens(list(encoder.blocks), inputs, regions_on_grid(regions, tower.grid))
+    rows, columns = (torch.arange(n, device=tokens.device) * old // n for n, old in zip(grid, tower.grid))
+    return tokens[:, :, rows[:, None], columns].flatten(2).mT
+
+
+def residual_filters(
+    encoder: ViTEncoder,
+    reading: DenseReading,
+    tower: Tower,
+    labels: torch.Tensor | None = None,  # B x h x w int
+) -> dict[str, torch.Tensor]:  # `residual` B x heads x (1+N) x (1+N), `feedback` B x (1+N) x (1+N)
+    "What ResCLIP mixes in: attention of middle blocks, and the affinity of labels if there are some."
+    filters, blocks = {}, residual_blocks(reading, tower.depth)
+    if blocks:
+        weights = [self_weights(encoder.blocks[i], tower.inputs[i], ("qk",))[0] for i in blocks]
+        filters["residual"] = torch.stack(weights).mean(0)
+    if reading.feedback is not None and labels is not None:
+        affinity = label_affinity(regions_on_grid(labels, tower.grid), line=reading.feedback_line)
+        affinity = affinity / affinity.amax((1, 2), keepdim=True)
+        filters["feedback"] = F.pad(affinity, (1, 0, 1, 0)).to(tower.x.device)
+    return filters
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #6bd9e8c5
 def find_reading(
@@ -425,6 +546,7 @@ def read_dense(
     reading: str | DenseReading,  # one of `READINGS`, or options of one's own
     proxy: torch.Tensor | None = None,  # B x C x h' x w', features of a second model on its own grid
     regions: torch.Tensor | None = None,  # B x H x W int, 0: no region
+    labels: torch.Tensor | None = None,  # B x h x w, of a first answer (`patch_labels`), for `feedback`
 ) -> ImageFeatures:  # dense on the encoder's grid, or the proxy's; pooled as ever
     """Read an image densely out of a frozen ViT.
 
@@ -436,16 +558,21 @@ def read_dense(
     _check_given(reading, len(images), proxy, regions)
     tower = run_tower(encoder, images, wanted_blocks(reading, len(encoder.blocks)))
     new = grid if reading.grid == "encoder" or proxy is None else (proxy.shape[-2], proxy.shape[-1])
+    regions = merged_regions(reading, new, proxy, regions)
     filters = tower_filters(reading, tower, new, proxy, regions)
+    filters |= residual_filters(encoder, reading, tower, labels)
     parts = [
-        source.weight * read_source(encoder, reading, source, tower, filters, new)
+        read_regions(encoder, tower, regions, new)
+        if source.regions
+        else read_source(encoder, reading, source, tower, filters, new)
         for source in reading.sources
     ]
+    weights = [source.weight for source in reading.sources]
     if reading.sum_at == "before":
-        parts = [sum(parts[1:], parts[0])]
+        parts, weights = [sum(weight * part for weight, part in zip(weights, parts))], [1.0]
     if reading.ffn:
         parts = [add_mlp(encoder.blocks[-1], parts[0])]
-    dense = sum(encoder.project(part) for part in parts)
+    dense = sum(weight * encoder.project(part) for weight, part in zip(weights, parts))
     return ImageFeatures(dense.mT.unflatten(-1, new).contiguous(), encoder.pool(tower.inputs[tower.depth]))
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #b0d47c9e
@@ -468,6 +595,7 @@ def filter_features(
     old = tuple(features.dense.shape[-2:])
     new = tuple(proxy.shape[-2:]) if reading.grid == "proxy" else old
     dense = resize_map(features.dense.flatten(2).mT, old, new)
+    regions = merged_regions(reading, new, proxy, regions)
     weights = term_filters(reading, new, None, proxy, regions)["proxy"]
     return ImageFeatures(apply_filter(weights, dense).mT.unflatten(-1, new), features.pooled)
 
