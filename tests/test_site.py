@@ -158,7 +158,20 @@ def test_system_page_has_every_option(site, system):
 def test_all_systems_have_a_page():
     from ovss_nb.systems.registry import SYSTEMS
 
-    assert set(SYSTEMS) == {path.stem for path in (SITE / "pages" / "systems").glob("*.md")}
+    own = {path.stem for path in (SITE / "pages" / "systems").glob("*.md")}
+    family = {path.stem for path in (SITE / "pages" / "training_free").glob("*.md")}
+    others = re.findall(r"^## (.+)$", text(SITE / "pages" / "training_free" / "others.md"), re.M)
+    assert own <= set(SYSTEMS) <= own | family | {name.lower() for name in others}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["clearclip", "sclip", "naclip", "scclip", "proxyclip", "corrclip", "index", "others"]
+)
+def test_pages_of_the_training_free_family(site, recipe):
+    page = html.unescape(text(site / "site" / "pages" / "training_free" / f"{recipe}.html"))
+    prose = re.sub(r"<(code|script)\b.*?</\1>", "", page, flags=re.S)
+    assert "<math" in prose and "$" not in prose
+    assert "published" in prose and ("Faithful, and ours" in prose) == (recipe not in ("index", "others"))
 
 
 def test_comments_at_parameters_are_shown(site):

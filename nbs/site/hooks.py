@@ -30,8 +30,11 @@ log = logging.getLogger("mkdocs.hooks.ovss_nb")  # below `mkdocs`, so that --str
 styles, targets = {}, set()  # style sheets that notebooks share; pages and files of the site
 GUIDE = ("install", "cli", "results", "speed")
 ABOUT_SYSTEMS = ["site/pages/notation.md", "site/pages/provenance.md"]
-WITH_EQUATIONS = ("site/pages/systems/", "site/pages/notation", "site/pages/provenance")
+WITH_EQUATIONS = tuple(
+    f"site/pages/{part}" for part in ("systems/", "training_free/", "notation", "provenance")
+)
 SYSTEMS = ("maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg")
+TRAINING_FREE = ("index", "clearclip", "sclip", "naclip", "scclip", "proxyclip", "corrclip", "others")
 
 
 # ---- order of the pages
@@ -54,7 +57,11 @@ def on_config(config):
         {"Home": "index.md"},
         {"Guide": [f"site/pages/{page}.md" for page in GUIDE]},
         {"Tutorials": titled(config, "tutorials")},
-        {"Systems": [f"site/pages/systems/{system}.md" for system in SYSTEMS] + ABOUT_SYSTEMS},
+        {
+            "Systems": [f"site/pages/systems/{system}.md" for system in SYSTEMS]
+            + [{"Training-free": [f"site/pages/training_free/{page}.md" for page in TRAINING_FREE]}]
+            + ABOUT_SYSTEMS
+        },
         {"Chapters": [{folder: titled(config, folder)} for folder in of_folders]},
         {"Experiments": titled(config, "experiments")},
         {"Library": library},
