@@ -225,6 +225,7 @@ READINGS: dict[str, DenseReading] = {
         ("kk",), prior=5.0, residual_mix=(2.0, 0.3), feedback=(2.1, 0.7), feedback_line="start"
     ),
     "proxyclip": DenseReading(("proxy",), grid="proxy"),
+    "trident": DenseReading(("proxy",)),  # its windows are spliced, and filtered once more
     "corrclip": DenseReading(
         ("proxy",),
         sources=(Source(), Source(5, 9, "mean"), Source(regions=True, weight=0.5)),
@@ -547,6 +548,7 @@ def read_dense(
     proxy: torch.Tensor | None = None,  # B x C x h' x w', features of a second model on its own grid
     regions: torch.Tensor | None = None,  # B x H x W int, 0: no region
     labels: torch.Tensor | None = None,  # B x h x w, of a first answer (`patch_labels`), for `feedback`
+    project: bool = True,  # false: as it leaves the last block, before norm and projection
 ) -> ImageFeatures:  # dense on the encoder's grid, or the proxy's; pooled as ever
     """Read an image densely out of a frozen ViT.
 
@@ -556,6 +558,8 @@ def read_dense(
     reading, encoder = find_reading(reading), as_vit(encoder, "to read")
     grid = encoder.grid(images)
     _check_given(reading, len(images), proxy, regions)
+    if not project and reading.sum_at == "after":
+        raise ValueError("project=False and sum_at='after' disagree: that one adds what is projected")
     tower = run_tower(encoder, images, wanted_blocks(reading, len(encoder.blocks)))
     new = grid if reading.grid == "encoder" or proxy is None else (proxy.shape[-2], proxy.shape[-1])
     regions = merged_regions(reading, new, proxy, regions)
@@ -572,7 +576,8 @@ def read_dense(
         parts, weights = [sum(weight * part for weight, part in zip(weights, parts))], [1.0]
     if reading.ffn:
         parts = [add_mlp(encoder.blocks[-1], parts[0])]
-    dense = sum(weight * encoder.project(part) for weight, part in zip(weights, parts))
+    finish = encoder.project if project else torch.Tensor.float
+    dense = sum(weight * finish(part) for weight, part in zip(weights, parts))
     return ImageFeatures(dense.mT.unflatten(-1, new).contiguous(), encoder.pool(tower.inputs[tower.depth]))
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #b0d47c9e
