@@ -237,7 +237,7 @@ def test_regions_limit_the_filter_of_finished_features_too():
     "options, message",
     [
         (dict(terms=("proxy",), merge=0.2), "merge.*scope='all'"),
-        (dict(terms=("middle",), scope="regions", merge=0.2), "merge=0.2 asks the proxy"),
+        (dict(terms=("middle",), scope="regions", merge=0.2), "merge=0.2 and terms=.*the proxy says"),
         (dict(sources=(Source(), Source(regions=True))), "source of regions.*scope='regions'"),
         (dict(residual_mix=(2.0, 0.3)), "residual_mix.*terms=.'identity',."),
         (dict(terms=("proxy",), feedback=(2.0, 0.3)), "feedback.*terms=.'proxy',."),
