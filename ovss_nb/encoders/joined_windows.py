@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core.optional import require
 from ..core.options import Index, NotNegative, Share, checked_arguments
 from .base import ImageFeatures, ViTEncoder, as_vit
-from .dense_reading import read, resize_map, run_tower
+from .dense_reading import DenseReading, read, resize_map, run_tower
 from .filters import apply_filter, shift
 from .sam import SAMEncoder
 
@@ -147,8 +147,8 @@ def read_windows(
     encoder = as_vit(encoder, "to read")
     if proxy.ndim != 4 or len(proxy) != len(windows):
         raise ValueError(f"proxy must be W x C x h x w with W={len(windows)}, not {tuple(proxy.shape)}")
-    tower, grid = run_tower(encoder, windows, set()), (proxy.shape[2], proxy.shape[3])
-    values = read(encoder.blocks[-1], tower.x[:, 1:], None, tower.grid, grid)
+    tower, grid = run_tower(encoder, windows, DenseReading()), (proxy.shape[2], proxy.shape[3])
+    values = read(encoder.blocks[-1], tower.last[:, 1:], None, tower.grid, grid)
     weights = shared_filter(proxy, rounds, threshold, adaptive)
     dense = encoder.project(apply_filter(weights, values.flatten(0, 1)))
-    return ImageFeatures(dense.mT.unflatten(-1, grid), encoder.pool(tower.inputs[tower.depth]))
+    return ImageFeatures(dense.mT.unflatten(-1, grid), encoder.pool(tower.inputs[tower.count]))
