@@ -1968,6 +1968,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ovss_nb.encoders.clip.file_settings': ( 'encoders/clip.html#file_settings',
                                                                                 'ovss_nb/encoders/clip.py'),
                                        'ovss_nb.encoders.clip.load_clip': ('encoders/clip.html#load_clip', 'ovss_nb/encoders/clip.py'),
+                                       'ovss_nb.encoders.clip.mode_reading': ( 'encoders/clip.html#mode_reading',
+                                                                               'ovss_nb/encoders/clip.py'),
                                        'ovss_nb.encoders.clip.peek': ('encoders/clip.html#peek', 'ovss_nb/encoders/clip.py'),
                                        'ovss_nb.encoders.clip.pool_patches': ( 'encoders/clip.html#pool_patches',
                                                                                'ovss_nb/encoders/clip.py'),

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'MEANS', 'Settings', 'DenseMode', 'tag_settings', 'peek', 'file_settings', 'load_clip', 'count_tokens',
-           'clip_pieces', 'encode_prompts', 'run_blocks', 'check_tower', 'embed_images', 'pool_patches', 'CLIPEncoder']
+           'clip_pieces', 'encode_prompts', 'run_blocks', 'mode_reading', 'check_tower', 'embed_images', 'pool_patches',
+           'CLIPEncoder']
 
 # %% ../../nbs/encoders/07_clip.ipynb #4d5ddb9f
 import hashlib, json, tempfile, warnings, zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 import open_clip
 import torch
 from open_clip.pretrained import download_pretrained_from_hf
@@ -24,9 +25,10 @@ from torch.nn import functional as F
 from ..core.checkpoints import is_safetensors, read_weights, unwrapped
 from ..core.files import file_digest
 from ..core.optional import suggest
-from ..core.options import Index, checked_arguments
+from ..core.options import Index, OptionError, checked_arguments
 from .attention import value_block, vv_attention
 from .base import ImageFeatures, ViTEncoder, choose_device, loda_pool, resize_positions
+from .dense_reading import READINGS, DenseReading, read_dense
 
 # %% ../../nbs/encoders/07_clip.ipynb #abc336f8
 # numbers that OpenAI's archives keep among their weights
@@ -482,11 +484,35 @@ def run_blocks(
         x = block(x)
     return x, x if branch is None else branch
 
+# %% ../../nbs/encoders/07_clip.ipynb #c1ee05ab
+def mode_reading(dense_mode: str | DenseReading) -> DenseReading | None:
+    """The reading that a mode stands for, None for a `DenseMode`.
+
+    Raises `OptionError` for another word, and a reading that needs more than the image.
+    """
+    modes = get_args(DenseMode)
+    if dense_mode in modes:
+        return None
+    reading = READINGS.get(dense_mode) if isinstance(dense_mode, str) else dense_mode
+    if not isinstance(reading, DenseReading):
+        names = ", ".join(name for name in READINGS if name not in modes)
+        raise OptionError(
+            f"dense_mode must be 'tokens', 'value', 'vv' or 'loda', or a reading ({names}), not"
+            f" {dense_mode!r}"
+        )
+    if reading.needs:
+        raise OptionError(
+            f"dense_mode={dense_mode if isinstance(dense_mode, str) else 'a reading'!r} needs"
+            f" {' and '.join(reading.needs)} beside the image, and an encoder has the image alone. Take a"
+            " system such as create('proxyclip'), or `read_dense`"
+        )
+    return reading
+
 # %% ../../nbs/encoders/07_clip.ipynb #3ab72da2
 def check_tower(
     model: nn.Module,  # open_clip's
     label: str,  # of the model, for the message
-    dense_mode: DenseMode,
+    dense_mode: str | DenseReading,
 ) -> VisionTransformer:
     "The image tower; raises `ValueError` for one that cannot be read in this way."
     visual = model.visual
@@ -498,9 +524,10 @@ def check_tower(
             " model such as ViT-B-16."
         )
     plain = all(type(block) is ResidualAttentionBlock for block in visual.transformer.resblocks)
-    if dense_mode in ("value", "vv") and not plain:
+    if dense_mode not in ("tokens", "loda") and not plain:
+        said = repr(dense_mode) if isinstance(dense_mode, str) else "a reading"
         raise ValueError(
-            f"{label} has norms inside its attention; dense_mode={dense_mode!r} cannot take it apart. Use"
+            f"{label} has norms inside its attention; dense_mode={said} cannot take it apart. Use"
             " dense_mode='tokens'."
         )
     return visual
@@ -522,12 +549,12 @@ def pool_patches(encoder: ViTEncoder, visual: VisionTransformer, tokens: torch.T
 
 # %% ../../nbs/encoders/07_clip.ipynb #e025d9d6
 class CLIPEncoder(ViTEncoder):
-    """A CLIP model of open_clip with a ViT image tower, read densely in one of four ways.
+    """A CLIP model of open_clip with a ViT image tower, read densely in one of many ways.
 
     `tokens` are projected final tokens, `value` is the last block without attention (MaskCLIP, CAT-Seg),
     `vv` value-value attention on a second path (CLIP Surgery, EBSeg), `loda` the map of `tokens` with LoDA's
-    pooled vector (SimSeg). The pooled vector of the other three is open_clip's `encode_image`. Images may
-    have any size whose sides are multiples of the patch.
+    pooled vector (SimSeg); other names are rows of `READINGS`. The pooled vector of all but `loda` is
+    open_clip's `encode_image`. Images may have any size whose sides are multiples of the patch.
     Raises `ValueError` for unknown weights, towers or options.
     """
 
@@ -540,7 +567,8 @@ class CLIPEncoder(ViTEncoder):
         pretrained: str | Path | None = None,
         # how a file was trained: a tag, or one of `MEANS`; default: find out, see `file_settings`
         like: str | None = None,
-        dense_mode: DenseMode = "value",  # what a patch's vector is
+        # what a patch's vector is: a `DenseMode`, one of `READINGS`, or options of one's own
+        dense_mode: str | DenseReading = "value",
         # `value` only: add the values to the input class token (`cls`) or to each token (`token`)
         residual: Literal["cls", "token"] = "cls",
         # `vv` only: first block (0-based) of the second path; default a sixth of the blocks
@@ -551,6 +579,7 @@ class CLIPEncoder(ViTEncoder):
         tokenizer=None,  # with a built model: its open_clip tokenizer, needed for `text` only
     ):
         super().__init__()
+        reading = mode_reading(dense_mode)
         label = model if isinstance(model, str) else type(model).__name__
         if isinstance(model, str):
             model, tokenizer = load_clip(model, pretrained, like)
@@ -560,6 +589,7 @@ class CLIPEncoder(ViTEncoder):
             raise ValueError("A model that is already built has its weights: leave `pretrained` away.")
         visual = check_tower(model, label, dense_mode)
         self.dense_mode, self.residual, self.tokenizer = dense_mode, residual, tokenizer
+        self.reading = reading
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = model.to(choose_device(device), dtype).eval().requires_grad_(False)
         count = len(self.blocks)
@@ -580,7 +610,7 @@ class CLIPEncoder(ViTEncoder):
         "As every encoder's, with all that changes features and is no weight."
         said = (
             *(self.mean, self.std, self.resample.name),
-            *(self.dense_mode, self.residual, self.surgery_start),
+            *(self.reading or self.dense_mode, self.residual, self.surgery_start),
         )
         return hashlib.sha256(f"{super().fingerprint}{said}".encode()).hexdigest()
 
@@ -621,6 +651,8 @@ class CLIPEncoder(ViTEncoder):
 
     def encode(self, images: torch.Tensor) -> ImageFeatures:
         "Dense features B x d x h x w and pooled features B x d, both fp32 and not normalized."
+        if self.reading is not None:
+            return read_dense(self, images, self.reading)
         tokens, read = run_blocks(
             self.blocks, self.embed(images), self.dense_mode, self.residual, self.surgery_start
         )
