@@ -450,8 +450,9 @@ def encode_prompts(
     prompts: list[str],
     device: torch.device,
     name: str,  # of the model, for the message
+    unit: bool = True,  # whether to bring them to length one
 ) -> torch.Tensor:
-    "N prompts to N x d unit-norm embeddings in fp32; raises `ValueError` for none, or one that is too long."
+    "N prompts to N x d embeddings in fp32; raises `ValueError` for none, or one that is too long."
     if not prompts:
         raise ValueError("There is no prompt to encode.")
     context = model.context_length
@@ -461,7 +462,8 @@ def encode_prompts(
                 f"A prompt has {count} tokens, {name} reads at most {context}. Shorten it: {prompt!r}"
             )
     tokens = tokenizer(prompts, context_length=context).to(device)
-    return F.normalize(model.encode_text(tokens).float(), dim=-1)
+    vectors = model.encode_text(tokens).float()
+    return F.normalize(vectors, dim=-1) if unit else vectors
 
 # %% ../../nbs/encoders/07_clip.ipynb #595b2520
 DenseMode = Literal["tokens", "value", "vv", "loda"]

@@ -96,6 +96,26 @@ def _simseg(rest: str, device, **options):
         raise ValueError(f"say which simseg model: {ENCODERS['simseg'].what}")
     return SimSegEncoder.from_checkpoint(rest, **options).to(choose_device(device))
 
+# %% ../../nbs/encoders/16_registry.ipynb #ecf9b152
+def _talk2dino(rest: str, device, **options):
+    "talk2dino:PROJECTION,clip=FILE,dino=FILE; the two files by download where they are not named."
+    from ovss_nb.encoders.proxy import TimmProxy, timm_name
+    from ovss_nb.encoders.talk2dino import Talk2DINOEncoder, load_projection
+
+    _check_options(options, lambda clip, dino, precision, size: None, "talk2dino")
+    projection, *named = rest.split(",")
+    if not projection:
+        raise ValueError(f"say which talk2dino projection: {ENCODERS['talk2dino'].what}")
+    files = dict(part.partition("=")[::2] for part in named)
+    check_names(files, ("clip", "dino"), "talk2dino:PROJECTION")
+    clip = str(options.pop("clip", files.get("clip", "openai")))
+    dino = options.pop("dino", files.get("dino"))
+    loaded, precision = load_projection(projection), options.pop("precision", "fp32")
+    large = loaded.linear_layer.out_features == 1024
+    name = timm_name("dinov2", "vitl14reg" if large else "vitb14reg")
+    vision = TimmProxy(name, dino, precision=precision, device=device)
+    return Talk2DINOEncoder(loaded, _clip(f"ViT-B-16/{clip}", device), vision, device=device, **options)
+
 # %% ../../nbs/encoders/16_registry.ipynb #b3756ed3
 ENCODERS: dict[str, Kind] = {
     "lite": Kind(
@@ -116,6 +136,11 @@ ENCODERS: dict[str, Kind] = {
     ),
     "simseg": Kind(
         _simseg, "simseg:CHECKPOINT, e.g. simseg:simseg.vit-s.pth: the authors' released ViT + BERT"
+    ),
+    "talk2dino": Kind(
+        _talk2dino,
+        "talk2dino:PROJECTION, e.g. talk2dino:vitb_mlp_infonce.pth: DINOv2's patches named by CLIP's words; CLIP"
+        " and DINOv2 by download, or talk2dino:PROJECTION,clip=FILE,dino=FILE",
     ),
 }
 

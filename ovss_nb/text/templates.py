@@ -27,12 +27,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 # %% ../../nbs/text/02_templates.ipynb #3835ab83
 def load_templates(
     templates: str
-    | Sequence[str],  # `plain`, `single`, `vild14`, `imagenet80`, a sentence with `{}`, or several
+    | Sequence[
+        str
+    ],  # `plain`, `single`, `vild14`, `imagenet7`, `imagenet80`, a sentence with `{}`, or several
 ) -> tuple[str, ...]:  # sentences, each with `{}` where the word goes
     """The sentences of a template set.
 
     Raises `ValueError` for an unknown name or a sentence without exactly one `{}`.
     """
+    if templates == "imagenet7":
+        from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+        return tuple(template("{}") for template in SIMPLE_IMAGENET_TEMPLATES)
     if templates == "imagenet80":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -40,7 +46,7 @@ def load_templates(
     if isinstance(templates, str):
         if "{}" not in templates and templates not in TEMPLATES:
             raise ValueError(
-                f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet80, or give a"
+                f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet7, imagenet80, or give a"
                 " sentence with {} in it."
             )
         templates = TEMPLATES.get(templates, (templates,))

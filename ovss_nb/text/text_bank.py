@@ -279,7 +279,9 @@ def _steps(rows: Iterable[tuple[str, ...]], size: int) -> Iterator[list[tuple[st
 
 
 def _encode_rows(encoder, rows: list[tuple[str, ...]], batch_size: int) -> list[torch.Tensor]:
-    "A unit vector for each row: the mean of its prompts' unit vectors."
+    "A unit vector for each row: the mean of its prompts' unit vectors, or as the encoder itself averages."
+    if hasattr(encoder, "text_rows"):
+        return list(encoder.text_rows(rows))
     prompts = [prompt for row in rows for prompt in row]
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     units = torch.cat([F.normalize(encoder.text(batch).float(), dim=-1) for batch in batches])
