@@ -139,8 +139,8 @@ ENCODERS: dict[str, Kind] = {
     ),
     "talk2dino": Kind(
         _talk2dino,
-        "talk2dino:PROJECTION, e.g. talk2dino:vitb_mlp_infonce.pth: DINOv2's patches named by CLIP's words; CLIP"
-        " and DINOv2 by download, or talk2dino:PROJECTION,clip=FILE,dino=FILE",
+        "talk2dino:PROJECTION, e.g. talk2dino:vitb_mlp_infonce.pth: DINOv2's patches named by CLIP's words;"
+        " CLIP and DINOv2 by download, or talk2dino:PROJECTION,clip=FILE,dino=FILE",
     ),
 }
 
