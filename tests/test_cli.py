@@ -98,7 +98,7 @@ def test_folders_are_mirrored_and_suffixes_stay_where_they_must(tmp_path):
             "--set",
             "size=64",
             "--set",
-            "crf=false",
+            "refine=none",
             "--format",
             "coco",
             "--out",
@@ -351,7 +351,7 @@ def test_lists():
     assert "ADE-847" in ovss_nb("vocabularies").stdout
 
 
-# the last has no option `crf`
+# the last has no CRF unless asked for
 @pytest.mark.parametrize(
     "system, options",
     [
@@ -390,7 +390,7 @@ def test_a_labelme_file_drawn_by_hand_stays(tmp_path):
         "--classes",
         "cat,background",
         "--set",
-        "crf=false",
+        "refine=none",
         "--set",
         "size=96",
         "--format",
@@ -520,7 +520,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
         "--set",
         "size=64",
         "--set",
-        "crf=false",
+        "refine=none",
         "--out",
         tmp_path,
     )
@@ -534,7 +534,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
         "--set",
         "size=64",
         "--set",
-        "crf=false",
+        "refine=none",
         "--out",
         tmp_path,
     )
@@ -554,7 +554,7 @@ def test_segment_never_writes_onto_an_input(tmp_path):
         "--set",
         "size=64",
         "--set",
-        "crf=false",
+        "refine=none",
         "--out",
         tmp_path / "out",
     )
@@ -668,7 +668,7 @@ def hostile_report(tmp_path):
         "--set",
         "size=64",
         "--set",
-        "crf=false",
+        "refine=none",
         "--format",
         "coco",
         "--format",
@@ -722,7 +722,7 @@ def test_a_browser_shows_every_picture_of_a_report(tmp_path):
         browser.close()
 
 
-SMALL = "--classes", "cat,sky", "--set", "size=64", "--set", "crf=false"
+SMALL = "--classes", "cat,sky", "--set", "size=64", "--set", "refine=none"
 
 
 @pytest.mark.parametrize(

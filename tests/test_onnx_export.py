@@ -256,7 +256,7 @@ def test_preprocessing_without_torch_is_the_same():
     [
         (lambda: PnPOVSS.__new__(PnPOVSS), "follows gradients"),
         (lambda: SlidingWindows(MaskCLIP(small_clip()), 96, 64), "resize rule"),
-        (lambda: MaskCLIP(small_clip(), crf=True), "crf=False"),
+        (lambda: MaskCLIP(small_clip(), refine="crf"), "refine=None"),
         (lambda: CATSeg(small_clip(), **CATSEG, background_threshold=0.3), "background_threshold"),
         (lambda: SAN(small_clip(), **SMALL_SAN | dict(keep_aspect=True)), "keep_aspect=False"),
         (lambda: SAN(small_clip(), **SMALL_SAN | dict(resolution="image")), "resolution='input'"),

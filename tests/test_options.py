@@ -123,10 +123,11 @@ def test_every_field_is_read_from_a_text(name, field):
 
 def test_numbers_come_out_plain():
     config = CONFIGS["maskclip"](
-        size=np.int64(224), logit_scale=np.float32(20), crf=np.bool_(False), background_words=["sky"]
+        size=np.int64(224), logit_scale=np.float32(20), keep_aspect=np.bool_(False), background_words=["sky"]
     )
     assert [
-        type(value) for value in (config.size, config.logit_scale, config.crf, config.background_words)
+        type(value)
+        for value in (config.size, config.logit_scale, config.keep_aspect, config.background_words)
     ] == [
         int,
         float,
@@ -140,8 +141,14 @@ def test_numbers_come_out_plain():
 @pytest.mark.parametrize(
     "text, field, value",
     [
-        *((f"crf={word}", "crf", False) for word in ("False", "false", "no", "NO", "off", "0", " no ")),
-        *((f"crf={word}", "crf", True) for word in ("True", "yes", "On", "1")),
+        *(
+            (f"keep_aspect={word}", "keep_aspect", False)
+            for word in ("False", "false", "no", "NO", "off", "0", " no ")
+        ),
+        *((f"keep_aspect={word}", "keep_aspect", True) for word in ("True", "yes", "On", "1")),
+        ("refine=crf", "refine", "crf"),
+        ("refine=none", "refine", None),
+        ("refine=pamr, vote", "refine", ("pamr", "vote")),
         ("background_words=sky", "background_words", ("sky",)),
         ("background_words=sky, tree", "background_words", ("sky", "tree")),
         ("background_words=no", "background_words", ("no",)),
@@ -178,7 +185,7 @@ def said(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--set", "crf=maybe"], "--set crf must be true or false, not 'maybe'"),
+        (["--set", "keep_aspect=maybe"], "--set keep_aspect must be true or false, not 'maybe'"),
         (["--set", "size=abc"], "--set size must be a whole number from 1 up"),
         (["--set", "size=0"], "--set size"),
         (["--set", "size=-32"], "--set size"),
@@ -192,7 +199,7 @@ def said(capsys, *arguments):
         (["--set", "logit_scale=inf"], "--set logit_scale"),
         (["--set", "background_threshold=2"], "from 0 to 1"),
         (["--set", "background_words=sky,,tree"], "--set background_words"),
-        (["--set", "pooling=Mean"], "'mean' or 'max'"),
+        (["--set", "pooling=Mean"], "'mean', 'max' or 'names'"),
         (["--set", "encoder=lite"], "no option 'encoder'"),
         (["--set", "cache=no"], "no option 'cache'"),
         *(
@@ -245,7 +252,7 @@ def test_shell_refuses_in_one_line(capsys, verb, arguments, message):
             )
         ),
         (["sweep", "x.toml", "--workers", "0"], "--workers"),
-        (["onnx", "maskclip", "--out", "x", "--set", "crf=perhaps"], "--set crf"),
+        (["onnx", "maskclip", "--out", "x", "--set", "refine=perhaps"], "--set refine"),
         (["video", "x.mp4", "--classes", "cat", "--out", "y", "--set", "size=0"], "--set size"),
         (["nonsense"], "nonsense"),
         (["segment"], "--classes"),
@@ -266,7 +273,7 @@ def test_a_switch_from_the_shell_switches_off(capsys, tmp_path):
                 "--classes",
                 "cat,blanket",
                 "--set",
-                "crf=no",
+                "refine=none",
                 "--set",
                 "background_words=sky",
                 "--out",
@@ -276,7 +283,9 @@ def test_a_switch_from_the_shell_switches_off(capsys, tmp_path):
         == 0
     )
     report = (tmp_path / "report.html").read_text()
-    assert "&quot;crf&quot;: false" in report and "&quot;background_words&quot;: [&quot;sky&quot;]" in report
+    assert (
+        "&quot;refine&quot;: null" in report and "&quot;background_words&quot;: [&quot;sky&quot;]" in report
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +303,10 @@ def test_rules_that_can_be(rule, options):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: create("maskclip", "absent", crf="no"), "crf must be true or false, not 'no'"),
+        (
+            lambda: create("maskclip", "absent", refine="no"),
+            "refine must be 'lposs', 'pamr', 'crf' or 'vote', .*not 'no'",
+        ),
         (lambda: create("maskclip", "absent", size="448"), "size must be"),
         (lambda: create("maskclip", "absent", resize=336), "resize must be text"),
         (
@@ -345,8 +357,8 @@ def test_an_encoder_takes_no_size_of_nothing():
         ("limit=7", 7),
         ("vocabulary=12", "12"),
         ("max_bad=1", 1.0),
-        ("options={crf = false}", {"crf": False}),
-        ('options={"crf": "no"}', {"crf": "no"}),
+        ("options={keep_aspect = false}", {"keep_aspect": False}),
+        ('options={"keep_aspect": "no"}', {"keep_aspect": "no"}),
     ],
 )
 def test_parameters_are_read_by_their_type(text, value):
@@ -358,7 +370,7 @@ def test_parameters_are_read_by_their_type(text, value):
     "notebook, wrong, message",
     [
         ("evaluate", dict(limit="abc"), "limit"),
-        ("evaluate", dict(options=dict(crf=3)), "crf must be true or false"),
+        ("evaluate", dict(options=dict(keep_aspect=3)), "keep_aspect must be true or false"),
         ("evaluate", dict(options=dict(sise=3)), "did you mean 'size'"),
         ("evaluate", dict(resize="square:0"), "square:0"),
         ("evaluate", dict(system="maskclipp"), "maskclip"),
@@ -372,8 +384,9 @@ def test_notebooks_are_refused_before_a_kernel_starts(notebook, wrong, message):
 
 def test_texts_in_options_are_read_too():
     assert check_parameters(
-        NOTEBOOKS / "evaluate.ipynb", dict(options=dict(crf="no", logit_scale=25, background_words="sky"))
-    )["options"] == dict(crf=False, logit_scale=25, background_words=["sky"])
+        NOTEBOOKS / "evaluate.ipynb",
+        dict(options=dict(keep_aspect="no", logit_scale=25, background_words="sky")),
+    )["options"] == dict(keep_aspect=False, logit_scale=25, background_words=["sky"])
 
 
 @pytest.mark.parametrize("sweep", sorted(NOTEBOOKS.glob("*.toml")), ids=lambda path: path.name)

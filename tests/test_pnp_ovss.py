@@ -177,7 +177,7 @@ def test_defaults_that_depend_on_the_matcher():
         (dict(drop_rule="none"), "drop_rule"),
         (dict(bg_rule="maybe"), "bg_rule"),
         (dict(threshold=2), "threshold"),
-        (dict(pooling="median"), "'mean' or 'max'"),
+        (dict(pooling="median"), "'mean', 'max' or 'names'"),
     ],
 )
 def test_bad_options(options, message):

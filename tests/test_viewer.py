@@ -237,9 +237,11 @@ def test_stages_are_shown_as_labels(viewer, monkeypatch):
 def test_the_crf_is_switched_on_and_off(viewer):
     form, encoder = viewer.form, viewer.systems.encoders["colors"]
     form.crf.value = True
-    assert viewer.crf and "crf=True" in form.canvas.code and form.canvas.message == "" and encoder.calls == 1
+    assert (
+        viewer.crf and "refine='crf'" in form.canvas.code and form.canvas.message == "" and encoder.calls == 1
+    )
     form.crf.value = False
-    assert "crf=False" in form.canvas.code
+    assert "refine" not in form.canvas.code
 
 
 def test_more_than_256_classes(viewer):

@@ -25,7 +25,14 @@ from ..text.language_model import LanguageModel
 from ..core.options import Count, Index, NotNegative, Range, argument
 from ..encoders.registry import list_encoders
 from ..inference.predict import DEFAULT_SYSTEM, out_of_memory, segment_files
-from ..systems.registry import create, has_option, list_systems, system_options, resize_rule
+from ovss_nb.systems.registry import (
+    create,
+    crf_options,
+    list_systems,
+    system_class,
+    system_options,
+    resize_rule,
+)
 from ..text.prompt_bank import KINDS, PromptBank, list_banks
 from ..text.prompt_writer import write_descriptions, write_subclasses
 from ..core.segmentation import Segmentation, SegmentationError
@@ -415,7 +422,7 @@ def _add_encoder(verb):
 
 def _add_resize(verb):
     help = (
-        "how the image is seen: square:336, shortest:640:2560 or windows:640:384 (default: the"
+        "how the image is seen: square:336, shortest:640:2560, windows:640:384 or slide:336:224:112 (default: the"
         " system's own way)"
     )
     verb.add_argument("--resize", type=_resize, default="", help=help)
@@ -496,13 +503,13 @@ def run_segment(args) -> int:
     return _segment(args, [(path, vocabulary) for path in args.files])
 
 # %% ../../nbs/app/04_cli.ipynb #e5b4e318
-def _choose_crf(options: dict) -> dict:
+def _choose_crf(system: str, options: dict) -> dict:
     "Options with the CRF switched on, if it is installed; and say so."
     from ovss_nb.components.crf import crf_available  # brings torch, which the lists do not need
 
     crf = crf_available()
     print(f"dense CRF: {'on' if crf else _NO_CRF}")
-    return options | dict(crf=crf)
+    return options | crf_options(system, crf)
 
 
 _NO_CRF = "off (pip install 'ovss_nb[crf]' turns it on; it needs a C++ compiler)"
@@ -517,8 +524,9 @@ def _segment(args, images: list[tuple[Path, Vocabulary]]) -> int:
     "Segment images as the arguments say."
     options, reading = _options(args), _reading(args)
     check_writable(args.out / "report.html")  # before the system is loaded
-    if "crf" not in options and has_option(args.system, "crf"):
-        options = _choose_crf(options)
+    chosen = "crf" in options or "refine" in options
+    if not chosen and system_class(args.system).config_class.crf_by_default:
+        options = _choose_crf(args.system, options)
     system = create(args.system, args.encoder, resize=args.resize, **options)
     if not any(os.path.exists(path) for path, _ in images):
         files = " or ".join(_readable(path) for path, _ in images)

@@ -24,7 +24,7 @@ from ..core.images import load_image
 from ..encoders.base import Encoder
 from ..encoders.registry import create_encoder
 from ..inference.predict import DEFAULT_SYSTEM
-from ..systems.registry import SYSTEMS, create, has_option, shipped_weights
+from ..systems.registry import SYSTEMS, create, crf_options, has_option, shipped_weights
 from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
 from ..systems.base import EncodedImage, System
@@ -195,9 +195,9 @@ class _Systems:
         self._built: dict[tuple[str, str, bool], System] = {}
 
     def all_options(self, system: str, crf: bool) -> dict:
-        "The options of a system, with the one for the CRF if it has it."
+        "The options of a system, with the one for the CRF."
         own = self.options.get(system, {})
-        return own | dict(crf=crf) if system in SYSTEMS and has_option(system, "crf") else own
+        return own | crf_options(system, crf) if system in SYSTEMS else own
 
     def get(self, system: str, encoder: str, crf: bool) -> System:
         "Raises as `create` and `create_encoder` do."

@@ -114,7 +114,7 @@ class TextClassifier(nn.Module):
         embeddings: torch.Tensor,  # B x N x d, of any length
         bank: TextBank,  # of K classes
         # several texts of one class: mean of the vectors or maximum of the logits
-        pooling: Literal["mean", "max"] = "mean",
+        pooling: Literal["mean", "max", "names"] = "mean",  # "names" is "max", see `TextBank.compare`
     ) -> torch.Tensor:  # B x N x (K+1), background last
         "`logits` for a bank, whose classes may have several texts."
         if pooling == "mean":

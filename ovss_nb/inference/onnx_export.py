@@ -117,11 +117,6 @@ class _MaskCLIPGraph(_EncoderGraph):
     def __init__(self, system: MaskCLIP):
         super().__init__(system.encoder)
         c, stride = system.config, system.encoder.stride
-        if c.crf or c.background_threshold is not None:
-            raise ValueError(
-                "a graph has neither a CRF nor a threshold: export the system with crf=False and"
-                " background_threshold=None"
-            )
         side = [max(1, round(c.size / stride)) * stride] * 2
         self.pooling, self.most = c.pooling, None
         self.rules = dict(pixels=dict(rule="square", size=side, resample=system.encoder.resample.name))
@@ -174,10 +169,10 @@ class _CATSegGraph(_EncoderGraph):
     def __init__(self, system: CATSeg):
         super().__init__(system.encoder)
         c = system.config
-        if c.background_threshold is not None or c.prompt_channels > 1 or c.center_text:
+        if c.prompt_channels > 1 or c.center_text:
             raise ValueError(
-                "the graph has no background_threshold, one prompt channel and no centring of texts: export"
-                " the system without these options"
+                "the graph has one prompt channel and no centring of texts: export the system without these"
+                " options"
             )
         self.system, self.network, self.pooling = system, system.network, c.pooling
         self.most = c.length - 1 if c.length else None
@@ -398,6 +393,11 @@ def _graph_of(system: System) -> nn.Module:
         raise ValueError(f"{kind.__name__} cannot be a graph: {reason}. There are: {names}")
     if system.encoder.device.type != "cpu":
         raise ValueError("export from the CPU: create the system with device='cpu'")
+    if system.decides_later or system.config.background_threshold is not None or system.config.class_prior:
+        raise ValueError(
+            "a graph ends where scores do, and the argmax follows: export the system with refine=None,"
+            " background_threshold=None, class_prior=0 and min_area=0"
+        )
     return GRAPHS[kind](system)
 
 

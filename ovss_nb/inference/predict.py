@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core.images import ImageError, load_image
 from ..core.segmentation import Segmentation
 from ..core.vocabulary import Vocabulary
-from ..systems.registry import create, has_option
+from ..systems.registry import create, crf_options, system_class
 
 # %% ../../nbs/inference/01_predict.ipynb #eb5ecd26
 DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the README
@@ -25,7 +25,8 @@ DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the READ
 def _system(name: str, encoder: str) -> Any:
     from ovss_nb.components.crf import crf_available  # brings torch, which listing systems does not need
 
-    return create(name, encoder, **(dict(crf=crf_available()) if has_option(name, "crf") else {}))
+    by_default = system_class(name).config_class.crf_by_default
+    return create(name, encoder, **(crf_options(name, crf_available()) if by_default else {}))
 
 
 def segment(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from ..components.class_probabilities import class_maximum
 from ..components.sliding_window import window_offsets, window_weights
 from ..core.cache import Cache
 from ..core.files import atomic_path, file_digest, refuse_overwrite
@@ -23,9 +24,6 @@ from ..core.optional import require
 from ..core.images import ImageWindows, check_bands, check_limits, open_image
 from ..core.options import Count, Index, Range, fit_option
 from ..core.segmentation import Segmentation, SegmentationError, default_palette
-from ..systems.pnp_ovss import PnPOVSS
-from ..systems.simseg import SimSeg
-from ..systems.windows import SlidingWindows
 from ..core.vocabulary import Vocabulary
 
 # %% ../../nbs/inference/02_tiles.ipynb #07f1d5f1
@@ -84,19 +82,15 @@ class _Tile:
             self.scores, self.first = self.scores[..., last - self.first :, :].clone(), last
 
 
-def _votes(system: Any) -> bool:
-    "Whether a system's labels are more than the best of its scores."
-    inner = system.system if isinstance(system, SlidingWindows) else system
-    return isinstance(inner, (SimSeg, PnPOVSS)) or bool(getattr(inner.config, "crf", False))
-
-
 def _scored_tile(system: Any, pixels: np.ndarray, text: Any, vocabulary: Vocabulary) -> _Tile:
     "A tile's scores, or the labels of a system that votes."
-    encoded = system.encode_image(pixels)
-    scores = system.scores(encoded, text).float()
-    if _votes(system):
+    encoded, (rows, owners) = system.encode_image(pixels), system.rows(text)
+    scores = system.scores(encoded, rows).float()
+    if system.decides_later:
         labels = np.ascontiguousarray(system.labels(encoded, text, scores, vocabulary))
         scores = torch.from_numpy(labels).to(scores.device)
+    else:
+        scores = class_maximum(scores, owners)
     return _Tile(scores, 0, scores.shape[-2])
 
 # %% ../../nbs/inference/02_tiles.ipynb #d590f30e

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..components.cost_aggregation import CostAggregation, cost_map, window_mask
 from ..components.sliding_window import cut_windows, merge_windows, window_corners, window_offsets
 from ..core.images import fit_shortest, load_image
-from ..core.options import Count, Index, Range, Share
+from ..core.options import Count, Index, Range
 from ..encoders.base import Encoder, ImageFeatures, as_vit
 from ..encoders.clip import CLIPEncoder
 from .base import EncodedImage
@@ -73,7 +73,6 @@ class CATSegConfig(TrainedConfig):
     class_stage: bool = True  # false leaves the class enhancement out
     # compare with words less the mean of the vocabulary's words; not in the paper, see below
     center_text: bool = False
-    background_threshold: Share | None = None  # probability that a background has at least
 
     def check_sizes(self):
         if self.shortest is not None and self.longest is not None and self.longest < self.shortest:
@@ -466,10 +465,7 @@ class CATSeg(TrainedSystem):
             else part[0].sigmoid()
             for image, part in zip(images, logits)
         ]
-        if text.background and self.config.background_threshold is not None:
-            for part in scores:
-                part[text.names.index(text.background[0])].clamp_(min=self.config.background_threshold)
-        return scores
+        return [self.decided(part, image, text) for part, image in zip(scores, images)]
 
     def scores(self, image: GuidedImage, text: TextBank) -> torch.Tensor:
         "K x size x size probabilities with windows, else K x 4*grid x 4*grid."

@@ -920,7 +920,8 @@ class EBSeg(TwoEncoderSystem):
         "K x h x w at a quarter of the input's resolution; `use` in place of the configuration's."
         self.check_images([image])
         quarter = tuple(-(-side // 4) for side in image.resized_size)
-        return torch.cat([*self.semantic_strips(image, text, quarter, use)], 1)
+        scores = torch.cat([*self.semantic_strips(image, text, quarter, use)], 1)
+        return self.decided(scores, image, text)
 
     def batch_scores(self, images: list[TwiceSeenImage], text: TextBank) -> list[torch.Tensor]:
         "`scores` of several images, one by one."
@@ -936,7 +937,9 @@ class EBSeg(TwoEncoderSystem):
         self, image: TwiceSeenImage, text: TextBank, scores: torch.Tensor, vocabulary: Vocabulary
     ) -> np.ndarray:
         "H x W label indices, joined at the image's own resolution, or enlarged from `scores`: `resolution`."
-        if self.config.resolution == "masks":
+        c = self.config
+        shared = self.decides_later or c.background_threshold is not None or c.pooling == "names"
+        if c.resolution == "masks" or shared:
             return super().labels(image, text, scores, vocabulary)
         return best_classes(self.semantic_strips(image, text, image.size), len(text.names))
 

@@ -262,7 +262,8 @@ class MaskSystem(TrainedSystem):
             logits, masks = self.predict([images[i] for i in group], text)[-1]
             for row, i in enumerate(group):
                 visible = masks_at(masks[row : row + 1], images[i], self.config.resolution)
-                scores[i] = mask_scores(logits[row : row + 1].float(), visible)[0]
+                own = mask_scores(logits[row : row + 1].float(), visible)[0]
+                scores[i] = self.decided(own, images[i], text)
         return scores
 
     def scores(self, image: MaskImage, text: TextBank) -> torch.Tensor:

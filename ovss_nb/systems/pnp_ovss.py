@@ -10,7 +10,7 @@ __all__ = ['MATCHER_OPTIONS', 'PnPOVSSConfig', 'create_selector', 'MatchedImage'
 import hashlib
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from ..benchmarks.protocols import system_facts
@@ -64,6 +64,9 @@ class PnPOVSSConfig(SalienceConfig, Config):
     language_model: str = "gpt-4o"  # for "llm": a model that takes pictures, as its server names it
     base_url: str | None = None  # of its server; default: the environment's
     compat_ade_no_norm: bool = False  # images scaled to [0, 1] only, as the released code does for ADE
+
+    own_labels: ClassVar[bool] = True
+    crf_by_default: ClassVar[bool] = True
 
     def __post_init__(self):
         Config.__post_init__(self)
@@ -268,7 +271,8 @@ class PnPOVSS(System):
                 "no class was selected, and the vocabulary has no background: lower selection_threshold, or"
                 " name a background"
             )
-        return salience_labels(scores[ids], ids, image.image, self.config.salience(vocabulary), background)
+        salience = self.config.salience(vocabulary)
+        return self.voted(salience_labels(scores[ids], ids, image.image, salience, background), image)
 
 # %% ../../nbs/systems/09_pnp_ovss.ipynb #56ec20a3
 class DatasetClasses:

@@ -7,7 +7,7 @@ __all__ = ['SimSegConfig', 'draw_mask', 'draw_classes', 'most_probable', 'SimSeg
 
 # %% ../../nbs/systems/07_simseg.ipynb #737f9fd8
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from PIL import Image
@@ -35,6 +35,9 @@ class SimSegConfig(Config):
     crf: bool = True  # refine each mask by a binary dense CRF (extra `crf`)
     morphology: Index = 1  # iterations of dilation and of erosion, 7 x 7; 0 turns it off
     mask_level: Share = 0.5  # ours: where a stretched map becomes a mask when the CRF is off
+
+    own_labels: ClassVar[bool] = True
+    crf_by_default: ClassVar[bool] = True
 
 # %% ../../nbs/systems/07_simseg.ipynb #61fe406e
 def draw_mask(
@@ -120,6 +123,6 @@ class SimSeg(System):
         small = np.asarray(Image.fromarray(image.image).resize((width, height), self.encoder.resample))
         masks = draw_classes(scores, drawn, image.image, small, self.config)
         labels = merge_masks(masks, drawn, class_scores[drawn].cpu().numpy(), background or 0)
-        if background is not None:
-            return labels
-        return np.where(masks.any(0), labels, most_probable(scores, class_scores, drawn, image.size))
+        if background is None:
+            labels = np.where(masks.any(0), labels, most_probable(scores, class_scores, drawn, image.size))
+        return self.voted(labels, image)

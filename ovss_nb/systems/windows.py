@@ -26,6 +26,10 @@ class WindowedImage(EncodedImage):
     # (top, left, encoded), in pixels of the resized image
     windows: list[tuple[int, int, EncodedImage]] = field(default_factory=list)
 
+    def parts(self) -> list[tuple[tuple[int, int], EncodedImage]]:
+        "Top and left of all windows, and what they are."
+        return [((top, left), window) for top, left, window in self.windows]
+
 
 def windows_of(
     image: np.ndarray,  # H x W x 3 uint8
@@ -69,6 +73,8 @@ class SlidingWindows(System):
         whole, cut = windows_of(pixels, size, self.window, self.offsets, self.encoder.resample)
         features = self.system.encode_image(whole).features
         windows = [(top, left, self.system.encode_image(window)) for top, left, window in cut]
+        for _, _, one in windows if self.system.needs_whole else ():
+            one.whole = features.pooled[0]
         return WindowedImage(pixels, features, (size, size), windows)
 
     def encode_text(self, words) -> TextBank:
@@ -145,6 +151,8 @@ class StridedWindows(SlidingWindows):
         cut = ((y, x, resized[y : y + window, x : x + window]) for y, x in window_corners(*offsets))
         windows = [(top, left, self.system.encode_window(part.copy())) for top, left, part in cut]
         whole = self.system.encode_window(resized).features if self.system.needs_whole else None
+        for _, _, one in windows if whole else ():
+            one.whole = whole.pooled[0]
         return WindowedImage(pixels, whole, resized.shape[:2], windows)
 
     def scores(self, image: WindowedImage, text: TextBank) -> torch.Tensor:

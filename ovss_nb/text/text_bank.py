@@ -181,15 +181,30 @@ class TextBank:
             background=tuple(name for name in self.background if name in names),
         )
 
+    def by_text(self) -> tuple["TextBank", torch.Tensor]:  # of Q classes, and the class index of each
+        "The same texts, each a class of its own with the text as its name."
+        owners, texts = self.mask.nonzero()[:, 0], [text for own in self.words for text in own]
+        behind = {k for k, name in enumerate(self.names) if name in self.background}
+        bank = replace(
+            self,
+            embeddings=self.embeddings[self.mask][:, None],
+            mask=self.mask.new_ones(len(owners), 1),
+            names=tuple(texts),
+            words=tuple((text,) for text in texts),
+            background=tuple(text for text, k in zip(texts, owners.tolist()) if k in behind),
+        )
+        return bank, owners
+
     def compare(
         self,
         vectors: torch.Tensor,  # m x d unit-norm
-        pooling: Literal["mean", "max"] = "mean",
+        # "names" is "max": only probabilities of single texts differ, see `by_text`
+        pooling: Literal["mean", "max", "names"] = "mean",
     ) -> torch.Tensor:  # K x m float32
         """Cosine of every class with every vector:
         by the class's mean vector, or by the best of its texts. Raises `ValueError` for another pooling.
         """
-        if pooling not in POOLINGS:
+        if pooling not in (*POOLINGS, "names"):
             raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
         if pooling == "mean":
             return self.mean().float() @ vectors.float().T

@@ -245,7 +245,7 @@ class Measurement:
         self.scored = {name: ScoredClasses.of(dataset, sets) for name, (dataset, _) in tests.items()}
         self.pixels = np.bincount(learnt[learnt != sets.ignore].ravel(), minlength=len(sets.vocabulary))
         side = getattr(model, "side", model.config.size)
-        self.nearest = create("maskclip", model.encoder, size=side, crf=False)
+        self.nearest = create("maskclip", model.encoder, size=side)
 
     def commonest(self, scored: ScoredClasses) -> int:
         "The word with the most pixels in training."
