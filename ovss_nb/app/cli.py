@@ -422,7 +422,7 @@ def _add_encoder(verb):
 
 def _add_resize(verb):
     help = (
-        "how the image is seen: square:336, shortest:640:2560, windows:640:384 or slide:336:224:112 (default: the"
+        "how the image is seen: square:336, shortest:640, windows:640:384 or slide:336:224:112 (default: the"
         " system's own way)"
     )
     verb.add_argument("--resize", type=_resize, default="", help=help)
