@@ -54,7 +54,8 @@ def merge_regions(
             f"features of {tuple(features.shape)} do not fit regions of {tuple(regions.shape)}: bring the"
             " regions to the grid of the features with `regions_on_grid`"
         )
-    merged = torch.zeros_like(regions, dtype=torch.int64)
+    regions = regions.to(features.device, torch.int64)
+    merged = torch.zeros_like(regions)
     for item, (labels, vectors) in enumerate(zip(regions, F.normalize(features.float(), dim=1))):
         numbers, index = labels.unique(return_inverse=True)
         sums = F.one_hot(index.flatten()).to(vectors.dtype).T @ vectors.flatten(1).T
@@ -74,7 +75,7 @@ def allowed_pairs(
 
     Raises `ValueError` for a similarity of another grid.
     """
-    flat = regions.flatten(1)
+    flat = regions.to(similarity.device).flatten(1)
     if similarity.shape != (len(flat), flat.shape[1], flat.shape[1]):
         raise ValueError(
             f"a similarity of {tuple(similarity.shape)} does not fit regions of {tuple(regions.shape)}: take"
@@ -101,6 +102,7 @@ def region_tokens(
         )
     # regions numbered from 0 within each image
     index = torch.stack([labels.unique(return_inverse=True)[1] for labels in regions.flatten(1)])
+    index = index.to(inputs[0].device)
     inside = F.one_hot(index).mT[:, None].bool()  # B x 1 x K x N
     bias = inputs[0].new_zeros(inside.shape).masked_fill(~inside, -torch.inf)
     bias = F.pad(bias, (1, 0))  # the class token is seen by all

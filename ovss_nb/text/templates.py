@@ -26,10 +26,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 # %% ../../nbs/text/02_templates.ipynb #3835ab83
 def load_templates(
-    templates: str
-    | Sequence[
-        str
-    ],  # `plain`, `single`, `vild14`, `imagenet7`, `imagenet80`, a sentence with `{}`, or several
+    # `plain`, `single`, `vild14`, `imagenet7`, `imagenet80`, a sentence with `{}`, or several
+    templates: str | Sequence[str],
 ) -> tuple[str, ...]:  # sentences, each with `{}` where the word goes
     """The sentences of a template set.
 
@@ -46,8 +44,8 @@ def load_templates(
     if isinstance(templates, str):
         if "{}" not in templates and templates not in TEMPLATES:
             raise ValueError(
-                f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet7, imagenet80, or give a"
-                " sentence with {} in it."
+                f"No template set {templates!r}. Choose from {', '.join(TEMPLATES)}, imagenet7, imagenet80,"
+                " or give a sentence with {} in it."
             )
         templates = TEMPLATES.get(templates, (templates,))
     for template in templates:
