@@ -10,6 +10,7 @@ __all__ = ['conjugate_gradients', 'patch_locations', 'patch_graph', 'lposs', 'rg
 from collections.abc import Callable
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch.nn import functional as F
 from ..core.options import Count, NotNegative, Positive, Share, checked_arguments
 
@@ -50,18 +51,12 @@ def patch_locations(
     return (torch.tensor(corners, dtype=torch.float32)[:, None] + inside).flatten(0, 1)
 
 
-def _sparse(indices: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
-    "A square matrix of its entries; those given twice are added up. Torch is told not to check the indices."
-    return torch.sparse_coo_tensor(indices, values, (count, count), check_invariants=False).coalesce()
-
-
-def _normalized(weights: torch.Tensor) -> torch.Tensor:
-    "D^-1/2 W D^-1/2 of a sparse W; a location without neighbors keeps a row of zeros."
-    (row, column), value = weights.indices(), weights.values()
-    degree = torch.zeros(len(weights), device=value.device).index_add_(0, row, value)
-    root = torch.where(degree > 0, degree.rsqrt(), 0)
-    scaled = root[row] * value * root[column]
-    return _sparse(weights.indices(), scaled, len(weights))
+def _normalized(weights: csr_array) -> csr_array:
+    "D^-1/2 W D^-1/2; a location without neighbors keeps a row of zeros."
+    degree = weights.sum(1)
+    root = np.where(degree > 0, degree, 1) ** -0.5
+    weights.data *= np.repeat(root, np.diff(weights.indptr)) * root[weights.indices]
+    return weights
 
 # %% ../../nbs/components/18_lposs.ipynb #c19460fa
 @checked_arguments
@@ -72,7 +67,7 @@ def patch_graph(
     power: Positive = 3.0,  # of the cosine
     decay: NotNegative = 0.01,  # per pixel of distance
     chunk: Count = 1024,  # rows looked at together
-) -> torch.Tensor:  # N x N sparse, symmetric, zero diagonal, eigenvalues -1 to 1
+) -> csr_array:  # N x N of scipy, float32, symmetric, zero diagonal, eigenvalues -1 to 1
     """Who passes scores to whom, normalized (LPOSS, as released).
 
     Raises `OptionError` for numbers outside their bounds, `ValueError` for other shapes.
@@ -83,20 +78,18 @@ def patch_graph(
             "LPOSS needs features N x C and locations N x 2, got"
             f" {tuple(features.shape)} and {tuple(locations.shape)}"
         )
-    unit = F.normalize(features.float(), dim=1)
-    locations = locations.to(unit)
-    columns, values = [], []
+    unit, kept = F.normalize(features.float(), dim=1), min(neighbors, count)
+    locations, columns, values = locations.to(unit), [], []
     for rows in torch.arange(count, device=unit.device).split(chunk):
-        cosine, near = (unit[rows] @ unit.T).topk(min(neighbors, count), dim=1)
+        cosine, near = (unit[rows] @ unit.T).topk(kept, dim=1, sorted=False)
         distance = (locations[rows, None] - locations[near]).norm(dim=2)
         weight = cosine.clamp(min=0) ** power * torch.exp(-decay * distance)
-        columns.append(near)
-        values.append(weight.masked_fill(near == rows[:, None], 0))  # nobody passes to itself
-    column, value = torch.cat(columns), torch.cat(values).flatten()
-    row = torch.arange(count, device=unit.device).repeat_interleave(column.shape[1])
-    pairs = torch.stack([row, column.flatten()])
-    both_ways = torch.cat([pairs, pairs.flip(0)], 1), torch.cat([value, value])
-    return _normalized(_sparse(*both_ways, count))
+        weight.masked_fill_(near == rows[:, None], 0)  # nobody passes to itself
+        columns.append(near.flatten().int().cpu())
+        values.append(weight.flatten().cpu())
+    starts = np.arange(0, count * kept + 1, kept, dtype=np.int32)
+    weights = csr_array((torch.cat(values).numpy(), torch.cat(columns).numpy(), starts), (count, count))
+    return _normalized(weights + weights.T)
 
 # %% ../../nbs/components/18_lposs.ipynb #bf6816ca
 def _check_logits(logits: torch.Tensor, count: int):
@@ -125,8 +118,12 @@ def lposs(
     _check_logits(logits, len(features))
     _check_alpha(alpha)
     graph = patch_graph(features, locations, neighbors, power, decay)
-    right = logits.float().to(graph.device).T.contiguous()
-    spread = conjugate_gradients(lambda x: x - alpha * (graph @ x.T).T, right, steps)
+    right = logits.detach().float().cpu().T.contiguous()
+
+    def apply(rows):
+        return rows - alpha * torch.from_numpy(graph @ rows.numpy().T).T
+
+    spread = conjugate_gradients(apply, right, steps)
     return spread.T.contiguous().to(logits.device)
 
 
