@@ -167,6 +167,12 @@ def test_benchmark(tmp_path, monkeypatch):
         slices_ratios=[0.5, 1.0],
         slices_repeats=1,
         slices_options=dict(width=32, depth=5, heads=4, queries=6, channels=16),
+        reading_encoder="ViT-S-16",
+        reading_sizes=[64],
+        reading_repeats=1,
+        refine_size=[48, 64],
+        refine_classes=[3],
+        pixels_size=[12, 16],
     )
     metrics = run(
         "benchmark",
@@ -181,7 +187,7 @@ def test_benchmark(tmp_path, monkeypatch):
         crf_labels=[2],
         crf_repeats=1,
         **tiny,
-        **({} if big else dict(what=["S2", "S3", "S4", "S5", "S6", "L1", "B1", "M1"])),
+        **({} if big else dict(what=["S2", "S3", "S4", "S5", "S6", "L1", "B1", "M1", "T1"])),
     )
     rows = metrics["upsample_argmax"]
     assert [row["input"] for row in rows] == ["coffee.png", "noise"] and all(
@@ -216,6 +222,9 @@ def test_benchmark(tmp_path, monkeypatch):
         and plain["changed_pixels"] == 0
         and encoders["gflops"] < ours["gflops"] < plain["gflops"]
     )
+    readings = {row["reading"]: row for row in metrics["readings"]}
+    assert {"tower", "maskclip", "scclip", "proxyclip, double grid", "LOF alone"} <= readings.keys()
+    assert [row["name"] for row in metrics["refinements"]] == ["PAMR", "vote", "LPOSS", "LPOSS+"]
     if not big:
         return
     assert metrics["text_bank"]["encoded_again"] == 0 and all(
