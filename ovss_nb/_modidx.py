@@ -997,8 +997,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ovss_nb/components/lposs.py'),
                                           'ovss_nb.components.lposs._pairs': ( 'components/lposs.html#_pairs',
                                                                                'ovss_nb/components/lposs.py'),
-                                          'ovss_nb.components.lposs._sparse': ( 'components/lposs.html#_sparse',
-                                                                                'ovss_nb/components/lposs.py'),
                                           'ovss_nb.components.lposs.conjugate_gradients': ( 'components/lposs.html#conjugate_gradients',
                                                                                             'ovss_nb/components/lposs.py'),
                                           'ovss_nb.components.lposs.lposs': ('components/lposs.html#lposs', 'ovss_nb/components/lposs.py'),
