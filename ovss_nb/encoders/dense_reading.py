@@ -8,7 +8,7 @@ __all__ = ['Term', 'SELF_TERMS', 'FILTER_TERMS', 'READINGS', 'resize_map', 'read
            'side_path_blocks', 'run_tower', 'scope_pairs', 'term_filter', 'proxy_tokens', 'proxy_filter',
            'tower_filters', 'mixed_weights', 'averaged_weights', 'source_tokens', 'source_weights', 'read_source',
            'merged_regions', 'read_regions', 'residual_filters', 'gathered_weights', 'read_side_path', 'read_parts',
-           'read_dense', 'filter_features', 'encode_dense']
+           'read_dense', 'filter_features', 'encode_dense', 'self_correlation', 'dbscan', 'attention_regions']
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #3a1c983f
 from collections.abc import Sequence
@@ -832,3 +832,46 @@ def encode_dense(
     if reading.needs_blocks or (isinstance(encoder, ViTEncoder) and encoder.dense_from_blocks):
         return read_dense(encoder, images, reading, proxy, regions)
     return filter_features(encoder.encode(images), reading, proxy, regions)
+
+# %% ../../nbs/encoders/06_dense_reading.ipynb #e919120e
+def self_correlation(
+    block: ResidualAttentionBlock,
+    tokens: torch.Tensor,  # B x (1+N) x C, as they enter the block, class token first
+) -> torch.Tensor:  # B x N x N, from 0 up
+    "How alike patches are by queries, keys and values, less what the class token shares with each (CLIPtrase)."
+    alike = [cosine(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in qkv_heads(block, tokens)]
+    mean = sum(alike[1:], alike[0]).mean(1) / 3
+    return (mean[:, 1:, 1:] - mean[:, :1, 1:]).clamp_min(0)
+
+
+def dbscan(
+    points: torch.Tensor,  # N x C
+    radius: float,
+    least: int,  # points within the radius, itself included, that make a core
+) -> torch.Tensor:  # N int64: clusters from 1 in order, 0 for noise
+    "Clusters of points that lie densely."
+    from scipy.sparse.csgraph import connected_components  # slower to load than all else here
+
+    near = torch.cdist(points.double(), points.double()) <= radius
+    cores = near.sum(1) >= least
+    linked = connected_components((near & cores & cores[:, None]).cpu().numpy(), directed=False)[1]
+    numbers = torch.from_numpy(linked).to(points.device).long()
+    order = torch.unique(numbers[cores], return_inverse=True)[1] + 1
+    clusters = torch.full_like(numbers, len(points) + 1).masked_scatter(cores, order)
+    first = clusters.expand(len(points), -1).masked_fill(~(near & cores), len(points) + 1).amin(1)
+    return first.masked_fill(first > len(points), 0)
+
+
+def attention_regions(
+    encoder: ViTEncoder,
+    images: torch.Tensor,  # B x 3 x H x W, normalized
+    radius: float = 0.7,
+    least: int = 3,
+) -> torch.Tensor:  # B x h x w int64 on the encoder's grid, 0: no region
+    "Regions that the attention of a ViT's last block but one suggests. Raises `ValueError` without two blocks."
+    encoder = as_vit(encoder, "to compare", least=2)
+    tokens = encoder.embed(images)
+    for block in encoder.blocks[:-2]:
+        tokens = block(tokens)
+    alike = self_correlation(encoder.blocks[-2], tokens)
+    return torch.stack([dbscan(rows, radius, least) for rows in alike]).unflatten(1, encoder.grid(images))

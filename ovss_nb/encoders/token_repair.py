@@ -13,16 +13,17 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch.nn import functional as F
 from .attention import qkv_heads
 
-# %% ../../nbs/encoders/04_token_repair.ipynb #5fbedd77
+# %% ../../nbs/encoders/04_token_repair.ipynb #f746e5b1
 def lof_scores(
     tokens: torch.Tensor,  # B x N x C
-    neighbors: int = 30,  # fewer where there are not so many tokens
+    neighbors: int = 30,  # half of the tokens where there are not more than that
 ) -> torch.Tensor:  # B x N fp32, around one for a token among its like
     "Local outlier factors of tokens, as SC-CLIP reckons them."
     tokens = tokens.float()
     distances = torch.cdist(tokens, tokens) ** 2
     distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    near, indices = distances.topk(min(neighbors, tokens.shape[1] - 1), largest=False)
+    count = neighbors if neighbors < tokens.shape[1] else tokens.shape[1] // 2
+    near, indices = distances.topk(count, largest=False)
     reach = torch.maximum(near, near[..., -1:]).mean(-1)
     density = 1 / reach.clamp_min(1e-12)
     around = density[:, None].expand(-1, tokens.shape[1], -1).gather(-1, indices)
