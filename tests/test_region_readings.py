@@ -258,7 +258,11 @@ def test_missing_or_unfit_regions_are_said():
         read_dense(encoder, images, "corrclip", proxy, torch.zeros(64, 64, dtype=int))
     with pytest.raises(ValueError, match="integers from 0"):
         read_dense(encoder, images, "corrclip", proxy, torch.zeros(1, 64, 64))
+    with pytest.raises(ValueError, match="labels.*feedback"):
+        read_dense(encoder, images, "clearclip", labels=torch.ones(1, 4, 4, dtype=int))
+    with pytest.raises(ValueError, match="one map for each of 1"):
+        read_dense(encoder, images, "resclip", labels=torch.ones(2, 4, 4, dtype=int))
     everywhere = torch.ones(1, 64, 64, dtype=torch.uint8)  # one region is no region too many
     assert read_dense(encoder, images, "corrclip", proxy, everywhere).dense.isfinite().all()
-    nowhere = torch.zeros(1, 5, 3, dtype=torch.int16)
+    nowhere = torch.zeros(1, 5, 3, dtype=torch.uint16)
     assert read_dense(encoder, images, "corrclip", proxy, nowhere).dense.isfinite().all()

@@ -680,6 +680,11 @@ def residual_filters(
     if blocks:
         weights = [self_weights(encoder.blocks[i], tower.inputs[i], ("qk",))[0] for i in blocks]
         filters["residual"] = torch.stack(weights).mean(0)
+    if labels is not None and (reading.feedback is None or len(labels) != len(tower.last)):
+        raise ValueError(
+            f"labels of {tuple(labels.shape)} are for a reading with feedback, one map for each of"
+            f" {len(tower.last)} images"
+        )
     if reading.feedback is not None and labels is not None:
         affinity = label_affinity(regions_on_grid(labels, tower.grid), line=reading.feedback_line)
         affinity = affinity / affinity.amax((1, 2), keepdim=True)

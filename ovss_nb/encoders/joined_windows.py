@@ -75,7 +75,7 @@ def attention_filter(
     if not keep_negative:
         threshold = threshold.where(threshold >= 0, 0.6)
     threshold = threshold.clamp_max(0.9)
-    total: torch.Tensor | float = 0.0
+    total = torch.zeros_like(unit[:, 0] @ unit[:, 0].mT)
     heads = attention.unbind(1) if isinstance(attention, torch.Tensor) else attention
     for vectors, weights in zip(unit.unbind(1), heads, strict=True):
         total = total + weights * (vectors @ vectors.mT > threshold)

@@ -282,4 +282,4 @@ class EncoderProxy(ProxyEncoder):
             return self.encoder.dense(images)
         if self.part == "stem":
             return self.encoder.stem(images)[0].movedim(-1, 1)
-        return self.encoder.layers(images, [self.layer])[0]
+        return self.encoder.layers(images, [self.layer or 0])[0]

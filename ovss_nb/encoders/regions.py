@@ -24,17 +24,19 @@ def regions_on_grid(
 
     Raises `ValueError` for anything but B x H x W integers from 0 up.
     """
-    if regions.ndim != 3 or regions.is_floating_point() or not regions.numel() or regions.min() < 0:
+    if regions.ndim != 3 or regions.is_floating_point() or not regions.numel():
         kind = str(regions.dtype).removeprefix("torch.")
         raise ValueError(
             f"regions must be B x H x W integers from 0 (no region) up, not {kind} {tuple(regions.shape)}"
-            + (" with negative numbers" if regions.numel() and regions.min() < 0 else "")
         )
     rows, columns = (
         torch.arange(count, device=regions.device) * side // count
         for count, side in zip(grid, regions.shape[1:])
     )
-    return regions[:, rows[:, None], columns].long()
+    picked = regions[:, rows[:, None], columns].long()
+    if picked.min() < 0:
+        raise ValueError("regions must be integers from 0 (no region) up, and some are negative")
+    return picked
 
 # %% ../../nbs/encoders/05_regions.ipynb #f68fcc79
 @checked_arguments
@@ -134,16 +136,19 @@ def patch_labels(
 def _lines_leave(labels: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Whether the line between two patches leaves the label, B x N x N, and their distance as a share, N x N."
     height, width = labels.shape[1:]
-    rows = torch.arange(height, device=labels.device).repeat_interleave(width)
-    columns = torch.arange(width, device=labels.device).repeat(height)
-    distance = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
-    flat, last = labels.flatten(1), max(height, width) - 1
-    leave = torch.zeros(len(flat), *distance.shape, dtype=torch.bool, device=labels.device)
+    sides = torch.arange(height, device=labels.device), torch.arange(width, device=labels.device)
+
+    def pairs(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Tables of pairs of rows, and of pairs of columns, in axes that broadcast to pairs of patches."
+        return rows[:, None, :, None], columns[None, :, None, :]
+
+    count, last = height * width, max(height, width) - 1
+    distance = torch.maximum(*pairs(*((side[:, None] - side).abs() for side in sides))).view(count, count)
+    flat = labels.flatten(1)
+    leave = torch.zeros(len(flat), count, count, dtype=torch.bool, device=labels.device)
     for i, share in enumerate(torch.linspace(0, 1, last + 1, device=labels.device)):
-        row, column = (
-            (ends[:, None] * (1 - share) + ends * share).round().long() for ends in (rows, columns)
-        )
-        other = flat[:, row * width + column] != flat[:, :, None]
+        row, column = pairs(*((side[:, None] * (1 - share) + side * share).round().long() for side in sides))
+        other = flat[:, (row * width + column).view(count, count)] != flat[:, :, None]
         leave |= other if whole else other & (distance >= i)
     return leave, distance / max(last, 1)
 
