@@ -2193,6 +2193,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'ovss_nb/encoders/joined_windows.py'),
                                                  'ovss_nb.encoders.joined_windows.attention_filter': ( 'encoders/joined_windows.html#attention_filter',
                                                                                                        'ovss_nb/encoders/joined_windows.py'),
+                                                 'ovss_nb.encoders.joined_windows.image_filter': ( 'encoders/joined_windows.html#image_filter',
+                                                                                                   'ovss_nb/encoders/joined_windows.py'),
                                                  'ovss_nb.encoders.joined_windows.proxy_anchors': ( 'encoders/joined_windows.html#proxy_anchors',
                                                                                                     'ovss_nb/encoders/joined_windows.py'),
                                                  'ovss_nb.encoders.joined_windows.read_windows': ( 'encoders/joined_windows.html#read_windows',

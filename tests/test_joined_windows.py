@@ -10,12 +10,14 @@ from ovss_nb.core.options import OptionError
 from ovss_nb.encoders.dense_reading import DenseReading, read_dense
 from ovss_nb.encoders.joined_windows import (
     attention_filter,
+    image_filter,
     proxy_anchors,
     read_windows,
     sam_heads,
     shared_filter,
     spread,
 )
+from ovss_nb.encoders.proxy import EncoderProxy
 from ovss_nb.encoders.sam import SAMEncoder
 
 SETTINGS = [(0.0, True), (1.2, False), (1.2, True), (3.0, False)]
@@ -146,6 +148,22 @@ def test_heads_are_those_of_sams_attention():
             x = block(x)
         last = encoder.blocks[2]
         close(last.attn.proj(said).unflatten(1, grid), last.attn(last.norm1(x)), 1e-4)
+
+
+def test_filter_of_an_image_by_sam_is_that_of_its_heads():
+    modeling = pytest.importorskip("segment_anything.modeling")
+    torch.manual_seed(5)
+    network = modeling.ImageEncoderViT(64, 16, embed_dim=24, depth=2, num_heads=3, out_chans=8)
+    encoder = SAMEncoder(network, size=64, device="cpu")
+    pixels = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    weights, grid = image_filter(EncoderProxy(encoder), pixels, factor=1.0)
+    assert grid == (3, 4)
+    images = encoder.scale_colors(pixels.float())
+    close(weights, attention_filter(*sam_heads(encoder, images), 1.0), 1e-4)
+    larger, _ = image_filter(EncoderProxy(encoder), pixels.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert larger.shape == weights.shape  # the longer side has the encoder's size
+    with pytest.raises(ValueError, match="pixels_of"):
+        image_filter(EncoderProxy(encoder), images)
 
 
 GLA = {

@@ -25,7 +25,8 @@ def pixels_of(
     images: torch.Tensor,  # B x 3 x H x W, normalized for the encoder
     encoder: Encoder,  # whose `mean` and `std` they were normalized with
 ) -> torch.Tensor:  # B x 3 x H x W, from 0 to 1
-    "Colors of normalized images."
+    "Colors of normalized images, fp32."
+    images = images.float()
     mean, std = (images.new_tensor(three).view(3, 1, 1) for three in (encoder.mean, encoder.std))
     return images * std + mean
 
