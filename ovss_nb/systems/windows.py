@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..components.sliding_window import merge_windows, stride_offsets, window_corners, window_offsets
 from ..core.images import fit_shortest, load_image
 from ..core.vocabulary import Vocabulary
-from .base import EncodedImage, System
+from .base import EncodedImage, System, file_name
 from ..text.text_bank import TextBank
 
 # %% ../../nbs/systems/04_windows.ipynb #fba6075e
@@ -141,22 +141,36 @@ class StridedWindows(SlidingWindows):
         return self.system.describe() | dict(windows=windows)
 
     @torch.inference_mode()
-    def encode_image(self, image) -> WindowedImage:
+    def encode_image(self, image) -> EncodedImage:
         "Load one image and encode each window at its own size; the whole only where a system asks for it."
-        if isinstance(image, WindowedImage):
+        if isinstance(image, EncodedImage):
             return image
         pixels, window = load_image(image), self.window
         resized = shorter_side(pixels, self.resolution, resample=self.encoder.resample)
         offsets = [stride_offsets(length, window, self.stride) for length in resized.shape[:2]]
-        cut = ((y, x, resized[y : y + window, x : x + window]) for y, x in window_corners(*offsets))
-        windows = [(top, left, self.system.encode_window(part.copy())) for top, left, part in cut]
-        whole = self.system.encode_window(resized).features if self.system.needs_whole else None
-        for _, _, one in windows if whole else ():
-            one.whole = whole.pooled[0]
-        return WindowedImage(pixels, whole, resized.shape[:2], windows)
+        seen = WindowedImage(pixels, None, resized.shape[:2], name=file_name(image))
+        regions = self.resized_regions(seen)
+        for y, x in window_corners(*offsets):
+            part = np.s_[y : y + window, x : x + window]
+            own = None if regions is None else regions[part]
+            seen.windows.append((y, x, self.system.encode_window(resized[part].copy(), own)))
+        if self.system.needs_whole:
+            seen.features = self.system.encode_window(resized, regions).features
+            for _, _, one in seen.windows:
+                one.whole = seen.features.pooled[0]
+        return self.system.joined(seen)
 
-    def scores(self, image: WindowedImage, text: TextBank) -> torch.Tensor:
+    def resized_regions(self, image: WindowedImage) -> np.ndarray | None:
+        "Regions of the image at the size that its windows are cut from; None where no features depend on them."
+        if not self.config.reads_regions:
+            return None
+        regions = Image.fromarray(self.system.region_map(image).astype(np.int32))
+        return np.asarray(regions.resize(image.resolution[::-1], Image.Resampling.NEAREST))
+
+    def scores(self, image: EncodedImage, text: TextBank) -> torch.Tensor:
         "K x H' x W' scores at the resized image's pixels: the mean of all windows that see them."
+        if not isinstance(image, WindowedImage):
+            return self.system.scores(image, text)
         return merge_windows(
             (
                 F.interpolate(self.system.scores(encoded, text)[None].float(), encoded.size, mode="bilinear")[
