@@ -31,7 +31,9 @@ from ovss_nb.components.salience import SalienceConfig
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs/experiments"
 PHOTO = str(Path(data.__file__).parent / "chelsea.png")
-CONFIGS = {name: system_class(name).config_class for name in SYSTEMS}
+# each once: the recipes of the training-free family share one
+CONFIGS = {system_class(name).config_class: name for name in reversed(SYSTEMS)}
+CONFIGS = {name: cls for cls, name in reversed(CONFIGS.items())}
 OTHERS = {"salience": SalienceConfig, "crf": CRFConfig, "augmentation": Augmentation}
 FIELDS = [(name, field) for name, cls in (CONFIGS | OTHERS).items() for field in option_kinds(cls)]
 
@@ -408,7 +410,7 @@ def test_run_refuses_in_one_line(capsys, tmp_path, text, message):
     assert code == 2 and err.count("\n") == 1 and message in err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_picture_of_more_pixels_than_any_is_refused_before_memory_ends(name):
     with pytest.raises(ValueError, match="at most 13377"):
         create(name, "lite", size=100_000)

@@ -28,6 +28,7 @@ from ..inference.predict import DEFAULT_SYSTEM, out_of_memory, segment_files
 from ovss_nb.systems.registry import (
     create,
     crf_options,
+    describe_systems,
     list_systems,
     system_class,
     system_options,
@@ -426,6 +427,10 @@ def _add_resize(verb):
         " system's own way)"
     )
     verb.add_argument("--resize", type=_resize, default="", help=help)
+    help = (
+        "published:PROTOCOL, e.g. published:VOC-21: sizes, scale and thresholds of the system's paper there"
+    )
+    verb.add_argument("--settings", default="", help=help)
 
 
 def _add_reading(verb):
@@ -527,7 +532,7 @@ def _segment(args, images: list[tuple[Path, Vocabulary]]) -> int:
     chosen = "crf" in options or "refine" in options
     if not chosen and system_class(args.system).config_class.crf_by_default:
         options = _choose_crf(args.system, options)
-    system = create(args.system, args.encoder, resize=args.resize, **options)
+    system = create(args.system, args.encoder, resize=args.resize, settings=args.settings, **options)
     if not any(os.path.exists(path) for path, _ in images):
         files = " or ".join(_readable(path) for path, _ in images)
         raise ValueError(f"there is no file {files}. Check the path")
@@ -716,7 +721,7 @@ def run_onnx(args) -> int:
 
 # %% ../../nbs/app/04_cli.ipynb #dcfecfe8
 def _add_lists(verbs):
-    verbs.add_parser("systems", help="list the systems").set_defaults(func=run_list, entries=list_systems)
+    verbs.add_parser("systems", help="list the systems").set_defaults(func=run_list, entries=describe_systems)
     verbs.add_parser("encoders", help="list the encoders").set_defaults(func=run_list, entries=list_encoders)
     vocabularies = verbs.add_parser("vocabularies", help="list the class lists that ship with the package")
     vocabularies.set_defaults(func=run_list, entries=_vocabulary_sizes)

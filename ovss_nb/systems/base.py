@@ -210,6 +210,7 @@ class System:
     """
 
     config_class = Config
+    settings = ""  # named by `create`, where options were taken from a paper's files
 
     def __init__(
         self,
@@ -301,7 +302,8 @@ class System:
             config=json.loads(json.dumps(self.config.to_dict())),
         )
         digest = prompts_digest(self.config.prompts)
-        return facts | (dict(prompts=digest) if digest else {})
+        said = dict(prompts=digest, settings=self.settings)
+        return facts | {name: value for name, value in said.items() if value}
 
     def scores(self, image: EncodedImage, text: TextBank) -> torch.Tensor:
         "K x h x w scores at the system's own resolution."

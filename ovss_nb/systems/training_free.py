@@ -52,6 +52,8 @@ class TrainingFreeConfig(MaskCLIPConfig):
     proxy_rule: str | None = None
     scope: str | None = None
     grid: Literal["encoder", "proxy"] | None = None
+    residual_mix: tuple[float, float] | None = None
+    feedback: tuple[float, float] | None = None
     # a second model that says what belongs together, e.g. "stem", "middle" or "dino:vitb8/FILE", see
     # `create_proxy`
     proxy: str | None = None
@@ -96,7 +98,7 @@ class TrainingFreeConfig(MaskCLIPConfig):
 
 READING_OPTIONS = (
     *("terms", "combine", "prior", "residual", "ffn", "repair", "before", "after"),
-    *("middle_rule", "cut_rule", "proxy_rule", "scope", "grid"),
+    *("middle_rule", "cut_rule", "proxy_rule", "scope", "grid", "residual_mix", "feedback"),
 )
 
 # %% ../../nbs/systems/06_training_free.ipynb #8f3f3b9b
