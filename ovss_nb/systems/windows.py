@@ -161,7 +161,7 @@ class StridedWindows(SlidingWindows):
         return self.system.joined(seen)
 
     def resized_regions(self, image: WindowedImage) -> np.ndarray | None:
-        "Regions of the image at the size that its windows are cut from; None where no features depend on them."
+        "Regions at the size that windows are cut from; None where no features depend on them."
         if not self.config.reads_regions:
             return None
         regions = Image.fromarray(self.system.region_map(image).astype(np.int32))

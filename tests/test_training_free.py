@@ -1,0 +1,208 @@
+"Recipes of the training-free family as systems: by name, in windows, with regions, and against plain loops."
+
+import numpy as np
+import pytest
+import torch
+from doubles import small_clip
+from ovss_nb.benchmarks.protocols import PROTOCOLS
+from ovss_nb.components.region_vote import region_vote
+from ovss_nb.core.options import option_kinds
+from ovss_nb.systems.registry import SYSTEMS, create, describe_systems, system_options
+from ovss_nb.systems.training_free import TrainingFree, TrainingFreeConfig
+from ovss_nb.systems.windows import StridedWindows
+from torch.nn import functional as F
+
+RECIPES = [name for name, record in SYSTEMS.items() if record.module == "training_free"]
+GIVEN = {
+    "proxyclip": dict(proxy="middle"),
+    "trident": dict(proxy="middle"),
+    "corrclip": dict(proxy="middle", regions="slic:12"),
+}
+WORDS = {"background": ["wall"], "pet": ["cat", "dog"], "cup": ["cup"]}
+
+
+def picture(height=64, width=64, seed=0):
+    small = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    pixels = F.interpolate(small, (height, width), mode="bilinear")[0]
+    return (255 * pixels).byte().movedim(0, -1).numpy()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return small_clip()
+
+
+def built(name, clip, **options):
+    small = dict(size=96 if name in ("scclip", "sfp") else 64, templates="single")
+    return create(name, clip, cache=None, **small | GIVEN.get(name, {}) | options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_names_every_pixel(name, clip):
+    system = built(name, clip, background_threshold=0.2)
+    for shape in ((64, 64), (64, 112), (100, 70)):
+        result = system.segment(picture(*shape), WORDS)
+        assert result.labels.shape == shape and set(np.unique(result.labels)) <= {0, 1, 2}
+        assert np.isfinite(result.scores).all() and np.abs(result.scores).max() <= 1.001
+    facts = system.describe()
+    assert facts["config"]["reading"] == name
+    assert facts.get("proxy") is None or name in GIVEN
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_in_windows(name, clip):
+    system = built(name, clip)
+    side = system.config.size
+    windows = StridedWindows(system, side, side - 16, 16)
+    result = windows.segment(picture(70, 100), WORDS)
+    assert result.labels.shape == (70, 100) and np.isfinite(result.scores).all()
+    # one window that sees all is the image seen whole
+    whole = StridedWindows(system, side, side, side)
+    square = picture(side, side)
+    text = system.encode_text(WORDS)
+    rows, _ = system.rows(text)
+    alone = whole.scores(whole.encode_image(square), rows)
+    plain = system.scores(system.encode_image(square), rows)
+    plain = F.interpolate(plain[None].float(), alone.shape[-2:], mode="bilinear")[0]
+    if system.config.merge == "average":
+        assert torch.allclose(alone, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clearclip", "naclip", "proxyclip"])
+def test_half_precision_gives_nearly_the_same_labels(name):
+    exact = built(name, small_clip()).segment(picture(64, 96), WORDS).labels
+    half = built(name, small_clip().to(torch.bfloat16)).segment(picture(64, 96), WORDS).labels
+    assert (exact == half).mean() > 0.9
+
+
+def last_block_by_loops(clip, image, term):
+    "MaskCLIP's or ClearCLIP's cosines of one image, in plain loops over heads and locations."
+    with torch.inference_mode():
+        pixels = clip.preprocess(image, image.shape[:2])
+        tokens = clip.embed(pixels)
+        for block in clip.blocks[:-1]:
+            tokens = block(tokens)
+        last = clip.blocks[-1]
+        x = last.ln_1(tokens)[0].double().numpy()
+        weight, bias = (p.double().numpy() for p in (last.attn.in_proj_weight, last.attn.in_proj_bias))
+        out, shift = (p.double().numpy() for p in (last.attn.out_proj.weight, last.attn.out_proj.bias))
+        count, width = x.shape
+        heads = last.attn.num_heads
+        size = width // heads
+        q, k, v = np.split(x @ weight.T + bias, 3, axis=1)
+        said = np.zeros((count, width))
+        for h in range(heads):
+            own = slice(h * size, (h + 1) * size)
+            for i in range(count):
+                if term == "identity":
+                    said[i, own] = v[i, own]
+                    continue
+                scores = np.array([q[i, own] @ q[j, own] for j in range(count)]) / size**0.5
+                weights = np.exp(scores - scores.max())
+                said[i, own] = sum(w * v[j, own] for j, w in enumerate(weights / weights.sum()))
+        said = torch.from_numpy(said[1:] @ out.T + shift).float()
+        return F.normalize(clip.project(said[None]), dim=-1)[0].numpy()
+
+
+@pytest.mark.parametrize("name, term", [("maskclip", "identity"), ("clearclip", "qq")])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
+def test_scores_by_loops(clip, name, term, shape):
+    system = TrainingFree(clip, reading=name, size=shape, keep_aspect=False, templates="single")
+    image = picture(*shape)
+    text = system.encode_text(["cat", "sky"])
+    vectors = last_block_by_loops(clip, image, term)
+    expected = text.embeddings[:, 0].float().numpy() @ vectors.T
+    ours = system.scores(system.encode_image(image), text).flatten(1).numpy()
+    assert np.abs(ours - expected).max() < 1e-5
+
+
+def test_regions_are_cut_with_the_windows(clip):
+    "CorrCLIP's regions of a window are those of the image there; the vote asks the whole map."
+    system = built("corrclip", clip)
+    seen = []
+    inner = system.encode_window
+
+    def encode_window(image, regions=None):
+        seen.append(regions)
+        return inner(image, regions)
+
+    system.encode_window = encode_window
+    windows = StridedWindows(system, 64, 48, 16)
+    image = picture(64, 96)
+    encoded = windows.encode_image(image)
+    whole = system.region_map(encoded)
+    corners = [(top, left) for top, left, _ in encoded.windows]
+    assert all((own == whole[y : y + 48, x : x + 48]).all() for own, (y, x) in zip(seen, corners))
+    labels = windows.segment(image, WORDS).labels
+    assert np.array_equal(labels, region_vote(labels, whole))
+
+
+def test_options_of_a_reading_by_name(clip):
+    plain, wide = built("naclip", clip), built("naclip", clip, prior=0)
+    image = picture(64, 96)
+    clear = built("clearclip", clip, terms=("kk",))
+    bank = plain.encode_text(WORDS)
+    rows, _ = plain.rows(bank)
+    scores = [system.scores(system.encode_image(image), rows) for system in (plain, wide, clear)]
+    assert not torch.allclose(scores[0], scores[1], atol=1e-6) and torch.equal(scores[1], scores[2])
+
+
+def test_published_settings_can_be_built(clip):
+    for protocol in PROTOCOLS.values():
+        for name, facts in protocol.system_facts.items():
+            if name not in RECIPES:
+                continue
+            options = {key: value for key, value in facts.items() if key != "resize"}
+            system_options(name, options)
+            system = create(
+                name, clip, cache=None, settings=f"published:{protocol.name}", **GIVEN.get(name, {})
+            )
+            told = system.describe()
+            assert told["settings"] == f"published:{protocol.name}" and facts["resize"]
+            assert (facts["resize"].startswith("slide")) == isinstance(system, StridedWindows)
+            threshold = told["config"]["background_threshold"]
+            assert (threshold is not None) == (protocol.background is not None)
+
+
+def test_the_user_goes_before_the_paper(clip):
+    told = create(
+        "scclip", clip, cache=None, resize="shortest:96", settings="published:VOC-21", logit_scale=7
+    ).describe()
+    assert told["config"]["logit_scale"] == 7 and told["config"]["min_area"] == 0.1
+    assert told["config"]["size"] == 96 and "windows" not in told
+
+
+def test_lists_say_family_and_needs():
+    lines = describe_systems()
+    assert lines["corrclip"].startswith("training-free") and "regions" in lines["corrclip"]
+    assert lines["catseg"].startswith("trained") and "weights" in lines["catseg"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(reading="clearclipp"), "did you mean 'clearclip'"),
+        (dict(reading="proxyclip"), "needs a proxy"),
+        (dict(reading="corrclip", proxy="middle"), "needs regions"),
+        (dict(reading="maskclip", regions="slic"), "nothing here uses regions"),
+        (dict(reading="naclip", proxy="middle"), "nothing here uses proxy"),
+        (dict(reading="naclip", terms=["identity"]), "prior=5"),
+        (dict(proxy_rule="sharpp:4", reading="proxyclip", proxy="middle"), "sharpp"),
+    ],
+)
+def test_what_does_not_fit_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingFreeConfig(**options)
+
+
+def test_bad_input(clip):
+    system = built("clearclip", clip, background_threshold=0.1)
+    with pytest.warns(UserWarning, match="only name"):
+        assert system.segment(picture(), ["cat"]).labels.max() == 0
+    many = system.segment(picture(64, 48), [f"thing {i}" for i in range(1000)])
+    assert many.labels.shape == (64, 48) and many.scores.shape[0] == 1000
+    wrong = built("corrclip", clip)
+    wrong._propose = lambda image, name: np.ones((5, 5), np.int32)
+    with pytest.raises(ValueError, match="do not fit an image"):
+        wrong.segment(picture(64, 96), WORDS)
+    assert "reading" in option_kinds(TrainingFreeConfig)
