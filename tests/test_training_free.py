@@ -137,6 +137,39 @@ def test_regions_are_cut_with_the_windows(clip):
     assert np.array_equal(labels, region_vote(labels, whole))
 
 
+def test_sam_spreads_a_canvas(clip):
+    "Trident's second filter, by hand: SAM's attention where its values are alike, on spliced features."
+    pytest.importorskip("segment_anything", reason="needs the extra `sam`")
+    from ovss_nb.encoders.joined_windows import attention_filter, sam_heads, spread
+    from ovss_nb.encoders.sam import SAMEncoder
+    from segment_anything.modeling import ImageEncoderViT
+
+    torch.manual_seed(0)
+    network = ImageEncoderViT(
+        img_size=64, embed_dim=24, depth=2, num_heads=2, out_chans=8, window_size=3, use_rel_pos=True
+    )
+    network.blocks[-1].window_size = 0
+    sam = SAMEncoder(network, size=64, device="cpu")
+    options = dict(reading="trident", proxy="middle", merge="splice", templates="single")
+    system = TrainingFree(clip, size=64, attention_encoder=sam, **options)
+    image = picture(48, 64)
+    joined = StridedWindows(system, 48, 32, 16).encode_image(image)
+    assert joined.features.dense.shape[-2:] == (3, 4)
+    plain = TrainingFree(clip, size=64, **options)
+    parts = [plain.encode_window(image[y : y + 32, x : x + 32].copy()) for y in (0, 16) for x in (0, 16, 32)]
+    total, count = torch.zeros(1, clip.width, 3, 4), torch.zeros(3, 4)
+    for part, (y, x) in zip(parts, [(y, x) for y in (0, 1) for x in (0, 1, 2)]):
+        total[:, :, y : y + 2, x : x + 2] += part.features.dense
+        count[y : y + 2, x : x + 2] += 1
+    values, heads = sam_heads(sam, sam.preprocess(image), (3, 4))
+    expected = spread(clip, total / count, attention_filter(values, heads), (3, 4))
+    assert torch.allclose(joined.features.dense, expected, atol=1e-5)
+    assert system.describe()["attention_fingerprint"] and system.segment(image, WORDS).labels.shape == (
+        48,
+        64,
+    )
+
+
 def test_options_of_a_reading_by_name(clip):
     plain, wide = built("naclip", clip), built("naclip", clip, prior=0)
     image = picture(64, 96)
@@ -187,6 +220,7 @@ def test_lists_say_family_and_needs():
         (dict(reading="maskclip", regions="slic"), "nothing here uses regions"),
         (dict(reading="naclip", proxy="middle"), "nothing here uses proxy"),
         (dict(reading="naclip", terms=["identity"]), "prior=5"),
+        (dict(attention="sam:vit_b/random"), "say merge='splice' too"),
         (dict(proxy_rule="sharpp:4", reading="proxyclip", proxy="middle"), "sharpp"),
     ],
 )

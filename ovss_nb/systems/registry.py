@@ -87,8 +87,8 @@ _RECIPES: dict[str, tuple] = {
     "resclip": ("ResCLIP: NACLIP with attention of middle blocks and the labels of a first pass", _VIT),
     "proxyclip": ("ProxyCLIP: a second model says what belongs together", _PROXY),
     "trident": (
-        "Trident without SAM: ProxyCLIP, features of windows spliced",
-        f"{_PROXY}; a resize rule slide",
+        "Trident: ProxyCLIP, features of windows spliced and spread; no prompts to SAM",
+        f"{_PROXY}; a resize rule slide; attention, e.g. sam:vit_b/FILE",
         dict(merge="splice"),
     ),
     "corrclip": (

@@ -14,13 +14,15 @@ from torch.nn import functional as F
 from ..components.pamr import pamr
 from ..components.sliding_window import merge_windows
 from ..core.cache import Cache
-from ..core.images import load_image
+from ..core.images import fit_longest, load_image
 from ..core.options import Count, Index, NotNegative, OptionError, Positive, Share, fit_option
 from ..encoders.base import Encoder, ImageFeatures, ViTEncoder, as_vit
 from ..encoders.dense_reading import DenseReading, Term, encode_dense, find_reading, read_dense
 from ..encoders.proxy import pixels_of
 from ..encoders.regions import patch_labels
-from ..encoders.registry import create_proxy
+from ..encoders.joined_windows import attention_filter, sam_heads, spread
+from ..encoders.registry import create_aux_encoder, create_proxy
+from ..encoders.sam import SAMEncoder
 from .base import EncodedImage, file_name
 from .maskclip import MaskCLIP, MaskCLIPConfig
 from ..text.text_bank import TextBank
@@ -63,6 +65,10 @@ class TrainingFreeConfig(MaskCLIPConfig):
     proxy_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     # windows of a resize rule: their scores averaged, or their features put on one canvas (Trident)
     merge: Literal["average", "splice"] = "average"
+    # with "splice": whose last attention spreads the canvas over the image, e.g. "sam:vit_b/FILE" (Trident)
+    attention: str | None = None
+    attention_factor: NotNegative = 1.2  # of the mean likeness that its values must exceed
+    attention_negative: bool = True  # a threshold below 0 stays; else it becomes 0.6
     feedback_threshold: Share = 0.0  # of readings that read twice: below it a pixel has the first name
 
     crf_by_default: ClassVar[bool] = False
@@ -79,6 +85,8 @@ class TrainingFreeConfig(MaskCLIPConfig):
             raise OptionError(
                 f"nothing here uses proxy={self.proxy!r}: leave it out, or take another reading"
             )
+        if self.attention is not None and self.merge != "splice":
+            raise OptionError(f"attention={self.attention!r} spreads a canvas: say merge='splice' too")
         if "regions" in reading.needs and self.regions is None:
             raise OptionError(f"reading={self.reading!r} needs regions: say e.g. regions='slic:200'")
 
@@ -143,6 +151,8 @@ class TrainingFree(MaskCLIP):
         encoder: Encoder,
         config: TrainingFreeConfig | None = None,
         cache: Cache | bool | None = None,
+        # built from the option `attention` before; default: build it
+        attention_encoder: SAMEncoder | None = None,
         **options,
     ):
         super().__init__(encoder, config, cache, **options)
@@ -152,13 +162,19 @@ class TrainingFree(MaskCLIP):
         self.proxy = None
         if c.proxy is not None:
             self.proxy = create_proxy(c.proxy, encoder, c.proxy_read, c.proxy_precision)
+        self.attention = attention_encoder
+        if self.attention is None and c.attention is not None:
+            self.attention = create_aux_encoder(c.attention, device=encoder.device)
+        if self.attention is not None and not (self.from_blocks and self.reading.sum_at == "before"):
+            raise ValueError("attention spreads what leaves a ViT's last block: take an encoder with blocks")
 
     def describe(self) -> dict[str, Any]:
-        "As every system's, and which second model there is."
+        "As every system's, and which other models there are."
         facts = super().describe()
-        if self.proxy is None:
-            return facts
-        return facts | dict(proxy=self.proxy.name, proxy_fingerprint=self.proxy.fingerprint)
+        for name, model in (("proxy", self.proxy), ("attention", self.attention)):
+            if model is not None:
+                facts |= {name: model.name, f"{name}_fingerprint": model.fingerprint}
+        return facts
 
     @property
     def from_blocks(self) -> bool:
@@ -211,7 +227,9 @@ class TrainingFree(MaskCLIP):
             return image
         stride = self.encoder.stride
         canvas = splice_features(image.parts(), image.resolution, stride)
-        if self.from_blocks and self.reading.sum_at == "before":
+        if self.attention is not None:
+            canvas = self.spread_canvas(canvas.to(self.encoder.dtype), image.image)
+        elif self.from_blocks and self.reading.sum_at == "before":
             canvas = self.encoder.project(canvas.to(self.encoder.dtype).permute(0, 2, 3, 1)).permute(
                 0, 3, 1, 2
             )
@@ -220,6 +238,15 @@ class TrainingFree(MaskCLIP):
         joined = ReadImage(image.image, ImageFeatures(canvas, pooled), image.resolution)
         joined.name, joined.proposed = image.name, image.proposed
         return joined
+
+    def spread_canvas(self, canvas: torch.Tensor, image: np.ndarray) -> torch.Tensor:  # 1 x d x h' x w'
+        "A canvas spread by SAM's attention over the whole image, on SAM's grid (Trident's second filter)."
+        c, sam = self.config, self.attention
+        sides = fit_longest(*image.shape[:2], sam.size)
+        valid = tuple(-(-side // sam.stride) for side in sides)
+        values, heads = sam_heads(sam, sam.preprocess(image), valid)
+        weights = attention_filter(values, heads, c.attention_factor, c.attention_negative)
+        return spread(self.encoder, canvas, weights, valid)
 
     def alike_features(self, image: EncodedImage) -> torch.Tensor:
         "C x h x w features that say what looks alike: the proxy's, if there is one."
