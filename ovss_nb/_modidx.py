@@ -3438,6 +3438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'ovss_nb/systems/training_free.py'),
                                                'ovss_nb.systems.training_free.TrainingFree.scores': ( 'systems/training_free.html#trainingfree.scores',
                                                                                                       'ovss_nb/systems/training_free.py'),
+                                               'ovss_nb.systems.training_free.TrainingFree.spread_canvas': ( 'systems/training_free.html#trainingfree.spread_canvas',
+                                                                                                             'ovss_nb/systems/training_free.py'),
                                                'ovss_nb.systems.training_free.TrainingFreeConfig': ( 'systems/training_free.html#trainingfreeconfig',
                                                                                                      'ovss_nb/systems/training_free.py'),
                                                'ovss_nb.systems.training_free.TrainingFreeConfig.__post_init__': ( 'systems/training_free.html#trainingfreeconfig.__post_init__',
