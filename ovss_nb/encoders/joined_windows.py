@@ -87,6 +87,7 @@ def attention_filter(
 def image_filter(
     proxy: ProxyEncoder,
     pixels: torch.Tensor,  # B x 3 x H x W, the whole image: uint8, or floats from 0 to 1
+    size: tuple[int, int] | None = None,  # height and width that every proxy but SAM sees; default: as it is
     rule: str = "shift:1.2:3",  # of cosines, for every proxy but SAM
     factor: float = 1.2,  # of SAM, see `attention_filter`
     keep_negative: bool = True,
@@ -94,17 +95,20 @@ def image_filter(
     "A filter over a whole image, by SAM's attention (Trident) or by the likeness that another proxy finds."
     encoder = proxy.encoder if isinstance(proxy, EncoderProxy) else None
     if not isinstance(encoder, SAMEncoder):
+        if size is not None:
+            colors = fit_pixels(pixels, 1).float()
+            pixels = F.interpolate(colors, size, mode="bilinear", antialias=True, align_corners=False)
         features = proxy(pixels)
         return read_rule(rule)(cosine(features.flatten(2).mT)), (features.shape[2], features.shape[3])
     colors = fit_pixels(pixels.to(encoder.device), 1).float()
-    size = fit_longest(*colors.shape[2:], encoder.size)
-    colors = F.interpolate(colors, size, mode="bilinear", antialias=True, align_corners=False)
+    longest = fit_longest(colors.shape[2], colors.shape[3], encoder.size)
+    colors = F.interpolate(colors, longest, mode="bilinear", antialias=True, align_corners=False)
     images = encoder.scale_colors(255 * fit_pixels(colors, encoder.stride))
     return attention_filter(*sam_heads(encoder, images), factor, keep_negative), encoder.grid(images)
 
 # %% ../../nbs/encoders/17_joined_windows.ipynb #55694948
 def spread(
-    encoder: ViTEncoder,
+    encoder: ViTEncoder | None,  # that the features come from; None: they are finished
     canvas: torch.Tensor,  # B x C x h x w, windows spliced, not yet normed and projected
     weights: torch.Tensor,  # B x N x N, N = h'*w'
     grid: tuple[int, int],  # h' and w' of the weights
@@ -113,7 +117,8 @@ def spread(
     if weights.shape[-1] != grid[0] * grid[1]:
         raise ValueError(f"weights of {tuple(weights.shape)} are not those of a grid of {tuple(grid)}")
     features = resize_map(canvas.flatten(2).mT, tuple(canvas.shape[-2:]), grid)
-    return encoder.project(apply_filter(weights, features)).mT.unflatten(-1, grid)
+    mixed = apply_filter(weights, features)
+    return (mixed if encoder is None else encoder.project(mixed)).mT.unflatten(-1, grid)
 
 # %% ../../nbs/encoders/17_joined_windows.ipynb #390b632a
 @checked_arguments
