@@ -22,6 +22,10 @@ from .sam import SAMEncoder
 # %% ../../nbs/encoders/17_joined_windows.ipynb #379d53cb
 def _global_parts(encoder: SAMEncoder, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     "Queries, keys, values of the last block, B x heads x N x c each, fp32; `ValueError` if it has windows."
+    if not isinstance(encoder, SAMEncoder):
+        raise ValueError(
+            f"{encoder.name} is no encoder of SAM, whose attention is asked for: take sam:vit_b/FILE"
+        )
     last, x = encoder.blocks[-1], encoder.embed(images)
     if last.window_size:
         raise ValueError(
@@ -44,7 +48,7 @@ def sam_heads(
 
     Raises `ValueError` if that block attends in windows, or for a valid part larger than the map.
     """
-    grid, (q, k, v) = encoder.grid(images), _global_parts(encoder, images)
+    (q, k, v), grid = _global_parts(encoder, images), encoder.grid(images)
     valid = grid if valid is None else valid
     if not all(0 < part <= whole for part, whole in zip(valid, grid)):
         raise ValueError(f"valid={valid} does not fit the map of {grid}")
