@@ -109,7 +109,7 @@ def self_weights(
         weights.append(scores.softmax(-1))
     return weights
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #4cfca155
+# %% ../../nbs/encoders/06_dense_reading.ipynb #42188544
 Term = Literal["identity", "qk", "qq", "kk", "vv", "position", "middle", "proxy"]
 SELF_TERMS = ("qk", "qq", "kk", "vv", "position")  # per head, from the block's own queries, keys and values
 FILTER_TERMS = ("middle", "proxy")  # one filter for all heads
@@ -139,7 +139,7 @@ class Source:
         if self.regions and (self.first is not None or self.terms is not None):
             raise OptionError("regions=True of a source is a reading of its own: leave first and terms away")
 
-
+# %% ../../nbs/encoders/06_dense_reading.ipynb #b49db40e
 def block_at(
     block: int,  # counted in a tower of `depth` blocks
     depth: int,
@@ -667,7 +667,7 @@ def read_source(
         said = said + (1.0 if reading.residual == "cls" else reading.residual) * cls
     return apply_filter(filters["after"], said) if "after" in filters else said
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #6e2d8da5
+# %% ../../nbs/encoders/06_dense_reading.ipynb #f56d13fa
 def merged_regions(
     reading: DenseReading,
     grid: tuple[int, int],  # on which filters work
@@ -693,7 +693,7 @@ def read_regions(
     rows, columns = (torch.arange(n, device=tokens.device) * old // n for n, old in zip(grid, tower.grid))
     return tokens[:, :, rows[:, None], columns].flatten(2).mT
 
-
+# %% ../../nbs/encoders/06_dense_reading.ipynb #51fd11b7
 def residual_filters(
     encoder: ViTEncoder,
     reading: DenseReading,
@@ -749,7 +749,7 @@ def read_side_path(encoder: ViTEncoder, reading: DenseReading, tower: Tower) -> 
         said = said + block.ls_1(block.attn.out_proj(values))
     return said[:, 1:]
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #1227ef4a
+# %% ../../nbs/encoders/06_dense_reading.ipynb #9555d907
 def _check_given(reading: DenseReading, batch: int, proxy, regions, labels=None):
     "Raises `ValueError` if what a reading needs is not there or does not fit."
     for name, given, axes in (("proxy", proxy, "B x C x h x w"), ("regions", regions, "B x H x W")):
@@ -765,7 +765,7 @@ def _check_given(reading: DenseReading, batch: int, proxy, regions, labels=None)
             " images"
         )
 
-
+# %% ../../nbs/encoders/06_dense_reading.ipynb #51fdd2d0
 def read_parts(
     encoder: ViTEncoder,
     reading: DenseReading,
@@ -864,7 +864,7 @@ def encode_dense(
         return read_dense(encoder, images, reading, proxy, regions)
     return filter_features(encoder.encode(images), reading, proxy, regions)
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #37ddfd01
+# %% ../../nbs/encoders/06_dense_reading.ipynb #67e29b63
 def self_correlation(
     block: ResidualAttentionBlock,
     tokens: torch.Tensor,  # B x (1+N) x C, as they enter the block, class token first
@@ -892,7 +892,7 @@ def dbscan(
     first = clusters.expand(len(points), -1).masked_fill(~(near & cores), len(points) + 1).amin(1)
     return first.masked_fill(first > len(points), 0)
 
-
+# %% ../../nbs/encoders/06_dense_reading.ipynb #3901effd
 def attention_regions(
     encoder: ViTEncoder,
     images: torch.Tensor,  # B x 3 x H x W, normalized
