@@ -94,7 +94,7 @@ class Talk2DINOEncoder(Encoder):
         projection: TextProjection,
         clip: CLIPEncoder,  # whose text tower is taken: ViT-B/16 of OpenAI's in the paper
         vision: TimmProxy,  # DINOv2, with registers in the paper, read as tokens
-        size: int = 518,  # input size it likes best, pixels
+        size: int = 448,  # input size it likes best, pixels
         device: str | torch.device = "auto",
     ):
         super().__init__()
