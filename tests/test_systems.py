@@ -23,7 +23,7 @@ PHOTOS = Path(data.__file__).parent
 KNOBS = {
     "maskclip": {},
     # for all recipes that share its class; they have a test file of their own
-    "proxyclip": dict(proxy="stem", templates="single"),
+    "proxyclip": dict(proxy="stem", templates="single", pooling="mean", size=224),
     "simseg": dict(templates="single", crf=crf_available()),
     "llm_supervised": dict(templates="single", crf=crf_available()),
     "pnp_ovss": dict(crf=crf_available()),
