@@ -25,15 +25,8 @@ from ..text.language_model import LanguageModel
 from ..core.options import Count, Index, NotNegative, Range, argument
 from ..encoders.registry import list_encoders
 from ..inference.predict import DEFAULT_SYSTEM, out_of_memory, segment_files
-from ovss_nb.systems.registry import (
-    create,
-    crf_options,
-    describe_systems,
-    list_systems,
-    system_class,
-    system_options,
-    resize_rule,
-)
+from ..systems.registry import create, crf_options, describe_systems, list_systems, system_class
+from ..systems.registry import resize_rule, system_options
 from ..text.prompt_bank import KINDS, PromptBank, list_banks
 from ..text.prompt_writer import write_descriptions, write_subclasses
 from ..core.segmentation import Segmentation, SegmentationError
