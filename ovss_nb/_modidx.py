@@ -823,6 +823,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ovss_nb/benchmarks/protocols.py')},
             'ovss_nb.components.class_probabilities': { 'ovss_nb.components.class_probabilities._winners': ( 'components/class_probabilities.html#_winners',
                                                                                                              'ovss_nb/components/class_probabilities.py'),
+                                                        'ovss_nb.components.class_probabilities.adapt_texts': ( 'components/class_probabilities.html#adapt_texts',
+                                                                                                                'ovss_nb/components/class_probabilities.py'),
                                                         'ovss_nb.components.class_probabilities.best_probability': ( 'components/class_probabilities.html#best_probability',
                                                                                                                      'ovss_nb/components/class_probabilities.py'),
                                                         'ovss_nb.components.class_probabilities.class_labels': ( 'components/class_probabilities.html#class_labels',

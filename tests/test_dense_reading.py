@@ -8,6 +8,7 @@ import pytest
 import torch
 from doubles import randomize, recipe_encoder, recipes_golden, same, small_clip_model
 from torch.nn import functional as F
+from ovss_nb.components.class_probabilities import adapt_texts
 from ovss_nb.core.options import OptionError
 from ovss_nb.encoders.base import ImageFeatures
 from ovss_nb.encoders.clip import CLIPEncoder
@@ -96,6 +97,37 @@ def test_rfclip(size):
     features = read_dense(recipe_encoder(tensors, model, size), tensors[f"input.image.{size}"], reading)
     same(features.dense.flatten(2).mT, tensors[f"expect.dense.{size}"])
     same(features.pooled, tensors[f"expect.class.{size}"])
+    if size == "64x64":
+        texts, patches = tensors["input.text"], features.patches()[0]
+        adapted = adapt_texts(texts, features.pooled[0], patches, 0.9, 0.05, 2)
+        same(adapted, tensors["expect.adjusted_text"])
+        whole = F.normalize(features.pooled[0], dim=-1) @ texts.T
+        cosines = 0.7 * (patches @ adapted.T) + 0.3 * whole
+        same(cosines.T.view(1, 6, 8, 8), tensors["expect.logits.64x64"])
+
+
+def test_texts_bend_by_hand():
+    texts, patches = (np.array([unit(row) for row in np.random.RandomState(i).randn(6, 4)]) for i in (0, 1))
+    whole = unit(patches.sum(0))
+    clusters = [[i] for i in range(6)]  # complete linkage: join the two whose farthest members are nearest
+    while True:
+        pairs = [
+            (max(1 - texts[i] @ texts[j] for i in a for j in b), a, b)
+            for n, a in enumerate(clusters)
+            for b in clusters[n + 1 :]
+        ]
+        apart, a, b = min(pairs)
+        if apart > 0.9:
+            break
+        clusters = [c for c in clusters if c not in (a, b)] + [a + b]
+    expected = texts.copy()
+    for members in clusters:
+        best = max(members, key=lambda i: texts[i] @ whole)
+        nearest = sorted(patches, key=lambda patch: -(patch @ texts[best]))[:2]
+        expected[best] = unit(0.95 * texts[best] + 0.05 * unit(sum(nearest)))
+    assert 1 < len(clusters) < 6
+    given = (torch.from_numpy(x).float() for x in (texts, whole, patches))
+    same(adapt_texts(*given, 0.9), torch.from_numpy(expected).float())
 
 
 @pytest.mark.parametrize("size", ["64x64", "48x64"])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['class_maximum', 'class_probabilities', 'with_class_prior', 'with_background', 'enlarged_strips', 'best_probability',
-           'large_classes', 'class_labels']
+           'large_classes', 'class_labels', 'adapt_texts']
 
 # %% ../../nbs/components/19_class_probabilities.ipynb #6e9f7f6c
 from collections.abc import Iterator
+import numpy as np
 import torch
 from torch.nn import functional as F
 from .upsample import upsample_argmax
@@ -144,3 +145,30 @@ def class_labels(
     if threshold and background is not None:
         labels[best_probability(scores, size, logit_scale, kept, limit) < threshold] = background
     return labels
+
+# %% ../../nbs/components/19_class_probabilities.ipynb #a9d0e5b2
+def adapt_texts(
+    texts: torch.Tensor,  # Q x d, unit vectors
+    pooled: torch.Tensor,  # d, the vector of the whole image
+    patches: torch.Tensor,  # N x d, unit vectors
+    distance: float = 0.1,  # at which clusters end, 1 - cosine
+    share: float = 0.05,  # of the patches in the new text
+    top: int = 2,  # patches
+) -> torch.Tensor:  # Q x d, unit vectors
+    "The best name of each cluster of texts, moved toward the patches most like it (RF-CLIP's code)."
+    from scipy.cluster.hierarchy import fcluster, linkage  # slower to load than all else here
+
+    texts, pooled, patches = texts.float(), F.normalize(pooled.float(), dim=-1), patches.float()
+    adapted, clusters = texts.clone(), np.ones(len(texts))
+    if len(texts) > 1:
+        above = torch.triu_indices(len(texts), len(texts), 1)
+        apart = (1 - texts @ texts.T).clamp_min(0).cpu()[above[0], above[1]]
+        clusters = fcluster(linkage(apart.double().numpy(), "complete"), distance, "distance")
+    fits = texts @ pooled
+    for cluster in np.unique(clusters):
+        members = torch.from_numpy(np.flatnonzero(clusters == cluster)).to(fits.device)
+        best = members[fits[members].argmax()]
+        nearest = (patches @ texts[best]).topk(min(top, len(patches))).indices
+        named = F.normalize(patches[nearest].mean(0), dim=-1)
+        adapted[best] = F.normalize((1 - share) * texts[best] + share * named, dim=-1)
+    return adapted

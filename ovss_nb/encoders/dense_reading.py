@@ -792,7 +792,7 @@ def read_parts(
     total = sum(source.weight * part for source, part in zip(reading.sources, parts))
     return [add_mlp(encoder.blocks[-1], total) if reading.ffn else total]
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #5a6427d8
+# %% ../../nbs/encoders/06_dense_reading.ipynb #e915d037
 def read_dense(
     encoder: ViTEncoder,
     images: torch.Tensor,  # B x 3 x H x W, normalized
@@ -814,6 +814,9 @@ def read_dense(
     _check_given(reading, len(images), proxy, regions, labels)
     if reading.grid == "proxy" and proxy is not None:
         new = proxy.shape[-2], proxy.shape[-1]
+    proxy, regions, labels = (
+        None if given is None else given.to(encoder.device) for given in (proxy, regions, labels)
+    )
     tower = run_tower(encoder, images, reading)
     parts = read_parts(encoder, reading, tower, new, proxy, regions, labels)
     later = reading.sum_at == "after" and not reading.side_blocks
@@ -822,7 +825,7 @@ def read_dense(
     dense = sum(weight * finish(part) for weight, part in zip(weights, parts))
     return ImageFeatures(dense.mT.unflatten(-1, new).contiguous(), encoder.pool(tower.inputs[tower.count]))
 
-# %% ../../nbs/encoders/06_dense_reading.ipynb #8b4a9ac1
+# %% ../../nbs/encoders/06_dense_reading.ipynb #c3dc3425
 def filter_features(
     features: ImageFeatures,
     reading: str | DenseReading,
@@ -839,6 +842,8 @@ def filter_features(
     _check_given(reading, len(features.dense), proxy, regions)
     if "proxy" not in reading.all_terms or proxy is None:
         return features
+    proxy = proxy.to(features.dense.device)
+    regions = None if regions is None else regions.to(proxy.device)
     old = features.dense.shape[-2], features.dense.shape[-1]
     new = (proxy.shape[-2], proxy.shape[-1]) if reading.grid == "proxy" else old
     dense = resize_map(features.dense.flatten(2).mT, old, new)
