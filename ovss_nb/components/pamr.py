@@ -73,7 +73,7 @@ def _refined_groups(
     "The refined maps of a few classes at a time."
     if maps.ndim != 3 or not maps.is_floating_point() or not len(maps):
         raise ValueError(f"PAMR needs K x h x w maps of floats, got {maps.dtype} {tuple(maps.shape)}")
-    weights = neighbor_weights(image, dilations).to(maps.device)
+    weights = neighbor_weights(_as_tensor(image).to(maps.device), dilations)
     size = weights.shape[-2:]
     for group in maps.split(max(1, at_once // (size[0] * size[1]))):
         group = F.interpolate(group[None].float(), size, mode="bilinear", align_corners=True)[0]
