@@ -155,6 +155,15 @@ def test_system_page_has_every_option(site, system):
     assert "<math" in page and "$$" not in page and "Faithful, and ours" in page
 
 
+def test_the_training_free_family_has_every_option(site):
+    from ovss_nb.systems.training_free import TrainingFreeConfig
+
+    page = html.unescape(text(site / "site" / "pages" / "training_free" / "index.html"))
+    for field in dataclasses.fields(TrainingFreeConfig):
+        row = re.search(rf"<td><code>{field.name}</code></td>(\s*<td>.*?</td>){{3}}", page, re.S)
+        assert row and "see the chapter" not in row[0], field.name
+
+
 def test_all_systems_have_a_page():
     from ovss_nb.systems.registry import SYSTEMS
 

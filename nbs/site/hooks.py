@@ -154,7 +154,8 @@ def options(where):
         row = " | ".join(cell.replace("|", "&#124;") for cell in cells)
         groups.setdefault(owner, []).append(f"| {row} |")
     system = where.split(".")[-1].split(":")[0]
-    parts = [f"`create({system!r}, ...)` takes {len(dataclasses.fields(cls))} options, as `{name}` has them."]
+    called = repr(system) if system in SYSTEMS else "NAME"  # one class, several names
+    parts = [f"`create({called}, ...)` takes {len(dataclasses.fields(cls))} options, as `{name}` has them."]
     for owner in sorted(groups, key=cls.__mro__.index):
         title = "Its own" if owner is cls else f"From `{owner.__name__}`"
         rows = "\n".join(groups[owner])

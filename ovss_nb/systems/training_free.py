@@ -59,9 +59,8 @@ class TrainingFreeConfig(MaskCLIPConfig):
     # a second model that says what belongs together, e.g. "stem", "middle" or "dino:vitb8/FILE", see
     # `create_proxy`
     proxy: str | None = None
-    proxy_read: Literal["tokens", "qk", "values", "keys"] | None = (
-        None  # what of it; default: the model's own
-    )
+    # what of it; default: the model's own
+    proxy_read: Literal["tokens", "qk", "values", "keys"] | None = None
     proxy_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     # windows of a resize rule: their scores averaged, or their features put on one canvas (Trident)
     merge: Literal["average", "splice"] = "average"
