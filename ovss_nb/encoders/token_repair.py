@@ -20,6 +20,7 @@ def lof_scores(
 ) -> torch.Tensor:  # B x N fp32, around one for a token among its like
     "Local outlier factors of tokens, as SC-CLIP reckons them."
     tokens = tokens.float()
+    tokens = tokens - tokens.mean(1, keepdim=True)  # what all share would drown small distances in rounding
     distances = torch.cdist(tokens, tokens) ** 2
     distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     count = neighbors if neighbors < tokens.shape[1] else tokens.shape[1] // 2
