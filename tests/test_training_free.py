@@ -197,6 +197,23 @@ def test_published_settings_can_be_built(clip):
             assert (threshold is not None) == (protocol.background is not None)
 
 
+def test_recipes_are_evaluated(clip, tmp_path):
+    "In windows too: an evaluation asks systems by the names of their methods what they are."
+    from ovss_nb.benchmarks.evaluate import evaluate
+
+    class Set:
+        names, stems = ["cat", "dog"], ["a", "b"]
+        __len__ = lambda self: 2
+        image = lambda self, i: picture(seed=i)
+        labels = lambda self, i: (picture(seed=i)[..., 0] > 128).astype(np.uint8)
+
+    for resize in ("", "slide:64:48:16"):
+        options = {} if resize else dict(size=64)
+        system = create("naclip", clip, cache=None, resize=resize, templates="single", **options)
+        found = evaluate(system, Set(), ["cat", "dog"], progress=False)
+        assert found.images == 2 and not found.bad
+
+
 def test_the_user_goes_before_the_paper(clip):
     told = create(
         "scclip", clip, cache=None, resize="shortest:96", settings="published:VOC-21", logit_scale=7

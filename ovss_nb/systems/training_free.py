@@ -190,7 +190,7 @@ class TrainingFree(MaskCLIP):
         c, whole = self.config, EncodedImage(load_image(image), None, name=file_name(image))
         regions = self.region_map(whole) if c.reads_regions else None
         inputs = self.encoder.preprocess(whole.image, c.size, c.keep_aspect, c.longest)
-        read = self.read(whole.image, inputs, regions)
+        read = self.read_pixels(whole.image, inputs, regions)
         read.name, read.proposed = whole.name, whole.proposed
         return read
 
@@ -199,9 +199,9 @@ class TrainingFree(MaskCLIP):
         "Read a part of an image at the size that it has, with its part of the regions."
         inputs = self.encoder.preprocess(image, image.shape[:2])
         tokens = self.config.merge == "splice" and self.from_blocks and self.reading.sum_at == "before"
-        return self.read(image, inputs, regions, project=not tokens)
+        return self.read_pixels(image, inputs, regions, project=not tokens)
 
-    def read(
+    def read_pixels(
         self,
         image: np.ndarray,
         inputs: torch.Tensor,  # 1 x 3 x H x W, normalized
