@@ -61,7 +61,7 @@ class TrainingFreeConfig(MaskCLIPConfig):
     proxy: str | None = None
     # what of it; default: the model's own
     proxy_read: Literal["tokens", "qk", "values", "keys"] | None = None
-    proxy_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    proxy_precision: Literal["fp32", "fp16", "bf16"] = "fp32"  # in which the second model computes
     # windows of a resize rule: their scores averaged, or their features put on one canvas (Trident)
     merge: Literal["average", "splice"] = "average"
     # with "splice": whose last attention spreads the canvas over the image, e.g. "sam:vit_b/FILE" (Trident)
