@@ -462,3 +462,35 @@ def test_at_full_size_on_a_gpu(notebook, tmp_path, monkeypatch):
         pytest.skip("needs the evaluation images in ../shared/data")
     monkeypatch.chdir(ROOT)  # the notebooks' default paths are relative to the project
     assert run(notebook.stem, tmp_path, monkeypatch)
+
+
+@pytest.mark.skipif(
+    not (DATA / "voc2012-val-subset").exists(), reason="needs the evaluation images in ../shared/data"
+)
+def test_training_free(tmp_path, monkeypatch):
+    "The product without what cannot be, refinements, gains, and the papers' table, with a random ViT."
+    sets = {"COCO-80": "coco-object-mini"}
+    metrics = run(
+        "training_free",
+        tmp_path,
+        monkeypatch,
+        data=str(DATA),
+        encoder="lite:random",
+        sets=sets,
+        size=64,
+        limit=1,
+        axes=dict(
+            terms=[["identity"], ["kk"]], residual=["none"], ffn=[False], prior=[None, 5.0], repair=[None]
+        ),
+        ladder=["maskclip", "proxyclip"],
+        refinements=[None, "vote"],
+        regions="slic:20",
+        papers=["maskclip", "naclip"],
+        paper_sets={"VOC-20": "voc2012-val-subset"},
+        paper_options={"naclip": dict(templates="single")},
+        paper_limit=1,
+    )
+    assert metrics["product"] == 3 and len(metrics["table"]) == 3 + 2 * (2 + 5)
+    assert metrics["gains"].keys() >= {"finished, far and near"}
+    assert metrics["table"]["maskclip"] == metrics["table"]["ViT: identity"]
+    assert list(metrics["papers"]) == ["naclip"]

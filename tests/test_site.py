@@ -140,7 +140,18 @@ def test_links_lead_somewhere(site):
 
 @pytest.mark.parametrize(
     "system",
-    ["maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg"],
+    [
+        "maskclip",
+        "simseg",
+        "llm_supervised",
+        "pnp_ovss",
+        "filtered",
+        "catseg",
+        "lmseg",
+        "san",
+        "ebseg",
+        "mrovseg",
+    ],
 )
 def test_system_page_has_every_option(site, system):
     from ovss_nb.systems.registry import system_class

@@ -22,6 +22,7 @@ from ovss_nb.core.vocabulary import VocabularyError, VocabularyWarning
 PHOTOS = Path(data.__file__).parent
 KNOBS = {
     "maskclip": {},
+    "filtered": {},
     # for all recipes that share its class; they have a test file of their own
     "proxyclip": dict(proxy="stem", templates="single", pooling="mean", size=224),
     "simseg": dict(templates="single", crf=crf_available()),

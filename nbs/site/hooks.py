@@ -33,7 +33,18 @@ ABOUT_SYSTEMS = ["site/pages/notation.md", "site/pages/provenance.md"]
 WITH_EQUATIONS = tuple(
     f"site/pages/{part}" for part in ("systems/", "training_free/", "notation", "provenance")
 )
-SYSTEMS = ("maskclip", "simseg", "llm_supervised", "pnp_ovss", "catseg", "lmseg", "san", "ebseg", "mrovseg")
+SYSTEMS = (
+    "maskclip",
+    "simseg",
+    "llm_supervised",
+    "pnp_ovss",
+    "filtered",
+    "catseg",
+    "lmseg",
+    "san",
+    "ebseg",
+    "mrovseg",
+)
 TRAINING_FREE = ("index", "clearclip", "sclip", "naclip", "scclip", "proxyclip", "corrclip", "others")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SHA256', 'TEXT_SHA256', 'checked', 'load_efficientnet_lite0', 'SentenceEncoder', 'conse', 'imagenet_embeddings',
-           'stem_tokens', 'ConSEEncoder', 'add_conse', 'window_positions', 'LiteTower', 'LiteEncoder']
+           'join_stages', 'stem_tokens', 'ConSEEncoder', 'add_conse', 'window_positions', 'LiteTower', 'LiteEncoder']
 
 # %% ../../nbs/encoders/08_lite.ipynb #c00977e5
 import hashlib, json
@@ -133,14 +133,21 @@ def imagenet_embeddings() -> torch.Tensor:
     return load_file(files("ovss_nb.data") / "weights/imagenet_names.safetensors")["embeddings"]
 
 # %% ../../nbs/encoders/08_lite.ipynb #4ea6dfea
+def join_stages(
+    fine: torch.Tensor,  # B x 112 x 2h x 2w, the stage at stride 16
+    coarse: torch.Tensor,  # B x 320 x h x w, the stage at stride 32
+) -> torch.Tensor:  # B x h x w x 768
+    "Both stages as one token per 32 pixels."
+    return torch.cat([coarse, F.pixel_unshuffle(fine, 2)], 1).movedim(1, -1)
+
+
 def stem_tokens(
     network: nn.Module,  # EfficientNet-Lite0
     images: torch.Tensor,  # B x 3 x H x W, normalized, H and W multiples of 32
 ) -> tuple[torch.Tensor, torch.Tensor]:  # B x h x w x 768, and the last feature map B x 1280 x h x w
     "The stages at strides 16 and 32 as one token per 32 pixels, and what the classifier reads."
     fine, coarse = network.forward_intermediates(images, indices=[3, 4], norm=False, intermediates_only=True)
-    tokens = torch.cat([coarse, F.pixel_unshuffle(fine, 2)], 1).movedim(1, -1)
-    return tokens, network.bn2(network.conv_head(coarse))
+    return join_stages(fine, coarse), network.bn2(network.conv_head(coarse))
 
 # %% ../../nbs/encoders/08_lite.ipynb #0c0041d5
 class ConSEEncoder(Encoder):
@@ -382,7 +389,14 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
 
     def encode(self, images: torch.Tensor) -> ImageFeatures:
         "Local head plus ConSE at every location; the ViT's class token plus ConSE's word on the whole."
-        tokens, features = self.stem(images)
+        return self.encode_stem(*self.stem(images))
+
+    def encode_stem(
+        self,
+        tokens: torch.Tensor,  # B x h x w x 768, see `stem_tokens`
+        features: torch.Tensor,  # B x 1280 x h x w, the last feature map
+    ) -> ImageFeatures:
+        "What `encode` makes of the stem's answer."
         local = self.tower.local_head(tokens)
         dense = self.tower.add_conse(local, self.unit_conse(self.class_logits(features)), self.gate)
         pooled = self.tower(tokens)[:, 0] + self.unit_conse(self.network.classifier(features.mean((2, 3))))

@@ -56,6 +56,7 @@ SYSTEMS: dict[str, SystemRecord] = {
         "simseg": ("SimSeg", "select classes, draw each with a CRF, merge by score"),
         "llm_supervised": ("LLMSupervised", "SimSeg with subclasses named by a language model"),
         "pnp_ovss": ("PnPOVSS", "PnP-OVSS: masks out of an image-text matcher"),
+        "filtered": ("Filtered", "maskclip on lite's map, filtered by its stem: what segment uses"),
         "catseg": ("CATSeg", "CAT-Seg: cost aggregation", "trained", _AUTHORS),
         "lmseg": ("LMSeg", "LMSeg: CAT-Seg with descriptions and a second encoder", "trained", _SHIPPED),
         "san": ("SAN", "SAN: masks and attention biases from a small ViT beside CLIP", "trained", _AUTHORS),
