@@ -155,6 +155,9 @@ def test_half_precision_keeps_decisions():
         ("shift:per=window", "looks like"),
         ("cut:normalize=maybe", "looks like"),
         ("sharp:tow=3", "looks like"),
+        ("sharp:-4", "looks like"),
+        ("shift:1:gamma=-3", "looks like"),
+        ("shift:1:beta=2", "looks like"),
     ],
 )
 def test_rules_that_cannot_be_read(text, message):

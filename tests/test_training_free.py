@@ -9,7 +9,7 @@ from ovss_nb.components.region_vote import region_vote
 from ovss_nb.core.options import option_kinds
 from ovss_nb.systems.registry import SYSTEMS, create, describe_systems, system_options
 from ovss_nb.systems.training_free import TrainingFree, TrainingFreeConfig
-from ovss_nb.systems.windows import StridedWindows
+from ovss_nb.systems.windows import SlidingWindows, StridedWindows
 from torch.nn import functional as F
 
 RECIPES = [name for name, record in SYSTEMS.items() if record.module == "training_free"]
@@ -137,6 +137,28 @@ def test_regions_are_cut_with_the_windows(clip):
     assert np.array_equal(labels, region_vote(labels, whole))
 
 
+@pytest.mark.parametrize("name", ["naclip", "resclip", "corrclip"])
+def test_windows_with_a_look_at_the_whole(clip, name):
+    "The rule windows: of every system; one window as large as the image is the image itself."
+    system = built(name, clip)
+    image = picture(64, 64)
+    text, _ = system.rows(system.encode_text(WORDS))
+    windows = SlidingWindows(system, 64, 64, 0)
+    both = windows.scores(windows.encode_image(image), text)
+    alone = system.scores(system.encode_image(image), text)
+    alone = F.interpolate(alone[None].float(), (64, 64), mode="bilinear")[0]
+    assert torch.allclose(both, alone, atol=1e-5)
+
+
+def test_locations_for_lposs_are_pixels_whatever_the_grid(clip):
+    "A map on a finer grid lies on the same pixels."
+    system = built("proxyclip", clip)
+    encoded = system.encode_image(picture(64, 96))
+    fine = F.interpolate(encoded.features.dense, scale_factor=2)
+    encoded.features = type(encoded.features)(fine, encoded.features.pooled)
+    assert system.patches(encoded)[0].size == (64, 96)
+
+
 def test_sam_spreads_a_canvas(clip):
     "Trident's second filter, by hand: SAM's attention where its values are alike, on spliced features."
     pytest.importorskip("segment_anything", reason="needs the extra `sam`")
@@ -164,6 +186,11 @@ def test_sam_spreads_a_canvas(clip):
     values, heads = sam_heads(sam, sam.preprocess(image), (3, 4))
     expected = spread(clip, total / count, attention_filter(values, heads), (3, 4))
     assert torch.allclose(joined.features.dense, expected, atol=1e-5)
+    # the whole image, without windows, is a canvas too
+    square, tokens = picture(64, 64), plain.encode_window(picture(64, 64)).features.dense
+    values, heads = sam_heads(sam, sam.preprocess(square), (4, 4))
+    expected = spread(clip, tokens, attention_filter(values, heads), (4, 4))
+    assert torch.allclose(system.encode_image(square).features.dense, expected, atol=1e-5)
     assert system.describe()["attention_fingerprint"] and system.segment(image, WORDS).labels.shape == (
         48,
         64,
@@ -238,6 +265,13 @@ def test_lists_say_family_and_needs():
         (dict(reading="naclip", proxy="middle"), "nothing here uses proxy"),
         (dict(reading="naclip", terms=["identity"]), "prior=5"),
         (dict(attention="sam:vit_b/random"), "say merge='splice' too"),
+        (dict(reading="clearclip", cut_rule="cut:0.9"), "nothing here uses cut_rule='cut:0.9'"),
+        (dict(reading="clearclip", proxy_read="qk"), "nothing here uses proxy_read='qk'"),
+        (dict(reading="clearclip", feedback_threshold=0.3), "nothing here uses feedback_threshold=0.3"),
+        (dict(reading="resclip", merge="splice"), "and merge='splice' disagree"),
+        (dict(reading="gem", feedback=(2.1, 0.7)), "side_blocks=6 and feedback"),
+        (dict(refine="vote", regions="slick"), "did you mean 'slic'"),
+        (dict(refine="vote", regions="slic:0"), "a whole number from 1 up"),
         (dict(proxy_rule="sharpp:4", reading="proxyclip", proxy="middle"), "sharpp"),
     ],
 )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'REGIONS', 'RegionSource', 'check_regions', 'slic_regions', 'felzenszwalb_regions', 'paint_masks',
-           'sam_regions', 'load_whole_sam', 'folder_regions', 'coco_regions', 'list_regions', 'propose_regions']
+           'sam_regions', 'load_whole_sam', 'folder_regions', 'coco_regions', 'list_regions', 'propose_regions',
+           'check_region_spec']
 
 # %% ../../nbs/components/15_region_proposals.ipynb #0584986c
 import json, os
@@ -302,3 +303,13 @@ def propose_regions(
         return check_regions(source(image, name), image.shape[:2])
 
     return regions
+
+# %% ../../nbs/components/15_region_proposals.ipynb #c2b7a0f2
+def check_region_spec(
+    spec: str,  # as for `propose_regions`
+):
+    "Raises `ValueError` for a text that says nothing, as far as can be told without loading anything."
+    name, _, rest = fit_option("regions", spec, str).partition(":")
+    kind = look_up(name, REGIONS, "regions")
+    if not rest or name in ("slic", "felzenszwalb") or (name == "sam" and "/" not in rest):
+        kind.build(rest, "cpu")

@@ -221,8 +221,8 @@ def _check_side(reading: "DenseReading"):
             raise _disagree(said, "side_blocks=0", "it is for the blocks of a second path")
         return
     plain = type(reading)()
-    same = ("residual", "ffn", "prior", "sources", "repair", "before", "after", "average_blocks")
-    for name in same:
+    same = ("residual", "ffn", "prior", "sources", "sum_at", "repair", "before", "after", "average_blocks")
+    for name in (*same, "residual_mix", "feedback"):
         if getattr(reading, name) != getattr(plain, name):
             said = f"{name}={getattr(reading, name)!r}"
             raise _disagree(f"side_blocks={reading.side_blocks}", said, "a second path has no such thing")
@@ -231,6 +231,10 @@ def _check_side(reading: "DenseReading"):
         raise _disagree(f"side_blocks={reading.side_blocks}", said, "it collects terms such as 'vv'")
     if reading.rounds is not None and any(term not in ("qq", "kk", "vv") for term in reading.terms):
         raise _disagree(f"rounds={reading.rounds}", f"terms={reading.terms}", "only like gathers with like")
+    if reading.rounds is not None and reading.combine == "sum":
+        raise _disagree(f"rounds={reading.rounds}", "combine='sum'", "what has gathered is averaged")
+    if reading.rounds is None and reading.temperature is not None:
+        raise _disagree(f"temperature={reading.temperature:g}", "rounds=None", "it is for unit vectors")
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #5e32170d
 def _check_regions(reading: "DenseReading"):
@@ -252,6 +256,22 @@ def _check_regions(reading: "DenseReading"):
             raise OptionError(f"{name} must be a sharpness above 0 and a share from 0 to 1, not {pair}")
     if reading.residual_blocks[1] < reading.residual_blocks[0]:
         raise OptionError(f"residual_blocks={reading.residual_blocks} end before they begin")
+
+# %% ../../nbs/encoders/06_dense_reading.ipynb #b7c1d0e5
+def _check_blocks(reading: "DenseReading"):
+    "Raises `OptionError` for a block that a tower of `depth` blocks has not."
+    asked: dict[str, object] = dict(before=reading.before, after=reading.after)
+    asked |= dict(side_blocks=reading.side_blocks - 1)
+    if "middle" in reading.all_terms:
+        asked["middle"] = reading.middle
+    if reading.residual_mix is not None:
+        asked["residual_blocks"] = reading.residual_blocks[1]
+    lasts = (source.first if source.last is None else source.last for source in reading.sources)
+    asked["sources"] = max((last for last in lasts if last is not None), default=None)
+    for name, block in asked.items():
+        if isinstance(block, int) and block >= reading.depth:
+            said = f"{name}={getattr(reading, name)}"
+            raise _disagree(said, f"depth={reading.depth}", f"blocks are numbered to {reading.depth - 1}")
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #9d736e8c
 @dataclass(frozen=True)
@@ -302,6 +322,7 @@ class DenseReading:
         _check_grid(self)
         _check_side(self)
         _check_regions(self)
+        _check_blocks(self)
 
     @property
     def all_terms(self) -> tuple[Term, ...]:
@@ -321,7 +342,7 @@ class DenseReading:
         plain = DenseReading()
         own = ("residual", "ffn", "repair", "before", "after", "side_blocks")
         changed = any(getattr(self, name) != getattr(plain, name) for name in own)
-        return changed or any(term not in ("identity", "proxy") for term in self.terms)
+        return changed or any(term not in ("identity", "proxy") for term in self.all_terms)
 
     @property
     def class_token(self) -> bool:

@@ -106,7 +106,7 @@ def _value(text: str, default: object) -> object:
         raise ValueError(text)
     return value
 
-
+# %% ../../nbs/encoders/03_filters.ipynb #d4e8a1b6
 @lru_cache
 def read_rule(
     text: str,  # e.g. "shift:1.2:3", "sharp:4", "cut:0.4:normalize=false"
@@ -121,6 +121,9 @@ def read_rule(
     try:
         for i, part in enumerate(parts):
             key, value = part.split("=") if "=" in part else (list(defaults)[i], part)
+            sharpness = key in ("gamma", "tau", "exponent")  # below 0 the least alike would count most
+            if key in options or (sharpness and float(value) < 0):
+                raise ValueError(key)
             options[key] = _value(value, defaults[key])
     except (KeyError, IndexError, ValueError):
         example = ":".join(

@@ -197,9 +197,10 @@ class _CATSegGraph(_EncoderGraph):
         features, layers = encode_with_layers(self.encoder, seen, self.system.blocks)
         dense = self.fused(features.dense.float(), corners, more)
         guides = [enlarge(layer) for enlarge, layer in zip(self.network.enlarge, layers)]
-        text = text if self.pooling == "max" else _mean(text)[:, None]
+        best = self.pooling != "mean"  # "names" is "max" here, see `TextBank.compare`
+        text = text if best else _mean(text)[:, None]
         text = text[None].expand(dense.shape[0], -1, -1, -1)
-        cost = cost_map(dense, text, "max" if self.pooling == "max" else "channels")
+        cost = cost_map(dense, text, "max" if best else "channels")
         words = F.relu(a.text(F.normalize(F.normalize(text, dim=-1).sum(2), dim=-1)))
         appearance = F.relu(a.appearance(dense)).movedim(1, -1)
         logits = _aggregate(self.network, cost, appearance, words, guides)
@@ -388,7 +389,9 @@ def _graph_of(system: System) -> nn.Module:
     if kind not in GRAPHS:
         reason = "it decides for each image which classes are drawn, or follows gradients"
         if isinstance(system, SlidingWindows):
-            reason = "leave the resize rule `windows` away, and cut the image before the graph"
+            reason = "leave the resize rule away, and cut the image before the graph"
+        elif isinstance(system, MaskCLIP):
+            reason = "proxies, regions and a second reading are in none; take MaskCLIP"
         names = ", ".join(known.__name__ for known in GRAPHS)
         raise ValueError(f"{kind.__name__} cannot be a graph: {reason}. There are: {names}")
     if system.encoder.device.type != "cpu":

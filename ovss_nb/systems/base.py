@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ..components.class_probabilities import class_maximum, with_background, with_class_prior
 from ..components.refinement import LabelRules, Patches, Refinement, refine_labels, refine_steps
-from ..components.region_proposals import propose_regions
+from ..components.region_proposals import check_region_spec, propose_regions
 from ..components.region_vote import region_vote
 from ..core.cache import Cache
 from ..core.files import file_digest
@@ -60,6 +60,8 @@ def check_decision(config: "Config"):
         raise OptionError(f"{late} decides about pixels: with background_threshold say threshold_at='pixels'")
     if "vote" in steps and config.regions is None:
         raise OptionError("refine='vote' needs regions: say which with regions=, e.g. 'slic:200'")
+    if config.regions is not None:
+        check_region_spec(config.regions)
     if config.regions is not None and "vote" not in steps and not config.reads_regions:
         raise OptionError(f"nothing here uses regions={config.regions!r}: leave it out, or say refine='vote'")
 
@@ -358,7 +360,9 @@ class System:
             raise ValueError(f"{type(self).__name__} keeps no features, which refine='lposs' needs")
         features, stride = [self.alike_features(view) for _, view in views], self.encoder.stride
         sizes = [
-            view.size if len(views) > 1 else [side * stride for side in view.features.dense.shape[-2:]]
+            view.size
+            if len(views) > 1
+            else view.resolution or [side * stride for side in view.features.dense.shape[-2:]]
             for _, view in views
         ]
         return [Patches(corner, tuple(size), one) for (corner, _), size, one in zip(views, sizes, features)]

@@ -88,6 +88,26 @@ class TrainingFreeConfig(MaskCLIPConfig):
             raise OptionError(f"attention={self.attention!r} spreads a canvas: say merge='splice' too")
         if "regions" in reading.needs and self.regions is None:
             raise OptionError(f"reading={self.reading!r} needs regions: say e.g. regions='slic:200'")
+        if reading.feedback is not None and self.merge == "splice":
+            said = f"feedback={reading.feedback} and merge='splice'"
+            raise OptionError(f"{said} disagree: who reads twice reads each window twice")
+        self.check_used(reading)
+
+    def check_used(self, reading: DenseReading):
+        "Raises `OptionError` for an option that was given and that nothing asks for."
+        used = dict(
+            middle_rule="middle" in reading.all_terms,
+            cut_rule=reading.before is not None or reading.after is not None,
+            proxy_rule="proxy" in reading.all_terms,
+            proxy_read=self.proxy is not None,
+            proxy_precision=self.proxy is not None,
+            feedback_threshold=reading.feedback is not None,
+        )
+        for name, asked in used.items():
+            if not asked and getattr(self, name) != getattr(TrainingFreeConfig, name):
+                raise OptionError(
+                    f"nothing here uses {name}={getattr(self, name)!r}: leave it out, or take another reading"
+                )
 
     def dense_reading(self) -> DenseReading:
         "The reading with its options as they are here. Raises `OptionError` for options that disagree."
@@ -190,7 +210,11 @@ class TrainingFree(MaskCLIP):
         c, whole = self.config, EncodedImage(load_image(image), None, name=file_name(image))
         regions = self.region_map(whole) if c.reads_regions else None
         inputs = self.encoder.preprocess(whole.image, c.size, c.keep_aspect, c.longest)
-        read = self.read_pixels(whole.image, inputs, regions)
+        tokens = self.attention is not None  # the whole is a canvas of one window
+        read = self.read_pixels(whole.image, inputs, regions, project=not tokens)
+        if tokens:
+            canvas = self.spread_canvas(read.features.dense.to(self.encoder.dtype), whole.image)
+            read.features = ImageFeatures(canvas, read.features.pooled)
         read.name, read.proposed = whole.name, whole.proposed
         return read
 

@@ -25,6 +25,7 @@ class WindowedImage(EncodedImage):
 
     # (top, left, encoded), in pixels of the resized image
     windows: list[tuple[int, int, EncodedImage]] = field(default_factory=list)
+    look: EncodedImage | None = None  # at the whole, if there is one
 
     def parts(self) -> list[tuple[tuple[int, int], EncodedImage]]:
         "Top and left of all windows, and what they are."
@@ -71,11 +72,11 @@ class SlidingWindows(System):
             return image
         pixels, size = load_image(image), self.resolution
         whole, cut = windows_of(pixels, size, self.window, self.offsets, self.encoder.resample)
-        features = self.system.encode_image(whole).features
+        look = self.system.encode_image(whole)
         windows = [(top, left, self.system.encode_image(window)) for top, left, window in cut]
         for _, _, one in windows if self.system.needs_whole else ():
-            one.whole = features.pooled[0]
-        return WindowedImage(pixels, features, (size, size), windows)
+            one.whole = look.features.pooled[0]
+        return WindowedImage(pixels, look.features, (size, size), windows, look)
 
     def encode_text(self, words) -> TextBank:
         return self.system.encode_text(words)
@@ -86,7 +87,7 @@ class SlidingWindows(System):
         def enlarged(encoded, size):
             return F.interpolate(self.system.scores(encoded, text)[None].float(), size, mode="bilinear")[0]
 
-        whole = enlarged(EncodedImage(image.image, image.features), image.resolution)
+        whole = enlarged(image.look, image.resolution)
         # one at a time: with many classes the enlarged scores of all windows would be large
         windows = (enlarged(encoded, (self.window, self.window)) for _, _, encoded in image.windows)
         corners = [(top, left) for top, left, _ in image.windows]
