@@ -81,7 +81,7 @@ def wrong_values(kind):
 def as_text(value):
     "How somebody would write a value behind `--set NAME=`."
     if value is None:
-        return "none"
+        return "null"  # "none" is a choice of its own in some options of the training-free family
     return (
         ",".join(map(as_text, value))
         if isinstance(value, tuple)

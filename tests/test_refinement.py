@@ -266,3 +266,14 @@ def test_simseg_votes_at_the_end():
     assert np.array_equal(
         system.segment(image, words).labels, region_vote(plain.segment(image, words).labels, regions)
     )
+
+
+def test_lposs_keeps_the_size_of_scores():
+    "Where all agree nothing changes, so a threshold after LPOSS means what it means without."
+    scores = torch.tensor([0.3, 0.1])[:, None, None].expand(2, 3, 4).clone()
+    windows = [Patches((0, 0), (48, 64), torch.ones(5, 3, 4))]
+    image = np.zeros((48, 64, 3), np.uint8)
+    rules = LabelRules(background=1, threshold=0.5)
+    assert float(spread_scores(scores, windows).max()) < 0.4
+    assert (refine_labels(image, scores, rules, ("lposs",), windows=windows) == 1).all()
+    assert (refine_labels(image, scores, LabelRules(), ("lposs",), windows=windows) == 0).all()

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from doubles import small_clip
+from ovss_nb.benchmarks.datasets import FolderDataset
+from ovss_nb.benchmarks.evaluate import evaluate
 from ovss_nb.benchmarks.protocols import PROTOCOLS
 from ovss_nb.components.region_vote import region_vote
 from ovss_nb.core.options import option_kinds
+from PIL import Image
 from ovss_nb.systems.registry import SYSTEMS, create, describe_systems, system_options
 from ovss_nb.systems.training_free import TrainingFree, TrainingFreeConfig
 from ovss_nb.systems.windows import SlidingWindows, StridedWindows
@@ -150,6 +153,26 @@ def test_windows_with_a_look_at_the_whole(clip, name):
     assert torch.allclose(both, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, resize", [("corrclip", ""), ("corrclip", "slide:64:48:16"), ("clearclip", "")]
+)
+def test_evaluation_finds_regions_in_files(clip, tmp_path, name, resize):
+    "One region that covers the image: after the vote every pixel has one label."
+    for folder in ("images", "masks", "regions"):
+        (tmp_path / folder).mkdir()
+    for stem in ("a.1", "b"):
+        Image.fromarray(picture(48, 64)).save(tmp_path / "images" / f"{stem}.png")
+        Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "masks" / f"{stem}.png")
+        Image.fromarray(np.ones((48, 64), np.uint8)).save(tmp_path / "regions" / f"{stem}.png")
+    (tmp_path / "classes.txt").write_text("sky\ncat\n")
+    options = dict(templates="single", refine="vote", regions=f"file:{tmp_path / 'regions'}")
+    options |= dict(proxy="middle") if name == "corrclip" else {}
+    system = create(name, clip, cache=None, resize=resize, **options)
+    evaluate(system, FolderDataset(tmp_path), run_dir=tmp_path / "run", save_predictions=True, progress=False)
+    predictions = list((tmp_path / "run" / "predictions").iterdir())
+    assert [len(np.unique(np.asarray(Image.open(path)))) for path in predictions] == [1, 1]
+
+
 def test_locations_for_lposs_are_pixels_whatever_the_grid(clip):
     "A map on a finer grid lies on the same pixels."
     system = built("proxyclip", clip)
@@ -205,6 +228,16 @@ def test_options_of_a_reading_by_name(clip):
     rows, _ = plain.rows(bank)
     scores = [system.scores(system.encode_image(image), rows) for system in (plain, wide, clear)]
     assert not torch.allclose(scores[0], scores[1], atol=1e-6) and torch.equal(scores[1], scores[2])
+
+
+def test_none_in_the_shell_takes_away_what_a_recipe_has():
+    texts = ["residual=none", "before=none", "after=none", "repair=none", "prior=0"]
+    options = system_options("scclip", texts, "--set ")
+    assert [options[name] for name in ("residual", "before", "after", "repair")] == ["none"] * 4
+    assert TrainingFreeConfig(reading="sclip", residual="none").dense_reading().residual == "none"
+    assert system_options("scclip", ["residual=null", "prior=none", "residual_mix=none"]) == dict(
+        residual=None, prior=None, residual_mix=None
+    )
 
 
 def test_published_settings_can_be_built(clip):

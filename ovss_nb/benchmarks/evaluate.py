@@ -20,6 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
+from PIL import Image
 from tqdm.auto import tqdm
 from ..core.cache import Cache
 from ..core.files import Journal, atomic_path, difference, file_digest, refuse_overwrite, write_json
@@ -187,9 +188,15 @@ class _Judge:
             return self.system.describe()
         return dict(system=type(self.system).__name__)
 
-    def predict(self, image) -> tuple[np.ndarray, int]:
+    def predict(self, image, i: int) -> tuple[np.ndarray, int]:
         "H x W labels, and the best image-level class, or -1."
-        encoded, words = self.system.encode_image(image), self.count.vocabulary
+        words, regions = self.count.vocabulary, getattr(getattr(self.system, "config", None), "regions", None)
+        if regions is not None:  # which may lie in files, found by the image's name
+            image = Image.fromarray(image)
+            image.filename = f"{self.count.dataset.stems[i]}.png"
+        encoded = self.system.encode_image(image)
+        if regions is not None:
+            encoded.name = image.filename
         labels = self.system.segment(encoded, words).labels
         if not hasattr(self.system, "class_scores"):
             return labels, -1
@@ -216,7 +223,7 @@ class _Judge:
         if hasattr(self.system, "read"):
             return self.stored(i)
         image = self.count.image(i)
-        return image if isinstance(image, dict) else self.count.record(i, *self.predict(image))
+        return image if isinstance(image, dict) else self.count.record(i, *self.predict(image, i))
 
 # %% ../../nbs/benchmarks/08_evaluate.ipynb #50615f7c
 def _start(journal: Journal, header: dict):
@@ -396,7 +403,7 @@ def _pipeline(pool: ProcessPoolExecutor, judge: _Judge, items: list[int], reader
         if isinstance(image, dict):  # the record of a file that is no image
             yield image
             continue
-        judge.count.keep(i, *judge.predict(image))
+        judge.count.keep(i, *judge.predict(image, i))
         behind.append(pool.submit(_count_behind, i))
         while behind and (behind[0].done() or len(behind) > 2 * readers):
             yield behind.popleft().result()

@@ -273,7 +273,11 @@ def _read(text: str, kind):
 
 
 def _read_union(text: str, kinds):
-    "The value of the first type, in `_ORDER`, that a text can be read as and that takes it."
+    """The value of the first type, in `_ORDER`, that a text can be read as and that takes it. Where "none" is
+    one of the choices, it is that and not None.
+    """
+    if any(get_origin(kind) is Literal and text in get_args(kind) for kind in kinds):
+        return text
     listed = "," in text or text.startswith("[")
     for kind in sorted(kinds, key=_rank):
         if str in kinds and (get_origin(kind) or kind) in (tuple, list) and not listed:

@@ -183,8 +183,8 @@ def keep_recent(
 def file_name(
     image,  # whatever `load_image` takes
 ) -> str | None:
-    "The path of an image that is given as a file."
-    return str(image) if isinstance(image, (str, Path)) else None
+    "The path of an image that is given as a file, or that Pillow opened from one."
+    return str(image) if isinstance(image, (str, Path)) else getattr(image, "filename", None) or None
 
 
 def warn_single(
@@ -236,7 +236,7 @@ class System:
             return image
         loaded, c = load_image(image), self.config
         pixels = self.encoder.preprocess(loaded, c.size, c.keep_aspect, c.longest)
-        return EncodedImage(loaded, self.encoder.encode(pixels))
+        return EncodedImage(loaded, self.encoder.encode(pixels), name=file_name(image))
 
     @torch.inference_mode()
     def encode_window(self, image: np.ndarray, regions: np.ndarray | None = None) -> EncodedImage:

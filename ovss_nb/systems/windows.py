@@ -76,7 +76,8 @@ class SlidingWindows(System):
         windows = [(top, left, self.system.encode_image(window)) for top, left, window in cut]
         for _, _, one in windows if self.system.needs_whole else ():
             one.whole = look.features.pooled[0]
-        return WindowedImage(pixels, look.features, (size, size), windows, look)
+        name = file_name(image)
+        return WindowedImage(pixels, look.features, (size, size), windows, look, name=name)
 
     def encode_text(self, words) -> TextBank:
         return self.system.encode_text(words)
