@@ -58,6 +58,7 @@ def viewer():
     return Viewer(
         stripes(),
         WORDS,
+        system="maskclip",
         encoder=Counting(),
         systems=dict(
             simseg=dict(templates="single", size=96), llm_supervised=dict(templates="single", size=96)
@@ -179,7 +180,7 @@ def test_classes_stay_hidden_while_words_change(viewer):
 def test_an_error_is_one_message_and_nothing_is_lost(act, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     viewer = Viewer(
-        stripes(), WORDS, encoder=Counting(), systems=dict(catseg={}), encoders=("clip",), size=96
+        stripes(), WORDS, "maskclip", Counting(), systems=dict(catseg={}), encoders=("clip",), size=96
     )
     form, canvas = viewer.form, viewer.form.canvas
     canvas.point, canvas.hidden = [15, 30], ["green"]

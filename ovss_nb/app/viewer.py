@@ -23,6 +23,7 @@ from ..core.formats import save_coco
 from ..core.images import load_image
 from ..encoders.base import Encoder
 from ..encoders.registry import create_encoder
+from ..inference.predict import DEFAULT_SYSTEM
 from ..systems.registry import SYSTEMS, create, crf_options, has_option, shipped_weights
 from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
@@ -254,7 +255,7 @@ class Viewer:
         self,
         image: Any,  # path, bytes, PIL image, array or tensor
         words: VocabularySource,  # list, dict of synonyms, shipped vocabulary name, file, or `Vocabulary`
-        system: str = "maskclip",  # whose encoded image others share; one of `list_systems()`
+        system: str = DEFAULT_SYSTEM,  # one of `list_systems()`
         encoder: str | Encoder = "lite",  # a description for `create_encoder`, or an encoder
         # more to choose from, and their options, e.g. {"catseg": dict(weights="catseg.safetensors")}; those
         # that run as installed are there
