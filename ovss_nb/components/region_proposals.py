@@ -176,9 +176,8 @@ def _read_regions(path: Path, size: tuple[int, int], on_top: Literal["small", "l
 def _stem(name: str | os.PathLike | None) -> str:
     if name is None:
         raise ValueError(
-            "regions from files are found by the name of the image's file, and this image (or"
-            " window) has none: segment a path instead of an array, or choose regions that are computed, e.g."
-            " 'slic'"
+            "regions from files are found by the name of the image's file, and this image has none: segment a"
+            " path instead of an array, a tile or a window, or choose regions that are computed, e.g. 'slic'"
         )
     return Path(name).stem
 
