@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from doubles import small_clip
+from ovss_nb.app.viewer import _run_stages
 from ovss_nb.benchmarks.datasets import FolderDataset
 from ovss_nb.benchmarks.evaluate import evaluate
 from ovss_nb.benchmarks.protocols import PROTOCOLS
 from ovss_nb.components.region_vote import region_vote
 from ovss_nb.core.options import option_kinds
+from ovss_nb.core.vocabulary import Vocabulary
 from PIL import Image
 from ovss_nb.systems.registry import SYSTEMS, create, describe_systems, system_options
 from ovss_nb.systems.training_free import TrainingFree, TrainingFreeConfig
@@ -171,6 +173,16 @@ def test_evaluation_finds_regions_in_files(clip, tmp_path, name, resize):
     evaluate(system, FolderDataset(tmp_path), run_dir=tmp_path / "run", save_predictions=True, progress=False)
     predictions = list((tmp_path / "run" / "predictions").iterdir())
     assert [len(np.unique(np.asarray(Image.open(path)))) for path in predictions] == [1, 1]
+
+
+def test_the_viewer_decides_as_segment_does(clip):
+    "Thresholds ask the probability among all names, not among classes."
+    image = picture(64, 96)
+    for threshold in (0.15, 0.28):  # five names of about a fifth each, three classes of about a third
+        system = built("naclip", clip, background_threshold=threshold, logit_scale=0.1)
+        stages, shown, _ = _run_stages(system, system.encode_image(image), Vocabulary.of(WORDS))
+        assert np.array_equal(shown.labels, system.segment(image, WORDS).labels)
+        assert all(len(scores) == len(WORDS) for scores in stages.values())
 
 
 def test_locations_for_lposs_are_pixels_whatever_the_grid(clip):

@@ -25,6 +25,7 @@ from ..encoders.base import Encoder
 from ..encoders.registry import create_encoder
 from ..inference.predict import DEFAULT_SYSTEM
 from ..systems.registry import SYSTEMS, create, crf_options, has_option, shipped_weights
+from ..components.class_probabilities import class_maximum
 from ..components.upsample import upsample_argmax
 from ..core.segmentation import NotebookImage, Segmentation
 from ..systems.base import EncodedImage, System
@@ -230,9 +231,10 @@ def _run_stages(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", VocabularyWarning)
             text = system.encode_text(vocabulary)
-        maps = system.stages(image, text)
+        rows, owners = system.rows(text)
+        maps = system.stages(image, rows)
         labels = system.labels(image, text, list(maps.values())[-1], vocabulary)
-    stages = {name: scores.float().cpu().numpy() for name, scores in maps.items()}
+    stages = {name: class_maximum(scores.float(), owners).cpu().numpy() for name, scores in maps.items()}
     refined = Segmentation(labels, vocabulary.names, scores=list(stages.values())[-1], image=image.image)
     return stages, refined, caught
 
