@@ -577,6 +577,9 @@ def test_clusters_by_hand():
         (dict(proxy_rule="shfit"), "did you mean 'shift'"),
         (dict(scope="near"), "scope must be"),
         (dict(sources=()), "sources must name at least one"),
+        (dict(feedback_line="start"), "feedback_line='start' and feedback=None disagree"),
+        (dict(residual_blocks=(4, 6)), "residual_blocks=.4, 6. and residual_mix=None disagree"),
+        (dict(channel_share=4.0), "channel_share=4.0 and repair=None disagree"),
     ],
 )
 def test_options_that_disagree_are_named(options, message):
@@ -586,6 +589,13 @@ def test_options_that_disagree_are_named(options, message):
 
 def test_what_does_not_fit_is_said():
     encoder, image = tiny(2), pictures(24, 48)
+    for options in (dict(pool="mean"), dict(filtered=True), dict(regions=True, pool="mean")):
+        with pytest.raises(OptionError, match="and first=None of a source disagree"):
+            Source(**options)
+    with pytest.raises(ValueError, match="give what create_encoder"):
+        read_dense("lite", image, "maskclip")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        read_dense(encoder, image, "proxyclip", torch.full((1, 4, 3, 6), torch.nan))
     with pytest.raises(ValueError, match="did you mean 'clearclip'"):
         read_dense(encoder, image, "clearklip")
     with pytest.raises(ValueError, match="needs proxy"):

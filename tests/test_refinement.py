@@ -18,8 +18,11 @@ from ovss_nb.components.refinement import (
 from ovss_nb.components.region_vote import region_vote
 from ovss_nb.core.options import OptionError
 from ovss_nb.core.vocabulary import Vocabulary
+from ovss_nb.encoders.lite import LiteEncoder
+from ovss_nb.encoders.stem_filters import encode_filtered
 from ovss_nb.systems.catseg import CATSeg
 from ovss_nb.systems.ebseg import EBSeg
+from ovss_nb.systems.filtered import Filtered
 from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.pnp_ovss import PnPOVSS
 from ovss_nb.systems.registry import create, resize_rule
@@ -256,6 +259,15 @@ def test_the_prior_of_windows_is_the_whole_image():
 def test_what_does_not_fit_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_filtered_windows_are_filtered_each_by_itself():
+    encoder, image = LiteEncoder(device="cpu"), picture(64, 96)
+    system = Filtered(encoder)
+    ((_, first), *_) = StridedWindows(system, 64, 64, 32).encode_image(image).parts()
+    pixels = encoder.preprocess(first.image, first.size)
+    wanted = encode_filtered(encoder, pixels, system.config.filters()).dense
+    assert torch.equal(first.features.dense, wanted) and wanted.shape[-2:] == (4, 4)
 
 
 def test_simseg_votes_at_the_end():

@@ -248,7 +248,7 @@ def test_none_in_the_shell_takes_away_what_a_recipe_has():
     assert [options[name] for name in ("residual", "before", "after", "repair")] == ["none"] * 4
     assert TrainingFreeConfig(reading="sclip", residual="none").dense_reading().residual == "none"
     assert system_options("scclip", ["residual=null", "prior=none", "residual_mix=none"]) == dict(
-        residual=None, prior=None, residual_mix=None
+        residual=None, prior=None, residual_mix="none"
     )
 
 
@@ -267,6 +267,59 @@ def test_published_settings_can_be_built(clip):
             assert (facts["resize"].startswith("slide")) == isinstance(system, StridedWindows)
             threshold = told["config"]["background_threshold"]
             assert (threshold is not None) == (protocol.background is not None)
+            assert ("background_words" in facts) == (protocol.background is not None)
+
+
+@pytest.mark.parametrize(
+    "name, title, count, bed",
+    [
+        ("sclip", "VOC-21", 26, True),
+        ("corrclip", "VOC-21", 26, True),
+        ("sfp", "COCO-80+bg", 25, False),  # a bed is one of its objects
+        ("proxyclip", "COCO-80+bg", 16, False),
+        ("corrclip", "COCO-80+bg", 16, False),
+        ("clearclip", "VOC-21", 1, False),
+        ("naclip", "PC-60", 1, False),
+    ],
+)
+def test_published_settings_have_the_words_of_the_background(clip, name, title, count, bed):
+    options = dict(cache=None, settings=f"published:{title}", templates="single") | GIVEN.get(name, {})
+    system = create(name, clip, **options)
+    vocabulary = PROTOCOLS[title].vocabulary
+    words = Vocabulary.of(vocabulary)
+    told = getattr(system, "system", system).stand_ins(words).get(words.background[0], list(words.words[0]))
+    assert len(told) == count and ("bed" in told) == bed
+    assert told == ["background"] or told[:3] == ["sky", "wall", "tree"]
+
+
+def test_files_of_regions_are_part_of_what_a_system_is(clip, tmp_path):
+    def told():
+        return built("maskclip", clip, size=64, refine="vote", regions=f"file:{tmp_path}").describe()
+
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(tmp_path / "a.png")
+    first = told()
+    assert first == told() and len(first["regions"]) == 64
+    Image.fromarray(np.full((4, 4), 2, np.uint8)).save(tmp_path / "a.png")
+    assert told()["regions"] != first["regions"]
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    assert len({told()["regions"], first["regions"]}) == 2
+    assert "regions" not in built("maskclip", clip, refine="vote", regions="slic:9").describe()
+
+
+def test_a_second_pass_can_be_switched_off(clip):
+    off = system_options("resclip", ["feedback=none", "residual_mix=none"])
+    resclip, naclip = built("resclip", clip, **off), built("naclip", clip)
+    image = picture()
+    assert torch.equal(resclip.encode_image(image).features.dense, naclip.encode_image(image).features.dense)
+    assert np.array_equal(resclip.segment(image, WORDS).labels, naclip.segment(image, WORDS).labels)
+
+
+def test_splicing_needs_windows(clip):
+    options = dict(cache=None, proxy="middle", merge="splice")
+    for name, resize in (("proxyclip", ""), ("proxyclip", "windows:96:64"), ("trident", "windows:96:64")):
+        with pytest.raises(ValueError, match="merge='splice' and resize="):
+            create(name, clip, resize=resize, **options)
+    assert isinstance(create("proxyclip", clip, resize="slide:64:48:16", **options), StridedWindows)
 
 
 def test_recipes_are_evaluated(clip, tmp_path):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FILES', 'REGIONS', 'RegionSource', 'check_regions', 'slic_regions', 'felzenszwalb_regions', 'paint_masks',
            'sam_regions', 'load_whole_sam', 'folder_regions', 'coco_regions', 'list_regions', 'propose_regions',
-           'check_region_spec']
+           'check_region_spec', 'regions_digest']
 
 # %% ../../nbs/components/15_region_proposals.ipynb #0584986c
-import json, os
+import hashlib, json, os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from ..benchmarks.label_files import read_index_mask
 from ..core.checkpoints import read_weights
-from ..core.files import read_json
+from ..core.files import file_digest, read_json
 from ..core.optional import require, suggest
 from ..core.options import Count, NotNegative, Positive, Share, check_names, checked_arguments
 from ..core.options import fit_option, read_option
@@ -313,3 +313,18 @@ def check_region_spec(
     kind = look_up(name, REGIONS, "regions")
     if not rest or name in ("slic", "felzenszwalb") or (name == "sam" and "/" not in rest):
         kind.build(rest, "cpu")
+
+
+def regions_digest(
+    spec: str,  # as for `propose_regions`
+) -> str:  # 64 hexadecimal digits; empty for regions that are computed, and where there is no such file
+    "SHA-256 of the files that regions are read from, and of their names in a folder."
+    kind, _, rest = spec.partition(":")
+    path = Path(rest).expanduser()
+    if kind != "file" or not path.exists():
+        return ""
+    if path.is_file():
+        return file_digest(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in FILES and file.is_file())
+    lines = [f"{file.name} {file_digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -281,6 +281,10 @@ def as_vit(
     "The encoder itself; raises `ValueError` for one without transformer blocks."
     if isinstance(encoder, ViTEncoder) and len(encoder.blocks) >= least:
         return encoder
+    if isinstance(encoder, str):
+        raise ValueError(
+            f"encoder={encoder!r} is a description: give what create_encoder({encoder!r}) builds"
+        )
     raise ValueError(
         f"{encoder.name} has no transformer blocks {use}. Take an encoder such as lite or"
         " clip:ViT-B-16/openai"

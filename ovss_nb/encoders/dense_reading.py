@@ -134,6 +134,10 @@ class Source:
         check_options(self)
         if self.first is None and self.last is not None:
             raise OptionError(f"last={self.last} of a source needs first, the block it begins with")
+        for name in ("pool", "filtered"):
+            if self.first is None and getattr(self, name) != getattr(type(self), name):
+                said = f"{name}={getattr(self, name)!r}"
+                raise OptionError(f"{said} and first=None of a source disagree: it is for outputs of blocks")
         if self.first is not None and self.last is not None and self.last < self.first:
             raise OptionError(f"first={self.first} of a source comes after last={self.last}")
         if self.regions and (self.first is not None or self.terms is not None):
@@ -193,10 +197,10 @@ def _check_terms(reading: "DenseReading"):
         raise _disagree("average_blocks=True", said, "every block has terms such as 'kk', no others")
     if reading.ffn and reading.sum_at == "after":
         raise _disagree("ffn=True", "sum_at='after'", "the perceptron works on the sum of sources")
-    if reading.channels and reading.repair != "channels":
-        raise _disagree(
-            f"channels={reading.channels}", f"repair={reading.repair!r}", "they are for 'channels'"
-        )
+    for name in ("channels", "channel_share"):
+        value = getattr(reading, name)
+        if reading.repair != "channels" and value != getattr(type(reading), name):
+            raise _disagree(f"{name}={value}", f"repair={reading.repair!r}", "it is for 'channels'")
 
 # %% ../../nbs/encoders/06_dense_reading.ipynb #3918ae55
 def _check_grid(reading: "DenseReading"):
@@ -246,9 +250,11 @@ def _check_regions(reading: "DenseReading"):
     said = f"terms={reading.terms}"
     if reading.merge is not None and "proxy" not in reading.all_terms:
         raise _disagree(f"merge={reading.merge:g}", said, "the proxy says which regions are alike")
-    for name in ("residual_mix", "feedback"):
-        pair = getattr(reading, name)
+    for name, detail in (("residual_mix", "residual_blocks"), ("feedback", "feedback_line")):
+        pair, own = getattr(reading, name), getattr(reading, detail)
         if pair is None:
+            if own != getattr(type(reading), detail):
+                raise _disagree(f"{detail}={own!r}", f"{name}=None", "the first is a detail of the second")
             continue
         if not reading.class_token or "identity" in reading.all_terms:
             raise _disagree(f"{name}={pair}", said, "it is mixed into attention by heads, such as 'kk'")
@@ -780,6 +786,8 @@ def _check_given(reading: DenseReading, batch: int, proxy, regions, labels=None)
             given.ndim != axes.count(" x ") + 1 or len(given) != batch or not given.numel()
         ):
             raise ValueError(f"{name} must be {axes} with B={batch}, not {tuple(given.shape)}")
+    if proxy is not None and not proxy.isfinite().all():
+        raise ValueError("the proxy has values that are NaN or infinite: compute it anew, in fp32 or bf16")
     if labels is not None and (reading.feedback is None or len(labels) != batch):
         raise ValueError(
             f"labels of {tuple(labels.shape)} are for a reading with feedback, one map for each of {batch}"

@@ -22,7 +22,8 @@ def lof_scores(
     tokens = tokens.float()
     tokens = tokens - tokens.mean(1, keepdim=True)  # what all share would drown small distances in rounding
     distances = torch.cdist(tokens, tokens) ** 2
-    distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    distances = distances.masked_fill(itself, torch.inf)
     count = neighbors if neighbors < tokens.shape[1] else tokens.shape[1] // 2
     near, indices = distances.topk(count, largest=False)
     reach = torch.maximum(near, near[..., -1:]).mean(-1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ..components.class_probabilities import class_maximum, with_background, with_class_prior
 from ..components.refinement import LabelRules, Patches, Refinement, refine_labels, refine_steps
-from ..components.region_proposals import check_region_spec, propose_regions
+from ..components.region_proposals import check_region_spec, propose_regions, regions_digest
 from ..components.region_vote import region_vote
 from ..core.cache import Cache
 from ..core.files import file_digest
@@ -295,7 +295,8 @@ class System:
     def describe(self) -> dict[str, Any]:
         """What a score must be printed with, ready for JSON.
 
-        The system, its encoder's weights, every option, and which texts there were if not names alone.
+        The system, its encoder's weights, every option, and which texts there were if not names alone, and
+        what is in the files of regions.
         """
         facts = dict(
             system=type(self).__name__,
@@ -304,7 +305,8 @@ class System:
             config=json.loads(json.dumps(self.config.to_dict())),
         )
         digest = prompts_digest(self.config.prompts)
-        said = dict(prompts=digest, settings=self.settings)
+        regions = regions_digest(self.config.regions or "")
+        said = dict(prompts=digest, settings=self.settings, regions=regions)
         return facts | {name: value for name, value in said.items() if value}
 
     def scores(self, image: EncodedImage, text: TextBank) -> torch.Tensor:

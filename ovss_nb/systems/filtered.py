@@ -8,6 +8,7 @@ __all__ = ['FilteredConfig', 'Filtered']
 # %% ../../nbs/systems/16_filtered.ipynb #228de122
 from dataclasses import dataclass
 from typing import Any
+import numpy as np
 import torch
 from ..core.images import load_image
 from ..core.options import Positive, Share
@@ -60,6 +61,14 @@ class Filtered(MaskCLIP):
         loaded, c = load_image(image), self.config
         pixels = self.encoder.preprocess(loaded, c.size, c.keep_aspect, c.longest)
         return EncodedImage(loaded, encode_filtered(self.encoder, pixels, c.filters()))
+
+    @torch.inference_mode()
+    def encode_window(self, image: np.ndarray, regions: np.ndarray | None = None) -> EncodedImage:
+        "Encode and filter a part of an image at the size that it has."
+        if not isinstance(self.encoder, LiteEncoder):
+            return super().encode_window(image, regions)
+        pixels = self.encoder.preprocess(image, image.shape[:2])
+        return EncodedImage(image, encode_filtered(self.encoder, pixels, self.config.filters()))
 
     def describe(self) -> dict[str, Any]:
         "What a score must be printed with, and whether the encoder is one that is filtered."

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from ovss_nb.core.options import (
     Count,
+    OptionError,
     Range,
     check_names,
     fit_option,
@@ -286,6 +287,18 @@ def _seen_through(system: "System", windows: dict) -> "System":
     module = import_module("ovss_nb.systems.windows")
     return (module.StridedWindows if "stride" in windows else module.SlidingWindows)(system, **windows)
 
+
+def _check_splice(name: str, config: Any, rule: str, windows: dict):
+    "Raises `OptionError` where features are to be spliced and there are no windows that could be."
+    if getattr(config, "merge", "average") != "splice" or "stride" in windows:
+        return
+    given = "merge" not in SYSTEMS[name].options and config.attention is None
+    if windows or given:  # one window, the whole image, is what a recipe may begin with
+        raise OptionError(
+            f"merge='splice' and resize={rule!r} disagree: features of windows of a rule slide are spliced,"
+            " e.g. resize='slide:336:224:112'"
+        )
+
 # %% ../../nbs/systems/15_registry.ipynb #35154ff7
 def create(
     name: str,  # one of `list_systems()`
@@ -318,6 +331,7 @@ def create(
         )
     # before the encoder, so that a misspelt option costs no loading,
     config = cls.config_class.from_dict(sizes | options)
+    _check_splice(name, config, resize or rule, windows or {})
     # nor a bank of prompts that is not there
     import_module("ovss_nb.text.text_bank").prompts_digest(config.prompts)
     encoder = create_encoder(encoder, device) if isinstance(encoder, str) else encoder

@@ -54,8 +54,8 @@ class TrainingFreeConfig(MaskCLIPConfig):
     proxy_rule: str | None = None
     scope: str | None = None
     grid: Literal["encoder", "proxy"] | None = None
-    residual_mix: tuple[float, float] | None = None
-    feedback: tuple[float, float] | None = None
+    residual_mix: tuple[float, float] | Literal["none"] | None = None
+    feedback: tuple[float, float] | Literal["none"] | None = None
     # a second model that says what belongs together, e.g. "stem", "middle" or "dino:vitb8/FILE", see
     # `create_proxy`
     proxy: str | None = None
@@ -113,9 +113,11 @@ class TrainingFreeConfig(MaskCLIPConfig):
         "The reading with its options as they are here. Raises `OptionError` for options that disagree."
         own = {name: getattr(self, name) for name in READING_OPTIONS}
         given = {name: value for name, value in own.items() if value is not None}
-        for name, off in (("prior", 0), ("repair", "none"), ("before", "none"), ("after", "none")):
-            if given.get(name) == off:
+        for name in ("prior", "repair", "before", "after", "residual_mix", "feedback"):
+            if given.get(name) == (0 if name == "prior" else "none"):
                 given[name] = None
+        if "feedback" in given and given["feedback"] is None:
+            given["feedback_line"] = DenseReading.feedback_line  # which belongs to it
         return replace(find_reading(self.reading), **given)
 
     @property
