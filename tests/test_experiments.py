@@ -173,6 +173,7 @@ def test_benchmark(tmp_path, monkeypatch):
         refine_size=[48, 64],
         refine_classes=[3],
         pixels_size=[12, 16],
+        window_grid=[5, 5],
     )
     metrics = run(
         "benchmark",
