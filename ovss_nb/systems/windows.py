@@ -57,6 +57,11 @@ class SlidingWindows(System):
         window: int = 384,  # pixels of a window in it; the system resizes it to its own input size
         overlap: float = 0.333,
     ):
+        if hasattr(system.config, "windows"):
+            raise ValueError(
+                f"{type(system).__name__} brings its own windows: leave the resize rule away, and use the"
+                " options windows, size, window and overlap"
+            )
         super().__init__(system.encoder, system.config, system.cache)
         self.system, self.resolution, self.window, self.overlap = system, size, window, overlap
         self.offsets = window_offsets(size, window, overlap)
