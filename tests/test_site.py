@@ -19,6 +19,11 @@ SITE = ROOT / "nbs" / "site"
 IN_FULL = ("03_maps.ipynb", "12_san.ipynb", "00_index.ipynb")
 
 
+def pages_of(folder):
+    "Names of the pages in a folder."
+    return sorted(path.stem for path in (SITE / "pages" / folder).glob("*.md"))
+
+
 def plain_page(convert):
     "Stands in for nbconvert: the prose of a notebook alone, so that its links and equations are still seen."
     import markdown
@@ -138,21 +143,7 @@ def test_links_lead_somewhere(site):
     assert not broken, broken[:10]
 
 
-@pytest.mark.parametrize(
-    "system",
-    [
-        "maskclip",
-        "simseg",
-        "llm_supervised",
-        "pnp_ovss",
-        "filtered",
-        "catseg",
-        "lmseg",
-        "san",
-        "ebseg",
-        "mrovseg",
-    ],
-)
+@pytest.mark.parametrize("system", pages_of("systems"))
 def test_system_page_has_every_option(site, system):
     from ovss_nb.systems.registry import system_class
 
@@ -184,9 +175,7 @@ def test_all_systems_have_a_page():
     assert own <= set(SYSTEMS) <= own | family | {re.sub(r"\W", "", name.lower()) for name in others}
 
 
-@pytest.mark.parametrize(
-    "recipe", ["clearclip", "sclip", "naclip", "scclip", "proxyclip", "corrclip", "index", "others"]
-)
+@pytest.mark.parametrize("recipe", pages_of("training_free"))
 def test_pages_of_the_training_free_family(site, recipe):
     page = html.unescape(text(site / "site" / "pages" / "training_free" / f"{recipe}.html"))
     prose = re.sub(r"<(code|script)\b.*?</\1>", "", page, flags=re.S)
