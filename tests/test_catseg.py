@@ -6,6 +6,7 @@ vocabulary and encoder that should work does.
 import json
 import numpy as np
 import open_clip
+from dataclasses import replace
 from functools import partial
 import doubles
 from doubles import close, thinned
@@ -29,6 +30,7 @@ from ovss_nb.systems.catseg import (
 )
 from ovss_nb.encoders.registry import create_aux_encoder
 from ovss_nb.systems.lmseg import LMSeg
+from ovss_nb.systems.maskclip import MaskCLIP
 from ovss_nb.systems.trained import state_dict_difference, read_weights, tune_queries_values
 from ovss_nb.text.text_bank import TextBank
 
@@ -695,3 +697,83 @@ def test_the_training_loop_takes_the_module_and_its_checkpoint_comes_back(tmp_pa
         )
         and fresh.tuned_names
     )
+
+
+# ---- a correction of the baseline
+
+
+CORRECTION = dict(residual=True, loss="softmax", grid=8, windows=False)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("windows", [False, True])
+def test_untrained_residual_scores_order_words_as_cosines_do(loss, windows):
+    "Whatever is fused, pooled or left out beside them."
+    encoder = small_clip(patch=8)
+    options = SMALL | CORRECTION | dict(loss=loss, windows=windows, size=96, window=64, shortest=None)
+    image = np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    words = [f"thing {i}" for i in range(30)]
+    for system in (
+        CATSeg(encoder, **options),
+        CATSeg(encoder, **options, cost_grid=4, center_text=True, prompt_channels=2),
+        LMSeg(encoder, **options, aux_encoder=Edges(), prompts="names", cost_grid=3),
+    ):
+        encoded, text = system.encode_image(image), system.encode_text(words)
+        cosines = system.own_cosines(encoded.views.dense, text)
+        logits = system.view_logits([encoded], text)
+        assert logits.shape[-2:] == (max(16, 4 * (system.config.cost_grid or 8)),) * 2
+        enlarged = F.interpolate(cosines, logits.shape[-2:], mode="bilinear")
+        close(logits, 20 * enlarged - 10, 1e-4)
+        scores = system.scores(encoded, text)
+        assert 0 <= scores.min() <= scores.max() <= 1
+        assert loss == "sigmoid" or scores.sum(0).allclose(torch.ones(()), atol=1e-4)
+
+
+def test_residual_labels_are_those_of_the_baseline():
+    "With descriptions, a background and the aspect kept, too."
+    encoder = small_clip(patch=8)
+    image = np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    for prompts, keep_aspect in (("names", False), ("names", True), ("descriptions", False)):
+        shared = dict(keep_aspect=keep_aspect, prompts=prompts)
+        system = LMSeg(encoder, **(SMALL | CORRECTION), aux_encoder=Edges(), **shared)
+        nearest = MaskCLIP(encoder, size=64, **shared)
+        bank, other = (one.encode_text("VOC-21") for one in (system, nearest))
+        assert bank.words == other.words and bank.embeddings.equal(other.embeddings)
+        close(system.encode_image(image).features.dense, nearest.encode_image(image).features.dense, 1e-5)
+        labels, expected = (one.segment(image, "VOC-21").labels for one in (system, nearest))
+        assert (labels == expected).mean() > 0.97
+
+
+def test_residual_weights_carry_the_option_and_learn_from_zero(tmp_path):
+    encoder = small_clip(patch=8)
+    system = CATSeg(encoder, **(SMALL | CORRECTION), cost_grid=4)
+    image = np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    encoded = system.from_cache(system.to_cache(system.encode_image(image)))
+    text = replace(system.encode_text(["cat", "dog", "sky"]), background=("sky",))
+    labels = torch.randint(0, 2, (1, 32, 32))
+    labels[:, :8], labels[:, 8:12] = 254, 255
+    system.network.requires_grad_(True)
+    optimizer = torch.optim.Adam(system.network.parameters(), 1e-2)
+    losses = []
+    for _ in range(6):
+        loss, _ = system.loss([encoded], labels, text)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    system.save(tmp_path / "own.safetensors")
+    again = CATSeg(
+        encoder, **CATSegConfig.from_dict(dict(weights=str(tmp_path / "own.safetensors"))).to_dict()
+    )
+    assert again.config.residual and again.config.cost_grid == 4 and again.config.loss == "softmax"
+    close(again.scores(encoded, text), system.scores(encoded, text).detach(), 1e-6)
+
+
+def test_a_finer_map_than_the_blocks():
+    "Guides are brought to the grid at which the network works; without `cost_grid`, that of the features."
+    system = CATSeg(small_clip(patch=8), **(SMALL | CORRECTION))
+    image = system.encode_image(np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    text = system.encode_text(["cat", "dog"])
+    image.views = replace(image.views, dense=F.interpolate(image.views.dense, scale_factor=2))
+    assert system.scores(image, text).shape == (2, 64, 64)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cost_map', 'GuidedProjection', 'axis_regions', 'window_mask', 'window_attention', 'WindowBlock', 'SpatialStage',
-           'split_linear', 'each_map', 'ClassStage', 'UpStage', 'check_guides', 'CostAggregation']
+           'split_linear', 'each_map', 'ClassStage', 'UpStage', 'check_guides', 'CostAggregation', 'CosineResidual']
 
 # %% ../../nbs/components/09_cost_aggregation.ipynb #97bdfef3
 from collections.abc import Callable
@@ -319,6 +319,8 @@ class CostAggregation(nn.Module):
         # false leaves one kind of enhancement out, to see what it brings
         spatial_stage: bool = True,
         class_stage: bool = True,
+        # a correction of something else: zero at the start; words left out get the mean of the others
+        residual: bool = False,
     ):
         super().__init__()
         if not len(details) == len(decoder) == len(decoder_guidance):
@@ -326,7 +328,7 @@ class CostAggregation(nn.Module):
             raise ValueError(f"{sizes} must be of one length")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1")
-        self.length, self.limit, self.chunk = length, limit, chunk
+        self.length, self.limit, self.chunk, self.residual = length, limit, chunk, residual
         self.embed = nn.Conv2d(prompts, width, 7, padding=3)
         self.appearance, self.text = nn.Conv2d(dim, guidance[0], 3, padding=1), nn.Linear(dim, guidance[1])
         self.details = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(details, decoder_guidance))
@@ -341,6 +343,9 @@ class CostAggregation(nn.Module):
             UpStage(a, g, b) for a, g, b in zip((width, *decoder), decoder_guidance, decoder)
         )
         self.head = nn.Conv2d(decoder[-1], 1, 3, padding=1)
+        if residual:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def topk_classes(self, cost: torch.Tensor) -> torch.Tensor | None:
         "The `length` words that fit best anywhere, B x length ascending indices; None if all may stay."
@@ -415,5 +420,28 @@ class CostAggregation(nn.Module):
         logits = self.decode(x, details)
         if kept is None:
             return logits
-        everything = logits.new_full((len(logits), words, *logits.shape[2:]), -100)
+        if self.residual:
+            everything = logits.mean(1, keepdim=True).repeat(1, words, 1, 1)
+        else:
+            everything = logits.new_full((len(logits), words, *logits.shape[2:]), -100)
         return everything.scatter(1, kept[..., None, None].expand_as(logits), logits)
+
+# %% ../../nbs/components/09_cost_aggregation.ipynb #6b673067
+class CosineResidual(nn.Module):
+    "Cosines times a learned scale, plus a learned number, plus a correction (ours)."
+
+    def __init__(self, scale: float = 20.0):  # of the cosines, at the start; a cosine of a half is then 0
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
+        self.bias = nn.Parameter(torch.tensor(-scale / 2))
+
+    def forward(
+        self,
+        cosines: torch.Tensor,  # B x K x h x w
+        correction: torch.Tensor,  # B x K x H x W
+    ) -> torch.Tensor:  # logits, B x K x 2h x 2w, or B x K x H x W where that is larger
+        size = tuple(max(2 * own, other) for own, other in zip(cosines.shape[-2:], correction.shape[-2:]))
+        cosines, correction = (
+            F.interpolate(maps, size, mode="bilinear", align_corners=False) for maps in (cosines, correction)
+        )
+        return self.log_scale.exp() * cosines + self.bias + correction

@@ -174,6 +174,11 @@ class _CATSegGraph(_EncoderGraph):
                 "the graph has one prompt channel and no centring of texts: export the system without these"
                 " options"
             )
+        if c.residual or c.cost_grid or c.loss != "sigmoid":
+            raise ValueError(
+                "the graph knows CAT-Seg's own network only: it cannot export residual, cost_grid or"
+                " loss='softmax'"
+            )
         self.system, self.network, self.pooling = system, system.network, c.pooling
         self.most = c.length - 1 if c.length else None
         self.seen = c.grid * system.encoder.stride

@@ -172,7 +172,8 @@ class LMSeg(CATSeg):
         """
         if self.config.prompts != "descriptions":
             return super().stand_ins(vocabulary)
-        return in_templates(vocabulary, self.config.templates)
+        # with `residual`, the words of a background are bare like the descriptions, as `maskclip` has them
+        return in_templates(vocabulary, self.config.templates) | super().stand_ins(vocabulary)
 
     def encode_text(self, words) -> TextBank:
         """Text bank of descriptions, with the template for words that have none.
