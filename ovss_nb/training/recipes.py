@@ -26,6 +26,7 @@ from ..systems.registry import create, system_options
 from ..text.text_bank import TextBank, class_prompts
 from .augment import TrainingSets, merge_vocabularies
 from .feature_cache import cached_features
+from .training_sets import open_training_set, training_sets
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10006
 UNSEEN = (
@@ -135,12 +136,28 @@ def part_rows(count: int, part: str, most: int = 0) -> np.ndarray:  # 0 for all
         return rows
     return rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
 
-
+# %% ../../nbs/training/08_recipes.ipynb #80c10032
 def open_part(
-    root: str | Path, folder: str, protocol: str, part: str, most: int = 0
+    root: str | Path,
+    folder: str,  # in `root`, or the name of a training set
+    protocol: str,  # empty: as the folder says
+    part: str,  # of `PARTS`
+    most: int = 0,  # items, spread evenly; 0 for all
+    training: str | Path | None = None,  # folder in which the training sets lie; default: `root`
 ) -> tuple[Any, np.ndarray]:
-    "A labelled set in a folder of `root`, and the numbers of its items that belong to a part."
-    dataset = open_dataset(Path(root) / folder, protocol or None)
+    """A labelled set, and the numbers of its items that belong to a part.
+
+    Raises `ValueError` for a training set under a protocol, and as the sets themselves do.
+    """
+    if folder not in training_sets():
+        dataset = open_dataset(Path(root) / folder, protocol or None)
+    elif protocol:
+        raise ValueError(
+            f"{folder} is a training set, its labels are read by a table of their own and not by"
+            f" protocol={protocol!r}: leave that empty"
+        )
+    else:
+        dataset = open_training_set(root if training is None else training, folder)
     return dataset, part_rows(len(dataset), part, most)
 
 
