@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -166,10 +167,11 @@ class _Settings:
     average: float | None
     processes: int
     data: str
+    best: str = ""
 
     def stored(self) -> dict[str, Any]:
         "As a checkpoint holds them."
-        optional = dict(average=None, processes=1, data="")
+        optional = dict(average=None, processes=1, data="", best="")
         values = asdict(self).items()
         return {name: value for name, value in values if name not in optional or value != optional[name]}
 
@@ -183,6 +185,7 @@ class _Progress:
     counted: int = 0  # steps in the sums
     rows: list[dict] = field(default_factory=list)  # of the log
     finished: bool = False
+    best: dict[str, float] = field(default_factory=dict)  # step and value of the best row, with `best`
 
 # %% ../../nbs/training/04_fit.ipynb #f6e66674
 class _Run:
@@ -259,7 +262,7 @@ def _restore(run: _Run, path: Path):
     if run.number == 0:
         _tidy(run.run_dir, run.keep)
     state = _read_state(path, run.settings.stored())
-    run.progress = _Progress(**{name: state[name] for name in vars(run.progress)})
+    run.progress = _Progress(**{name: state[name] for name in vars(run.progress) if name in state})
     load_weights(run.model, path, average=run.progress.finished)
     run.optimizer.load_state_dict(state["optimizer"])
     if run.progress.finished:
@@ -373,6 +376,38 @@ def _add_row(run: _Run, rate: float):
     progress.rows.append(dict(step=progress.step, lr=rate, **means))
     progress.sums, progress.counted = {}, 0
 
+# %% ../../nbs/training/04_fit.ipynb #336328fb
+def _keep_best(run: _Run, row: dict):
+    "Keep the weights that count, if the row's number is greater than any before."
+    value = row.get(run.settings.best)
+    if value is None or not value > run.progress.best.get("value", -math.inf):
+        return
+    run.progress.best = dict(step=run.progress.step, value=float(value))
+    if run.number == 0:
+        tensors = _saved(run.model) | dict(zip(run.names, run.averages()))
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        about = {name: str(number) for name, number in run.progress.best.items()}
+        with atomic_path(run.run_dir / "best.safetensors") as temporary:
+            save_file(tensors, temporary, about)
+
+
+def _fill_best(run: _Run):
+    "Give the model its best weights, if they are kept. Raises `TrainingError` if their file is another's."
+    if not run.progress.best:
+        return
+    path, step = run.run_dir / "best.safetensors", run.progress.best["step"]
+    try:
+        with safe_open(path, "pt") as file:
+            kept = (file.metadata() or {}).get("step")
+        weights = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise TrainingError(
+            f"{path} is damaged ({e}). Delete the newest checkpoint to go on from before"
+        ) from e
+    if kept != str(step):
+        raise TrainingError(f"{path} holds step {kept}, but the best of this run was {step}. Train it anew")
+    run.model.load_state_dict(weights, strict=False)
+
 # %% ../../nbs/training/04_fit.ipynb #337cacc6
 def _tensorboard(folder: Path, done: int) -> Any:
     """TensorBoard's writer, which forgets what an earlier process wrote after step `done`.
@@ -425,6 +460,10 @@ def _train(
 ):
     "Step after step, until the run is finished or interrupted."
     progress, settings = run.progress, run.settings
+    if settings.best and progress.step == 0 and not progress.best:
+        row: dict = {}
+        _measure(run, on_interval, row)  # the start may be the best
+        _keep_best(run, row)
     while not progress.finished:
         rate = settings.lr * schedule_factor(
             progress.step, settings.steps, settings.schedule, settings.warmup
@@ -440,6 +479,7 @@ def _train(
             bar.set_postfix(loss=f"{progress.rows[-1]['loss']:.4g}", refresh=False)
             if on_interval is not None and _measure(run, on_interval, progress.rows[-1]):
                 progress.finished = True
+            _keep_best(run, progress.rows[-1])
             _write_row(run)
         bar.update()
         if run.count == 1:
@@ -480,6 +520,8 @@ def fit(
     # (steps done, row) -> true to stop early; may add numbers to the row
     on_interval: Callable[[int, dict], Any] | None = None,
     early: Index = 0,  # steps after which `on_interval` is called once with an empty row; 0: not
+    # a number that `on_interval` adds to rows: the model ends with the weights for which it was greatest
+    best: str = "",
     tensorboard: bool = False,  # the log also for TensorBoard, in run_dir/tensorboard
     data: str = "",  # digest of all that `batches` draws from: a run that began with other data is refused
     progress: bool = True,
@@ -502,12 +544,15 @@ def fit(
         (weight_decay, groups or {}),
         (schedule, warmup, clip, accumulate, precision, seed, log_every),
     )
-    settings = _Settings(steps, lr, *decay, *rate, average, count, data)
+    if best and on_interval is None:
+        raise TrainingError(f"best={best!r} is a number that on_interval measures: give on_interval")
+    settings = _Settings(steps, lr, *decay, *rate, average, count, data, best)
     run = _Run(model, Path(run_dir), settings, keep)
     # the caller's own random numbers stay as they are
     with _locked(run), torch.random.fork_rng(run.cuda), _noted_interrupt() as run.interrupted:
         _begin(run)
         if run.progress.finished:
+            _fill_best(run)
             return run.progress.rows
         if tensorboard and number == 0:
             run.writer = _tensorboard(run.run_dir / "tensorboard", run.progress.step)
@@ -522,4 +567,5 @@ def fit(
             _fill(run.parameters, run.averages())
         if count > 1:
             dist.barrier()  # when one is back, the last checkpoint is there for all
+        _fill_best(run)
     return run.progress.rows
