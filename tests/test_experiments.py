@@ -8,6 +8,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from safetensors import safe_open
 
 from ovss_nb.app.experiments import run_notebook
 
@@ -370,17 +371,26 @@ def test_train(tmp_path, monkeypatch):
         limit=28,
         evaluate_limit=16,
         unseen=["sofa", "sheep"],
-        options=dict(grid=6, attention_window=3, aux_size=128, center_text=True),
+        options=dict(grid=6, attention_window=3, aux_size=128, center_text=True, prompts="descriptions")
+        | dict(residual=False, loss="sigmoid", fusion_initial=0.5),
         changes=dict(
-            train=[["voc2012-sbd-extra", "VOC-21", "all"]],
+            train=[["voc2012-sbd-extra", "VOC-21", "three quarters"]],
+            development=[["voc2012-sbd-extra", "VOC-21", "last quarter"]],
+            development_limit=8,
+            keep="best",
             test=[["voc2012-val-subset", "VOC-21", "all"]],
             steps=80,
             words=6,
+            distractors=False,
             labels=48,
             lr=0.003,
+            warmup=20,
         ),
     )
     metrics = run("train", tmp_path, monkeypatch, **tiny)
+    with safe_open(tmp_path / "run/lmseg.safetensors", "pt") as file:
+        assert file.metadata()["step"] == str(metrics["kept_step"])
+    assert metrics["kept_step"] in range(0, 81, 8)
     assert metrics["loss_last"] < 0.5 * metrics["loss_first"]
     seen = {way: value["VOC-21"]["seen"] for way, value in metrics["table"].items()}
     assert seen["trained"] > max(seen["untrained"], seen["commonest class"]) and metrics["training"][
@@ -420,7 +430,7 @@ def test_train_masks(system, tmp_path, monkeypatch):
         tmp_path,
         monkeypatch,
         system=system,
-        recipe="small-masks",
+        recipe="mixed",
         data=str(DATA),
         features=str(tmp_path / "features"),
         limit=6,

@@ -10,7 +10,7 @@ from ovss_nb.training.augment import Augmentation
 from ovss_nb.encoders.clip import CLIPEncoder
 from ovss_nb.systems.registry import create
 from ovss_nb.training.optimizer import parameter_groups
-from ovss_nb.training.recipes import recipes, tuned_bank
+from ovss_nb.training.recipes import choose_recipe, part_rows, recipes, tuned_bank
 from ovss_nb.core.vocabulary import Vocabulary, load_vocabulary
 
 
@@ -91,15 +91,32 @@ def test_recipes_are_the_papers(name):
     )
 
 
-def test_small_recipes_are_as_they_were():
-    "The weights that ship were made by them: no picture is changed, and a class is the mean of its words."
-    for name in ("small", "small-masks"):
-        found = recipes("lite", "lite_sam")[name]
-        assert (
-            found["augmentation"] is None
-            and not found["tune"]
-            and not any("first_word" in options for options in found["options"].values())
+EVALUATED = {"voc2012-val-subset", "coco-object-mini", "camvid11", "cocostuff171-mini", "ccp59-subset"}
+
+
+@pytest.mark.parametrize("system", ["catseg", "lmseg", "san", "ebseg", "mrovseg"])
+def test_mixed_learns_from_nothing_that_is_scored(system):
+    "Nor from its sets of development; no picture is changed, and a class is the mean of its words."
+    found = choose_recipe("mixed", system)
+    assert found["augmentation"] is None and not found["tune"] and "first_word" not in found["options"]
+    learnt, measured = found["train"], found["development"]
+    assert not {name for name, *_ in learnt + measured} & (EVALUATED | {"camvid-train11"})
+    for name, _, part in measured:
+        others = [other for own, _, other in learnt if own == name]
+        assert all(not set(part_rows(400, part)) & set(part_rows(400, other)) for other in others), (
+            f"{name} is learnt from and measured"
         )
+    assert set(found["shares"]) == {name for name, *_ in learnt}
+    create(system, "lite", weights="random", device="cpu", **found["options"])
+
+
+def test_what_a_recipe_says_must_agree():
+    with pytest.raises(ValueError, match="distractors=false with tune"):
+        choose_recipe("coco-stuff-80k", "catseg", changes=dict(distractors=True))
+    mine = dict(train=[["mine", "", "all"]])
+    assert choose_recipe("mixed", "catseg", changes=mine)["shares"] == {}
+    with pytest.raises(ValueError, match="give development"):
+        choose_recipe("mixed", "catseg", changes=mine | dict(keep="best"))
 
 
 def texts_read(system, words):

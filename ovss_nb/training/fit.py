@@ -391,6 +391,13 @@ def _keep_best(run: _Run, row: dict):
             save_file(tensors, temporary, about)
 
 
+def _measure_start(run: _Run, on_interval: Callable):
+    "The weights before the first step may be the best."
+    row: dict = {}
+    _measure(run, on_interval, row)
+    _keep_best(run, row)
+
+
 def _fill_best(run: _Run):
     "Give the model its best weights, if they are kept. Raises `TrainingError` if their file is another's."
     if not run.progress.best:
@@ -461,9 +468,7 @@ def _train(
     "Step after step, until the run is finished or interrupted."
     progress, settings = run.progress, run.settings
     if settings.best and progress.step == 0 and not progress.best:
-        row: dict = {}
-        _measure(run, on_interval, row)  # the start may be the best
-        _keep_best(run, row)
+        _measure_start(run, on_interval)
     while not progress.finished:
         rate = settings.lr * schedule_factor(
             progress.step, settings.steps, settings.schedule, settings.warmup

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'TESTS', 'PLAIN', 'SHARES', 'MIXED', 'SMALL_COST', 'FUSED', 'SQUARE', 'SMALL_SAN', 'SMALL_EBSEG',
-           'SMALL_MROVSEG', 'OWN_MASKS', 'COCO', 'CROPS', 'MASKS', 'PUBLISHED', 'PARTS', 'recipes', 'choose_recipe',
-           'part_rows', 'open_part', 'content_digests', 'as_bytes', 'as_floats', 'stored_images', 'stored_image',
-           'tuned_bank', 'distractor_nouns', 'chosen_words', 'joined_bank', 'other_bank', 'StepWords', 'grid_labels',
-           'ScoredClasses', 'miou_of_parts', 'Measurement']
+           'SMALL_MROVSEG', 'OWN_MASKS', 'COCO', 'CROPS', 'MASKS', 'PUBLISHED', 'PARTS', 'recipes', 'check_recipe',
+           'choose_recipe', 'part_rows', 'open_part', 'content_digests', 'as_bytes', 'as_floats', 'stored_images',
+           'stored_image', 'tuned_bank', 'distractor_nouns', 'chosen_words', 'joined_bank', 'other_bank', 'StepWords',
+           'grid_labels', 'ScoredClasses', 'miou_of_parts', 'Measurement']
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10003
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ from .training_sets import held_back_words, open_training_set, training_sets
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10006
 UNSEEN = (
-    "cow motorbike aeroplane sofa pottedplant sheep train tvmonitor frisbee skateboard carrot scissors"
+    "cow motorbike aeroplane sofa pottedplant sheep train television frisbee skateboard carrot scissors"
     " suitcase giraffe"
 ).split()
 TESTS = [
@@ -114,6 +114,23 @@ def recipes(encoder: str = "lite", aux_encoder: str = "lite_sam") -> dict[str, d
         "coco-stuff-mrovseg": mrovseg | dict(steps=60_000, batch=32, options={"mrovseg": PUBLISHED | square}),
     }
 
+# %% ../../nbs/training/08_recipes.ipynb #7c522097
+def check_recipe(recipe: dict[str, Any]) -> None:
+    "Raises `ValueError` for entries that disagree."
+    if recipe["tune"] and recipe["augmentation"] is None:
+        raise ValueError(
+            "an encoder that is tuned needs pictures, not stored features: give an augmentation, {} for"
+            " CAT-Seg's"
+        )
+    if recipe["keep"] not in ("last", "best") or recipe["bits"] not in (8, 16):
+        raise ValueError(
+            f"keep={recipe['keep']!r} must be 'last' or 'best', and bits={recipe['bits']!r} 8 or 16"
+        )
+    if recipe["keep"] == "best" and not recipe["development"]:
+        raise ValueError("keep='best' needs sets that are not learnt from: give development, or keep='last'")
+    if recipe["tune"] and recipe["distractors"]:
+        raise ValueError("distractors are words of a frozen text tower: say distractors=false with tune")
+
 # %% ../../nbs/training/08_recipes.ipynb #80c10012
 def choose_recipe(
     name: str,  # of `recipes`
@@ -147,19 +164,7 @@ def choose_recipe(
         )
     recipe |= changes
     recipe["options"] = recipe["options"][system] | system_options(system, options or {})
-    if recipe["tune"] and recipe["augmentation"] is None:
-        raise ValueError(
-            "an encoder that is tuned needs pictures, not stored features: give an augmentation, {} for"
-            " CAT-Seg's"
-        )
-    if recipe["keep"] not in ("last", "best") or recipe["bits"] not in (8, 16):
-        raise ValueError(
-            f"keep={recipe['keep']!r} must be 'last' or 'best', and bits={recipe['bits']!r} 8 or 16"
-        )
-    if recipe["keep"] == "best" and not recipe["development"]:
-        raise ValueError("keep='best' needs sets that are not learnt from: give development, or keep='last'")
-    if recipe["tune"] and recipe["distractors"]:
-        raise ValueError("distractors are words of a frozen text tower: say distractors=false with tune")
+    check_recipe(recipe)
     return recipe
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10015
