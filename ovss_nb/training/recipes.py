@@ -10,6 +10,7 @@ __all__ = ['UNSEEN', 'TESTS', 'PLAIN', 'SHARES', 'MIXED', 'SMALL_COST', 'FUSED',
            'grid_labels', 'ScoredClasses', 'miou_of_parts', 'Measurement']
 
 # %% ../../nbs/training/08_recipes.ipynb #80c10003
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +23,7 @@ from ..benchmarks.metrics import Confusion, harmonic_mean
 from ..benchmarks.protocols import open_dataset
 from ..components.upsample import upsample_argmax
 from ..core.cache import Cache
-from ..core.vocabulary import Vocabulary
+from ..core.vocabulary import Vocabulary, VocabularyWarning
 from ..encoders.lite import SentenceEncoder
 from ..systems.base import EncodedImage
 from ..systems.registry import create, system_options
@@ -64,7 +65,7 @@ MIXED: dict[str, Any] = PLAIN | dict(
     unseen=UNSEEN,
     shares=SHARES,
 )
-MIXED |= dict(steps=2000, words=[2, 64], distractors=True, rest=True, keep="best", bits=8, warmup=50)
+MIXED |= dict(steps=1500, words=[2, 64], distractors=True, rest=True, keep="best", bits=8, warmup=50)
 MIXED |= dict(labels=112, lr=5e-4)
 
 # %% ../../nbs/training/08_recipes.ipynb #bbe00078
@@ -345,7 +346,9 @@ class StepWords:
         self.sets, self.words = sets, words
         union, unseen = sets.vocabulary, {word for k in sets.unseen for word in sets.vocabulary.words[k]}
         known = [chosen_words(union, classes) for classes in sets.classes]
-        self.banks, self.others = [model.encode_text(vocabulary) for vocabulary in known], []
+        with warnings.catch_warnings():  # of sets with one class
+            warnings.simplefilter("ignore", VocabularyWarning)
+            self.banks, self.others = [model.encode_text(vocabulary) for vocabulary in known], []
         for dataset, vocabulary in zip(sets.sets, known) if distractors else ():
             also = getattr(dataset, "also", {}).values()
             true = [word for own in (*vocabulary.words, *also) for word in own]
