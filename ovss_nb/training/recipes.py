@@ -66,7 +66,7 @@ MIXED: dict[str, Any] = PLAIN | dict(
     shares=SHARES,
 )
 MIXED |= dict(steps=1500, words=[2, 64], distractors=True, rest=True, keep="best", bits=8, warmup=50)
-MIXED |= dict(labels=112, lr=5e-4)
+MIXED |= dict(labels=112)
 
 # %% ../../nbs/training/08_recipes.ipynb #bbe00078
 SMALL_COST = dict(windows=False, grid=14, cost_grid=28, attention_window=7, width=32, guidance=[32, 32])
