@@ -122,6 +122,8 @@ class EBSegConfig(MaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.residual:
+            raise ValueError("EBSeg balances three opinions and has no residual yet: leave residual=false")
         check_shares(self.alpha, self.beta, self.gamma)
 
     @property

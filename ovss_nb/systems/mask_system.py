@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MaskConfig', 'first_block', 'check_blocks', 'MaskImage', 'resized_size', 'padded_size', 'resize_image', 'pad_to',
-           'masks_at', 'resize_matrix', 'semantic_inference', 'unfreeze', 'MaskSystem']
+           'masks_at', 'resize_matrix', 'semantic_inference', 'unfreeze', 'MaskResidual', 'MaskSystem']
 
 # %% ../../nbs/systems/03_mask_system.ipynb #a3bef3aa
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
@@ -16,11 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 from ..core.images import fit_shortest, load_image
 from ..core.options import Count, Index, Positive
+from ..components.cost_aggregation import CosineResidual
 from ..components.fusion import sample_regions
 from ..components.mask_classification import mask_scores
-from ..components.mask_losses import mask_classification_loss, mask_targets
+from ..components.mask_losses import REST, mask_classification_loss, mask_targets, word_cross_entropy
 from ..encoders.base import Encoder
+from ..core.vocabulary import Vocabulary
 from .base import EncodedImage
+from .maskclip import SURROUNDINGS, described_background
 from .trained import TrainedConfig, TrainedSystem, alike, as_array, normalize_batch
 from ..text.text_bank import TextBank
 
@@ -42,6 +45,11 @@ class MaskConfig(TrainedConfig):
     # factor of cosines with words; default: the encoder's own, 100 for encoders that have none
     logit_scale: Positive | None = None
     loss_points: Count = 12544  # at which each mask is compared in training
+    # ours: masks correct the encoder's own cosines, as `maskclip` has them, by a gate that starts at zero
+    residual: bool = False
+    residual_scale: Positive = 20.0  # of these cosines, at the start
+    residual_weight: Positive = 5.0  # of the corrected map in the loss
+    background_words: tuple[str, ...] = SURROUNDINGS  # with `residual`, as for `maskclip`
 
 # %% ../../nbs/systems/03_mask_system.ipynb #90406bfb
 def first_block(
@@ -76,6 +84,8 @@ class MaskImage(EncodedImage):
 
     resized_size: tuple[int, int] = (0, 0)  # height and width after resizing
     padded_size: tuple[int, int] = (0, 0)  # and with what was filled up at the bottom and right
+    # with `residual`, the encoder's own map of the image, 1 x d x h x w
+    own: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 def resized_size(
@@ -175,6 +185,23 @@ def unfreeze(
     return tuned
 
 # %% ../../nbs/systems/03_mask_system.ipynb #3379b5f0
+class MaskResidual(nn.Module):
+    "Cosines of the encoder plus a gate, zero at the start, times what masks say (ours)."
+
+    def __init__(self, scale: float = 20.0):  # of the cosines, at the start
+        super().__init__()
+        self.cosines, self.gate = CosineResidual(scale), nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self,
+        cosines: torch.Tensor,  # B x K x h x w
+        scores: torch.Tensor,  # B x K x H x W, of masks: not negative
+        least: float = 0.01,  # added to scores, so that where no mask is, nothing is corrected
+    ) -> torch.Tensor:  # logits, B x K x 2h x 2w, or B x K x H x W where that is larger
+        said = (scores + least).log()
+        return self.cosines(cosines, self.gate * (said - said.mean(1, keepdim=True)))
+
+
 class MaskSystem(TrainedSystem):
     """A trained system whose network proposes masks. Scores are sums of mask probabilities: not negative,
     and their sum over classes is not one.
@@ -183,6 +210,18 @@ class MaskSystem(TrainedSystem):
     config_class = MaskConfig
     image_class = MaskImage
     pad_multiple = 1  # sides of the input are multiples of so many pixels
+
+    def reset(self, seed: int = 0):
+        "As every trained system's, with the gate of `residual`."
+        super().reset(seed)
+        if self.config.residual:
+            residual = MaskResidual(self.config.residual_scale).to(self.encoder.device)
+            self.network.residual = residual.eval().requires_grad_(False)
+
+    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
+        "With `residual`, the words of a background, see `described_background`."
+        words = self.config.background_words if self.config.residual else ()
+        return described_background(vocabulary, words)
 
     # ---- images
 
@@ -218,6 +257,10 @@ class MaskSystem(TrainedSystem):
             batch = self.encode_pixels(torch.cat([inputs[i][0] for i in group]))
             for i, image in zip(group, batch):
                 encoded[i] = self.with_sizes(image, loaded[i], inputs[i][1])
+                if self.config.residual:
+                    c = self.config
+                    seen = self.encoder.preprocess(loaded[i], c.size, c.keep_aspect, c.longest)
+                    encoded[i].own = self.encoder.encode(seen).dense
         return encoded
 
     def encode_image(self, image) -> MaskImage:
@@ -228,7 +271,12 @@ class MaskSystem(TrainedSystem):
         "B x 3 x H x W uint8 images, squashed to a square, through the encoders, with gradients."
         size = (self.config.size, self.config.size)
         encoded = self.encode_pixels(self.network_input(images, size), training=True)
-        return [self.with_sizes(one, as_array(image), size) for one, image in zip(encoded, images)]
+        images_of = [self.with_sizes(one, as_array(image), size) for one, image in zip(encoded, images)]
+        if self.config.residual:
+            dense = self.encoder.encode(normalize_batch(self.encoder, images, size)).dense
+            for one, own in zip(images_of, dense):
+                one.own = own[None]
+        return images_of
 
     def check_images(self, images: Sequence[EncodedImage]):
         "Raises `ValueError` for images that another system encoded."
@@ -262,9 +310,17 @@ class MaskSystem(TrainedSystem):
             logits, masks = self.predict([images[i] for i in group], text)[-1]
             for row, i in enumerate(group):
                 visible = masks_at(masks[row : row + 1], images[i], self.config.resolution)
-                own = mask_scores(logits[row : row + 1].float(), visible)[0]
-                scores[i] = self.decided(own, images[i], text)
+                own = mask_scores(logits[row : row + 1].float(), visible)
+                if self.config.residual:
+                    own = self.corrected(images[i], text, own).softmax(1)
+                scores[i] = self.decided(own[0], images[i], text)
         return scores
+
+    def corrected(self, image: MaskImage, text: TextBank, scores: torch.Tensor) -> torch.Tensor:
+        "Logits 1 x K x h x w of one image: the encoder's cosines, and what 1 x K x H x W mask scores add."
+        vectors = F.normalize(image.own.float().flatten(2).mT[0], dim=-1)
+        cosines = text.compare(vectors, self.config.pooling).clone()
+        return self.network.residual(cosines.unflatten(1, image.own.shape[-2:])[None], scores)
 
     def scores(self, image: MaskImage, text: TextBank) -> torch.Tensor:
         "K x h x w scores, at the pixels that the option `resolution` says."
@@ -284,10 +340,34 @@ class MaskSystem(TrainedSystem):
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         "Matched classes and masks, summed over the supervised layers; the numbers are those of the last."
-        total, parts, targets = 0, {}, mask_targets(labels)
+        total, parts = 0, {}
+        targets = mask_targets(labels.masked_fill(labels == REST, 255))
         for logits, masks in self.predict(images, text, every=True):
             loss, parts = mask_classification_loss(
                 logits, masks, targets, generator, self.config.loss_points, **self.loss_options()
             )
             total = total + loss
+        if self.config.residual:
+            each = mask_scores(logits.float(), masks.float()).split(1)
+            maps = torch.cat([self.corrected(image, text, one) for image, one in zip(images, each)])
+            behind = [k for k, name in enumerate(text.names) if name in text.background]
+            words = word_cross_entropy(maps, labels, behind)
+            total, parts = (
+                total + self.config.residual_weight * words,
+                parts | dict(words=float(words.detach())),
+            )
         return total, parts
+
+    # ---- stored images
+
+    def to_cache(self, image: MaskImage) -> dict[str, torch.Tensor]:
+        "As every trained system's; with `residual`, the encoder's own map, too."
+        own = dict(own=image.own[0]) if self.config.residual else {}
+        return super().to_cache(image) | own
+
+    def from_cache(self, arrays: dict[str, torch.Tensor]) -> MaskImage:
+        "The encoded image without pixels."
+        own = arrays.get("own")
+        image = super().from_cache({name: array for name, array in arrays.items() if name != "own"})
+        image.own = None if own is None else own[None].to(self.encoder.device, torch.float32)
+        return image
