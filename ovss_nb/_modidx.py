@@ -3196,8 +3196,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ovss_nb/systems/mask_system.py'),
                                              'ovss_nb.systems.mask_system.MaskSystem.scores': ( 'systems/mask_system.html#masksystem.scores',
                                                                                                 'ovss_nb/systems/mask_system.py'),
-                                             'ovss_nb.systems.mask_system.MaskSystem.stand_ins': ( 'systems/mask_system.html#masksystem.stand_ins',
-                                                                                                   'ovss_nb/systems/mask_system.py'),
                                              'ovss_nb.systems.mask_system.MaskSystem.to_cache': ( 'systems/mask_system.html#masksystem.to_cache',
                                                                                                   'ovss_nb/systems/mask_system.py'),
                                              'ovss_nb.systems.mask_system.MaskSystem.with_sizes': ( 'systems/mask_system.html#masksystem.with_sizes',

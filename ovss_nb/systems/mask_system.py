@@ -21,9 +21,7 @@ from ..components.fusion import sample_regions
 from ..components.mask_classification import mask_scores
 from ..components.mask_losses import REST, mask_classification_loss, mask_targets, word_cross_entropy
 from ..encoders.base import Encoder
-from ..core.vocabulary import Vocabulary
 from .base import EncodedImage
-from .maskclip import SURROUNDINGS, described_background
 from .trained import TrainedConfig, TrainedSystem, alike, as_array, normalize_batch
 from ..text.text_bank import TextBank
 
@@ -49,7 +47,6 @@ class MaskConfig(TrainedConfig):
     residual: bool = False
     residual_scale: Positive = 20.0  # of these cosines, at the start
     residual_weight: Positive = 5.0  # of the corrected map in the loss
-    background_words: tuple[str, ...] = SURROUNDINGS  # with `residual`, as for `maskclip`
 
 # %% ../../nbs/systems/03_mask_system.ipynb #90406bfb
 def first_block(
@@ -217,11 +214,6 @@ class MaskSystem(TrainedSystem):
         if self.config.residual:
             residual = MaskResidual(self.config.residual_scale).to(self.encoder.device)
             self.network.residual = residual.eval().requires_grad_(False)
-
-    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
-        "With `residual`, the words of a background, see `described_background`."
-        words = self.config.background_words if self.config.residual else ()
-        return described_background(vocabulary, words)
 
     # ---- images
 
