@@ -458,6 +458,7 @@ class FineMap(StoredModule):
         gate: float = 0.5,  # see `add_conse`
         # in training: only every second row and column, from these on
         corner: tuple[int, int] | None = None,
+        strength: float | torch.Tensor = 1.0,  # factor of the correction; B x 1 x 1 x 1 for one per picture
     ) -> torch.Tensor:  # B x 384 x 4h x 4w, not normalized; with a corner half as many rows and columns
         "The coarse map, enlarged, plus the correction."
         tokens = tower.normalized(join_stages(sixteenth, self.last(sixteenth)))
@@ -465,8 +466,9 @@ class FineMap(StoredModule):
         coarse = tower.add_conse(local, conse, gate).movedim(-1, 1)
         x = self.correction(tokens, sixteenth, eighth)
         if corner is None:
-            return enlarged(coarse, 4) + self.out(x)
-        return every_second(coarse, corner) + self.out(x[..., corner[0] :: 2, corner[1] :: 2])
+            return enlarged(coarse, 4) + strength * self.out(x)
+        x = self.out(x[..., corner[0] :: 2, corner[1] :: 2])
+        return every_second(coarse, corner) + strength * x
 
 # %% ../../nbs/encoders/08_lite.ipynb #de19bbfe
 class LiteEncoder(ViTEncoder, ConSEEncoder):
@@ -487,6 +489,7 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         gate: Share = 0.5,  # how far ConSE's share falls where all is stuff
         # file made by train_lite_fine.ipynb; True: that of the package, if the tower is; False: none
         fine: str | Path | bool = True,
+        strength: Share = 0.5,  # of the fine map's correction
         device: str | torch.device = "auto",
     ):
         # first, as they may be refused
@@ -499,7 +502,8 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         fine_map = FineMap.load(fine) if fine else None
         super().__init__(device="cpu")
         self.tower, self.fine = tower, fine_map
-        self.gate, self.name = gate, f"lite(gate={gate}{',fine' if fine else ''})"
+        self.gate, self.strength = gate, strength
+        self.name = f"lite(gate={gate}{f',strength={strength}' if fine else ''})"
         self.to(choose_device(device)).eval().requires_grad_(False)
 
     @property
@@ -529,7 +533,7 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         )
         features = self.network.bn2(self.network.conv_head(coarse))
         conse = self.unit_conse(self.class_logits(features))
-        dense = self.fine(self.tower, eighth, sixteenth, conse, self.gate)
+        dense = self.fine(self.tower, eighth, sixteenth, conse, self.gate, strength=self.strength)
         return ImageFeatures(dense, self.pool_stem(join_stages(sixteenth, coarse), features))
 
     def pool_stem(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:  # B x 384

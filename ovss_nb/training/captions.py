@@ -172,7 +172,7 @@ def held_back(
 
 # %% ../../nbs/training/06_captions.ipynb #dc5e18c3
 @cache
-# nouns: list; same: word -> noun; up: noun -> list of nouns that imply it; stuff: list
+# nouns, stuff, worn (clothes and parts of the body): lists; same: word -> noun; up: noun -> what implies it
 def caption_nouns() -> dict:
     "The nouns that captions are searched for, with other words for them and with what follows from what."
     return json.loads(files("ovss_nb.data").joinpath("caption_nouns.json").read_text(encoding="utf-8"))

@@ -35,7 +35,11 @@ IGNORE, REST = 255, 254  # labels that are no class: not scored, and none of the
 @cache
 # masks: set -> record; unnamed: set -> why; names: set -> {name: word or None}; held_back: kind -> words
 def _table() -> dict:
-    return json.loads(files("ovss_nb.data").joinpath("training_sets.json").read_text(encoding="utf-8"))
+    table = json.loads(files("ovss_nb.data").joinpath("training_sets.json").read_text(encoding="utf-8"))
+    masks = table["masks"]
+    # a set that is labelled as another says so
+    masks |= {name: masks[own["as"]] | own for name, own in masks.items() if "as" in own}
+    return table
 
 
 def training_sets() -> dict[str, dict]:  # by name, in the table's order
@@ -74,7 +78,11 @@ class TrainingSet(LayoutDataset):
         stored = record.get("rest")
         facts = dict(protocol=None, title=name, names=list(words.names), ignore=IGNORE, stored_rest=stored)
         super().__init__(root, FOLDER, _FolderRules(name, words, _label_map(name, record), facts))
-        self.rest = None if stored is None else REST  # the label that means "none of these classes"
+        self.rest, self.stored_rest = None if stored is None else REST, stored
+        self.one_of = {int(value): tuple(words) for value, words in record.get("one_of", {}).items()}
+        # stored label -> words of which at least one holds, also where a label mixes several things
+        self.meanings = {value: words.words[k] for value, k in self.map.mapping.items() if k < self.classes}
+        self.meanings |= self.one_of
         common = record.get("also", [])
         # class -> words that may be true at its pixels as well, so never count against them
         self.also = {word: [*own.get("also", []), *common] for word, own in record["classes"].items()}
