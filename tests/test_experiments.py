@@ -6,8 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import papermill
 import pytest
+import torch
+from PIL import Image
 from safetensors import safe_open
 
 from ovss_nb.app.experiments import run_notebook
@@ -274,6 +277,60 @@ def test_train_lite(tmp_path, monkeypatch):
     assert LiteEncoder(tmp_path / "run/lite.safetensors", device="cpu").tower.config["grid"] == 3
     with pytest.raises(Exception, match="unknown losses"):
         run("train_lite", tmp_path / "again", monkeypatch, **tiny | dict(losses=["noun"]))
+
+
+def drawn_sets(root):
+    "Training sets of noise: one with masks, two with names, a word of the second kept back."
+    chance = np.random.default_rng(0)
+    for name, labels in (
+        ("human-290", None),
+        ("coco-names", {"a.jpg": ["person", "cup"], "b.jpg": ["dog"]}),
+        ("imagenet1000-names", {"a.jpg": ["violin"], "b.jpg": ["castle"], "c.jpg": ["acorn"]}),
+    ):
+        (root / name / "images").mkdir(parents=True)
+        stems = [file[0] for file in labels] if labels else "abcd"
+        for stem in stems:
+            pixels = chance.integers(0, 256, (60, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / "images" / f"{stem}.jpg")
+        if labels:
+            (root / name / "labels.json").write_text(json.dumps(labels))
+            continue
+        (root / name / "masks").mkdir()
+        for stem in stems:
+            mask = np.repeat([0, 1], 40)[None].repeat(60, 0).astype(np.uint8)
+            Image.fromarray(mask).save(root / name / "masks" / f"{stem}.png")
+        (root / name / "classes.txt").write_text("background\nperson\n")
+
+
+@pytest.mark.skipif(
+    not (DATA / "flickr8k-224").exists(), reason="needs the captioned pictures in ../shared/data"
+)
+def test_train_lite_fine(tmp_path, monkeypatch):
+    "At a tiny size: all losses are there, the weights load, and start from the coarse map."
+    import csv
+    from ovss_nb.encoders.lite import LiteEncoder
+
+    drawn_sets(tmp_path / "sets")
+    tiny = dict(
+        data=str(DATA),
+        training_data=str(tmp_path / "sets"),
+        features=str(tmp_path / "features"),
+        shares={"human-290": 2, "coco-names": 1, "flickr8k-224": 1},
+        most={"flickr8k-224": 12},
+        size=128,
+        steps=2,
+        batch=12,
+        evaluate_limit=1,
+    )
+    metrics = run("train_lite_fine", tmp_path, monkeypatch, **tiny)
+    assert set(metrics["scores"]["fine"]) == set(metrics["scores"]["coarse"])
+    assert set(metrics["untaught"]["fine"]) == {"pooled", "dense"}
+    row = list(csv.DictReader(open(tmp_path / "run/training/log.csv")))[-1]
+    assert all(float(row[term]) > 0 for term in ("masks", "names", "coarse"))
+    encoder = LiteEncoder(fine=tmp_path / "run/lite_fine.safetensors", device="cpu")
+    assert encoder.encode(torch.zeros(1, 3, 64, 96)).dense.shape == (1, 384, 8, 12)
+    with pytest.raises(Exception, match="unknown losses"):
+        run("train_lite_fine", tmp_path / "again", monkeypatch, **tiny | dict(losses=["noun"]))
 
 
 @pytest.mark.skipif(not (DATA / "camvid11").exists(), reason="needs the evaluation images in ../shared/data")
