@@ -63,6 +63,11 @@ def _lite(rest: str, device, **options):
     return LiteEncoder(rest or None, device=device, **options)
 
 
+def _lite_coarse(rest: str, device, **options):
+    check_names(options, ("gate",), "the lite_coarse encoder")
+    return _lite(rest, device, fine=False, **options)
+
+
 def _conse(rest: str, device, **options):
     from ovss_nb.encoders.lite import ConSEEncoder
 
@@ -120,8 +125,11 @@ def _talk2dino(rest: str, device, **options):
 ENCODERS: dict[str, Kind] = {
     "lite": Kind(
         _lite,
-        "offline: ConSE, and a local head and a ViT trained on captions; or lite:WEIGHTS, a file made by"
+        "offline: a classifier made to speak, taught by captions and masks; or lite:WEIGHTS, a file made by"
         " train_lite.ipynb",
+    ),
+    "lite_coarse": Kind(
+        _lite_coarse, "lite as captions alone taught it: one vector per 32 pixels, no fine map"
     ),
     "conse": Kind(
         _conse,
