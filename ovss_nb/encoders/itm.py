@@ -403,7 +403,9 @@ class LiteITM(ImageTextMatcher):
         **options,  # of `MatchingTransformer`, with weights="random" only
     ):
         super().__init__()
-        self.encoder = encoder or LiteEncoder(device=device)
+        self.encoder = encoder or LiteEncoder(fine=False, device=device)
+        if isinstance(encoder, LiteEncoder):
+            self.encoder = encoder.coarse()  # which is what this was trained on
         own = self.encoder
         self.dim, self.stride, self.size = own.dim, own.stride, own.size
         self.mean, self.std, self.resample = own.mean, own.std, own.resample

@@ -506,6 +506,15 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         self.name = f"lite(gate={gate}{f',strength={strength}' if fine else ''})"
         self.to(choose_device(device)).eval().requires_grad_(False)
 
+    def coarse(self) -> "LiteEncoder":
+        "This encoder without its fine map; everything else is shared."
+        if self.fine is None:
+            return self
+        other = copy.copy(self)
+        other._modules = self._modules | dict(fine=None)
+        other.name, other._fingerprint = f"lite(gate={self.gate})", None
+        return other
+
     @property
     def blocks(self) -> list[nn.Module]:
         "The ViT's blocks; each maps B x N x C tokens to B x N x C."
