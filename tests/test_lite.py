@@ -94,8 +94,13 @@ def test_a_changed_weight_file_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def lite():
+def fine():
     return LiteEncoder(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def lite(fine):
+    return fine.coarse()
 
 
 def pictures(*size, count=2):
@@ -171,8 +176,88 @@ def test_features_are_the_sum_of_their_parts(lite, size):
     assert (found.pooled - vision[:, 0] - whole).abs().max() <= 1e-4
 
 
-def test_a_batch_is_its_pictures(lite):
-    x = pictures(224, 224)
+def attention(x, w, name, heads):
+    "Self-attention of timm's block, from its tensors."
+    qkv = F.linear(x, w[f"{name}.qkv.weight"], w[f"{name}.qkv.bias"]).unflatten(-1, (3, heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return F.linear(mixed.transpose(1, 2).flatten(2), w[f"{name}.proj.weight"], w[f"{name}.proj.bias"])
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
+def test_the_fine_map_recomputed_from_its_tensors(fine, size):
+    "With nothing but torch.nn.functional behind the stem, its last stage included."
+    x, w = pictures(*size), dict(fine.fine.state_dict())
+    h, wide = size[0] // 32, size[1] // 32
+    with torch.inference_mode():
+        found = fine.encode(x)
+        stages = fine.network.forward_intermediates(x, indices=[2, 3, 4], norm=False, intermediates_only=True)
+        eighth, sixteenth, coarse = stages
+        logits = fine.network.classifier(fine.network.forward_features(x).permute(0, 2, 3, 1))
+        values, indices = logits.topk(10)
+        conse = F.normalize((values.softmax(-1)[..., None] * fine.class_embeddings[indices]).sum(-2), dim=-1)
+        y = sixteenth
+        for name in [f"last.5.{i}" for i in range(4)] + ["last.6.0"]:
+            before, first = y, name == "last.5.0"
+            y = F.conv2d(y, w[f"{name}.conv_pw.weight"], w[f"{name}.conv_pw.bias"]).clamp(0, 6)
+            kernel = w[f"{name}.conv_dw.weight"]
+            side = kernel.shape[-1]
+            # as TensorFlow pads: with stride 2 one more behind than before
+            pad = [(side - 2) // 2, (side - 1) // 2] * 2 if first else [side // 2] * 4
+            y = F.conv2d(F.pad(y, pad), kernel, w[f"{name}.conv_dw.bias"], 1 + first, 0, 1, len(kernel))
+            y = F.conv2d(y.clamp(0, 6), w[f"{name}.conv_pwl.weight"], w[f"{name}.conv_pwl.bias"])
+            y = y + before if y.shape == before.shape else y
+        four = sixteenth.unflatten(2, (h, 2)).unflatten(4, (wide, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        tower = fine.tower.state_dict()
+        tokens = (torch.cat([y.permute(0, 2, 3, 1), four], -1) - tower["mean"]) / tower["deviation"]
+        tokens = tokens.clamp(-6, 6)
+        seen = F.gelu(F.linear(tokens, w["local.0.weight"], w["local.0.bias"]))
+        seen = F.normalize(F.linear(seen, w["local.3.weight"], w["local.3.bias"]), dim=-1)
+        share = (25 * seen @ tower["noun_embeddings"].T).softmax(-1)[..., tower["stuff"] > 0].sum(-1)
+        base = (seen + (1 - fine.gate * share[..., None]) * conse).permute(0, 3, 1, 2)
+        z = F.linear(tokens, w["enter.0.weight"], w["enter.0.bias"]).flatten(1, 2)
+        for i in range(2):
+            name = f"look_around.{i}"
+            norm = lambda x, k: F.layer_norm(x, x.shape[-1:], w[f"{name}.{k}.weight"], w[f"{name}.{k}.bias"])
+            z = z + attention(norm(z, "norm1"), w, f"{name}.attn", 4)
+            inner = F.linear(norm(z, "norm2"), w[f"{name}.mlp.fc1.weight"], w[f"{name}.mlp.fc1.bias"])
+            z = z + F.linear(F.gelu(inner), w[f"{name}.mlp.fc2.weight"], w[f"{name}.mlp.fc2.bias"])
+        z = z.mT.unflatten(-1, (h, wide))
+
+        def convolved(x, name):
+            x = F.conv2d(x, w[f"{name}.0.weight"], padding=1)
+            return F.gelu(F.group_norm(x, 1, w[f"{name}.1.weight"], w[f"{name}.1.bias"]))
+
+        def entered(stage, key, name):
+            mean, deviation = w[key]
+            return F.conv2d((stage - mean) / deviation, w[f"{name}.weight"], w[f"{name}.bias"])
+
+        twice = dict(scale_factor=2, mode="bilinear")
+        z = convolved(F.interpolate(z, **twice) + entered(sixteenth, "sixteenth", "enter.1"), "middle")
+        z = F.interpolate(F.conv2d(z, w["down.weight"], w["down.bias"]), **twice)
+        z = convolved(convolved(z + entered(eighth, "eighth", "enter.2"), "fine.0"), "fine.1")
+        z = F.conv2d(z, w["out.weight"], w["out.bias"])
+        expected = F.interpolate(base, scale_factor=4, mode="bilinear") + fine.strength * z
+    assert found.dense.shape == (2, 384, 4 * h, 4 * wide)
+    assert (found.dense - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.allclose(found.pooled, fine.coarse().encode(x).pooled, atol=1e-5)
+
+
+def test_without_correction_an_untrained_fine_map_is_the_coarse_one(fine):
+    from ovss_nb.encoders.lite import FineMap
+
+    lite, x = fine.coarse(), pictures(96, 64)
+    with torch.inference_mode():
+        stages = lite.network.forward_intermediates(x, indices=[2, 3, 4], norm=False, intermediates_only=True)
+        conse = lite.unit_conse(lite.class_logits(lite.stem(x)[1]))
+        found = FineMap.of(lite.network, lite.tower).eval()(lite.tower, *stages[:2], conse, lite.gate)
+        expected = F.interpolate(lite.encode(x).dense, scale_factor=4, mode="bilinear")
+    assert (found - expected).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("which", ["fine", "lite"])
+def test_a_batch_is_its_pictures(which, request):
+    lite, x = request.getfixturevalue(which), pictures(224, 224)
     together, alone = lite.encode(x), [lite.encode(each[None]) for each in x]
     assert (together.dense - torch.cat([features.dense for features in alone])).abs().max() <= 1e-4
     assert (together.pooled - torch.cat([features.pooled for features in alone])).abs().max() <= 1e-4
@@ -227,8 +312,8 @@ def test_knows_what_imagenet_never_named(lite):
     assert shares[0] > 0.5 and shares[1] < 0.25
 
 
-def test_gradients_reach_the_pixels(lite):
-    x = pictures(64, 64, count=1).requires_grad_()
+def test_gradients_reach_the_pixels(fine):
+    lite, x = fine, pictures(64, 64, count=1).requires_grad_()
     lite.encode(x).dense.square().sum().backward()
     assert x.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in lite.parameters())
 
@@ -238,8 +323,12 @@ def test_unfit_weights_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="train_lite"):
             LiteEncoder(tmp_path / name)
+        with pytest.raises(ValueError, match="train_lite_fine"):
+            LiteEncoder(fine=tmp_path / name)
     with pytest.raises(ValueError, match="no file"):
         LiteEncoder(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match="no file"):
+        LiteEncoder(fine=tmp_path / "missing.safetensors")
     from safetensors.torch import save_file
 
     tower = LiteTower()
@@ -260,9 +349,11 @@ def test_every_setting_has_a_fingerprint_of_its_own(lite):
             {
                 lite.fingerprint,
                 LiteEncoder(gate=0, device="cpu").fingerprint,
+                LiteEncoder(device="cpu").fingerprint,
+                LiteEncoder(strength=1.0, device="cpu").fingerprint,
                 LiteEncoder("random", device="cpu").fingerprint,
                 ConSEEncoder(device="cpu").fingerprint,
             }
         )
-        == 4
+        == 6
     )
