@@ -489,7 +489,7 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         gate: Share = 0.5,  # how far ConSE's share falls where all is stuff
         # file made by train_lite_fine.ipynb; True: that of the package, if the tower is; False: none
         fine: str | Path | bool = True,
-        strength: Share = 0.5,  # of the fine map's correction
+        strength: Share = 0.7,  # of the fine map's correction
         device: str | torch.device = "auto",
     ):
         # first, as they may be refused

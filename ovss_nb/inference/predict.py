@@ -18,7 +18,7 @@ from ..core.vocabulary import Vocabulary
 from ..systems.registry import create, crf_options, system_class
 
 # %% ../../nbs/inference/01_predict.ipynb #eb5ecd26
-DEFAULT_SYSTEM = "filtered"  # best of the offline ones by the table in the README
+DEFAULT_SYSTEM = "maskclip"  # best of the offline ones by the table in the README
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SystemRecord', 'list_systems', 'describe_systems', 'system_class', 'resize_rule', 'own_windows',
-           'has_option', 'system_options', 'crf_options', 'shipped_weights', 'published_settings', 'create']
+           'has_option', 'system_options', 'crf_options', 'shipped_weights', 'as_trained', 'published_settings',
+           'create']
 
 # %% ../../nbs/systems/15_registry.ipynb #470a2d0c
 import json
@@ -57,7 +58,10 @@ SYSTEMS: dict[str, SystemRecord] = {
         "simseg": ("SimSeg", "select classes, draw each with a CRF, merge by score"),
         "llm_supervised": ("LLMSupervised", "SimSeg with subclasses named by a language model"),
         "pnp_ovss": ("PnPOVSS", "PnP-OVSS: masks out of an image-text matcher"),
-        "filtered": ("Filtered", "maskclip on lite's map, filtered by its stem: what segment uses"),
+        "filtered": (
+            "Filtered",
+            "maskclip on lite's coarse map, filtered by its stem; nothing trained on masks",
+        ),
         "catseg": ("CATSeg", "CAT-Seg: cost aggregation", "trained", _AUTHORS),
         "lmseg": ("LMSeg", "LMSeg: CAT-Seg with descriptions and a second encoder", "trained", _SHIPPED),
         "san": ("SAN", "SAN: masks and attention biases from a small ViT beside CLIP", "trained", _AUTHORS),
@@ -252,10 +256,29 @@ def shipped_weights(
     "The file of a system's network that comes with the package, if it was trained with this encoder."
     path = Path(str(files("ovss_nb.data") / "weights" / f"{name}.safetensors"))
     if not path.is_file() or isinstance(encoder, str):
-        return path if path.is_file() and encoder == "lite" else None
-    with import_module("safetensors").safe_open(path, "np") as file:
-        trained_with = (file.metadata() or {}).get("fingerprint")
-    return path if trained_with == encoder.fingerprint else None
+        return path if path.is_file() and encoder in ("lite", "lite_coarse") else None
+    return path if _trained_with(path) == as_trained(encoder, path).fingerprint else None
+
+
+def _trained_with(weights: str | Path) -> str | None:
+    "The fingerprint of the encoder that a network was trained with; None if its file does not say."
+    safetensors = import_module("safetensors")
+    try:
+        with safetensors.safe_open(weights, "np") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except (OSError, safetensors.SafetensorError):
+        return None  # whoever loads it says what is wrong
+
+
+def as_trained(
+    encoder: "Encoder",
+    weights: str | Path | None,  # of a trained system
+) -> "Encoder":
+    "The encoder, or its view without a fine map where a network was trained with that."
+    if not weights or not hasattr(encoder, "coarse"):
+        return encoder
+    coarse = encoder.coarse()
+    return coarse if _trained_with(weights) == coarse.fingerprint else encoder
 
 # %% ../../nbs/systems/15_registry.ipynb #b1402f91
 def published_settings(
@@ -335,6 +358,7 @@ def create(
     # nor a bank of prompts that is not there
     import_module("ovss_nb.text.text_bank").prompts_digest(config.prompts)
     encoder = create_encoder(encoder, device) if isinstance(encoder, str) else encoder
+    encoder = as_trained(encoder, options.get("weights"))
     system = cls(encoder, config, cache=cache)
     system.settings = settings
     return _seen_through(system, windows) if windows else system
