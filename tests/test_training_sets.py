@@ -279,3 +279,21 @@ def test_nothing_trained_on_is_scored():
     where, hashes = zip(*((name, perceptual_hash(image)) for name, image in trained_images()))
     pairs = same_images(np.stack(hashes), scored)
     assert not pairs, [(where[i], str(paths[k % len(paths)]), k >= len(paths)) for i, k in pairs[:20]]
+
+
+def test_meanings_of_stored_labels(tmp_path):
+    "A label that mixes several things means one of them; a set that is labelled as another has its classes."
+    from ovss_nb.training.training_sets import training_sets
+
+    known = training_sets()
+    assert known["voc2012-sbd"]["classes"] == known["voc2012-aug-animals"]["classes"]
+    assert known["voc2012-sbd"]["folder"] == "voc2012-sbd-extra"
+    folder = tmp_path / "idd-lite7"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(folder / "images" / "a.jpg")
+    Image.fromarray(np.full((8, 9), 5, np.uint8)).save(folder / "masks" / "a.png")
+    dataset = open_training_set(tmp_path, "idd-lite7")
+    assert {"building", "tree"} <= set(dataset.meanings[5]) and dataset.meanings[6] == ("sky",)
+    assert (dataset.labels(0) == 255).all() and (dataset.stored(0) == 5).all()
+    assert set(dataset.one_of) == {1, 2, 3, 4, 5} and dataset.stored_rest is None
