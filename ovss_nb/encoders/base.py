@@ -151,6 +151,7 @@ class Encoder(nn.Module):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resample = Image.Resampling.BICUBIC  # filter that brings an image to the input size
     logit_scale: float | None = None  # what cosines were multiplied by in training, where that is known
+    knows_background: bool = False  # whether the word "background" was taught, as none of the other words
     _fingerprint: str | None = None
 
     def dense(self, images: torch.Tensor) -> torch.Tensor:

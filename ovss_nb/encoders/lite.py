@@ -506,6 +506,11 @@ class LiteEncoder(ViTEncoder, ConSEEncoder):
         self.name = f"lite(gate={gate}{f',strength={strength}' if fine else ''})"
         self.to(choose_device(device)).eval().requires_grad_(False)
 
+    @property
+    def knows_background(self) -> bool:
+        "The fine map was taught the word, by pixels that are none of a set's classes."
+        return self.fine is not None
+
     def coarse(self) -> "LiteEncoder":
         "This encoder without its fine map; everything else is shared."
         if self.fine is None:

@@ -26,7 +26,7 @@ from ..core.vocabulary import Vocabulary
 from ..encoders.base import Encoder, ImageFeatures, as_vit
 from ..encoders.clip import CLIPEncoder
 from .base import EncodedImage
-from .maskclip import SURROUNDINGS, described_background
+from .maskclip import SURROUNDINGS, background_of, described_background
 from ovss_nb.systems.trained import (
     TrainedConfig,
     TrainedSystem,
@@ -484,7 +484,7 @@ class CATSeg(TrainedSystem):
     def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
         "With `residual`, the words of a background, see `described_background`."
         words = self.config.background_words if self.config.residual else ()
-        return described_background(vocabulary, words)
+        return described_background(vocabulary, background_of(self.encoder, words))
 
     def own_cosines(self, views: torch.Tensor, text: TextBank) -> torch.Tensor:  # V x K x h x w
         "Cosines of the encoder's own features, V x d x h x w, with words, as `maskclip` has them."
