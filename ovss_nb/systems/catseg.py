@@ -129,7 +129,8 @@ def encode_with_layers(
     finally:
         for hook in hooks:
             hook.remove()
-    grid = features.dense.shape[-2:]
+    # the dense map may be finer than the blocks
+    grid = tuple(side // encoder.stride for side in images.shape[-2:])
     return features, [outputs[i][:, 1:].mT.unflatten(-1, grid).float() for i in indices]
 
 # %% ../../nbs/systems/10_catseg.ipynb #07530cad
