@@ -354,7 +354,7 @@ def test_the_trained_matcher_sees_a_cat(monkeypatch):
     from skimage import data
 
     system = registry.create("pnp_ovss", encoder="lite", cache=None, crf=False, device="cpu")
-    assert system.matcher.encoder is system.encoder
+    assert system.matcher.encoder.network is system.encoder.network
     encoded = system.encode_image(Path(data.__file__).parent / "chelsea.png")
     vocabulary = Vocabulary.of("VOC-21")
     assert [vocabulary.names[k] for k in system.classes(encoded, vocabulary)][:1] == ["cat"]

@@ -733,6 +733,8 @@ class TwoEncoderSystem(MaskSystem):
         aux_encoder: Encoder | str | None = "",
         **options,
     ):
+        # its opinions lie on one grid, that of the blocks
+        encoder = encoder.coarse() if hasattr(encoder, "coarse") else encoder
         self.aux_encoder = aux_encoder if isinstance(aux_encoder, Encoder) else None
         if self.aux_encoder is None and aux_encoder != "":
             options["aux_encoder"] = aux_encoder or "none"
