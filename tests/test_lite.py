@@ -357,3 +357,14 @@ def test_every_setting_has_a_fingerprint_of_its_own(lite):
         )
         == 6
     )
+
+
+@pytest.mark.parametrize("system", ["maskclip", "simseg", "filtered"])
+def test_a_finer_map_is_not_taken_for_a_larger_image(fine, system):
+    "Whoever draws on the input's pixels must know how many there were."
+    from ovss_nb.systems.registry import create
+
+    image = torch.zeros(50, 70, 3, dtype=torch.uint8).numpy()
+    for encoder in (fine, fine.coarse()):
+        encoded = create(system, encoder, cache=None, size=96).encode_image(image)
+        assert encoded.resolution == (96, 96)

@@ -148,7 +148,7 @@ class EncodedImage:
 
     image: np.ndarray  # H x W x 3 uint8 RGB
     features: ImageFeatures  # of a batch of one
-    # height and width of what the scores cover, where that is not the encoder's input (sliding windows)
+    # height and width in pixels of what was encoded; of the whole, where scores cover several windows
     resolution: tuple[int, int] | None = None
     # d, vector of the whole image, where this is a window of it
     whole: torch.Tensor | None = field(default=None, kw_only=True)
@@ -236,12 +236,14 @@ class System:
             return image
         loaded, c = load_image(image), self.config
         pixels = self.encoder.preprocess(loaded, c.size, c.keep_aspect, c.longest)
-        return EncodedImage(loaded, self.encoder.encode(pixels), name=file_name(image))
+        size = tuple(pixels.shape[-2:])
+        return EncodedImage(loaded, self.encoder.encode(pixels), size, name=file_name(image))
 
     @torch.inference_mode()
     def encode_window(self, image: np.ndarray, regions: np.ndarray | None = None) -> EncodedImage:
         "Encode a part of an image at the size that it has, to the nearest patch; here without its regions."
-        return EncodedImage(image, self.encoder.encode(self.encoder.preprocess(image, image.shape[:2])))
+        pixels = self.encoder.preprocess(image, image.shape[:2])
+        return EncodedImage(image, self.encoder.encode(pixels), tuple(pixels.shape[-2:]))
 
     def joined(self, image: EncodedImage) -> EncodedImage:
         "What becomes of an image whose windows are all encoded; here it stays as it is."

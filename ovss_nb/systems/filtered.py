@@ -60,7 +60,8 @@ class Filtered(MaskCLIP):
             return super().encode_image(image)
         loaded, c = load_image(image), self.config
         pixels = self.encoder.preprocess(loaded, c.size, c.keep_aspect, c.longest)
-        return EncodedImage(loaded, encode_filtered(self.encoder, pixels, c.filters()))
+        features = encode_filtered(self.encoder, pixels, c.filters())
+        return EncodedImage(loaded, features, tuple(pixels.shape[-2:]))
 
     @torch.inference_mode()
     def encode_window(self, image: np.ndarray, regions: np.ndarray | None = None) -> EncodedImage:
@@ -68,7 +69,8 @@ class Filtered(MaskCLIP):
         if not isinstance(self.encoder, LiteEncoder):
             return super().encode_window(image, regions)
         pixels = self.encoder.preprocess(image, image.shape[:2])
-        return EncodedImage(image, encode_filtered(self.encoder, pixels, self.config.filters()))
+        features = encode_filtered(self.encoder, pixels, self.config.filters())
+        return EncodedImage(image, features, tuple(pixels.shape[-2:]))
 
     def describe(self) -> dict[str, Any]:
         "What a score must be printed with, and whether the encoder is one that is filtered."
