@@ -1834,6 +1834,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'ovss_nb.encoders.attention.vv_attention': ( 'encoders/attention.html#vv_attention',
                                                                                          'ovss_nb/encoders/attention.py')},
             'ovss_nb.encoders.base': { 'ovss_nb.encoders.base.Encoder': ('encoders/base.html#encoder', 'ovss_nb/encoders/base.py'),
+                                       'ovss_nb.encoders.base.Encoder.coarse': ( 'encoders/base.html#encoder.coarse',
+                                                                                 'ovss_nb/encoders/base.py'),
                                        'ovss_nb.encoders.base.Encoder.dense': ( 'encoders/base.html#encoder.dense',
                                                                                 'ovss_nb/encoders/base.py'),
                                        'ovss_nb.encoders.base.Encoder.device': ( 'encoders/base.html#encoder.device',

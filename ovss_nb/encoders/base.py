@@ -154,6 +154,10 @@ class Encoder(nn.Module):
     knows_background: bool = False  # whether the word "background" was taught, as none of the other words
     _fingerprint: str | None = None
 
+    def coarse(self) -> "Encoder":
+        "The encoder without what makes its dense map finer than its blocks'; most have nothing of the kind."
+        return self
+
     def dense(self, images: torch.Tensor) -> torch.Tensor:
         "B x 3 x H x W normalized images to B x d x h x w, in the joint space, not normalized."
         raise TypeError(f"{type(self).__name__} has no dense features")

@@ -403,9 +403,8 @@ class LiteITM(ImageTextMatcher):
         **options,  # of `MatchingTransformer`, with weights="random" only
     ):
         super().__init__()
-        self.encoder = encoder or LiteEncoder(fine=False, device=device)
-        if isinstance(encoder, LiteEncoder):
-            self.encoder = encoder.coarse()  # which is what this was trained on
+        # trained on the tokens of an encoder without a fine map
+        self.encoder = encoder.coarse() if encoder else LiteEncoder(fine=False, device=device)
         own = self.encoder
         self.dim, self.stride, self.size = own.dim, own.stride, own.size
         self.mean, self.std, self.resample = own.mean, own.std, own.resample

@@ -734,7 +734,7 @@ class TwoEncoderSystem(MaskSystem):
         **options,
     ):
         # its opinions lie on one grid, that of the blocks
-        encoder = encoder.coarse() if hasattr(encoder, "coarse") else encoder
+        encoder = encoder.coarse()
         self.aux_encoder = aux_encoder if isinstance(aux_encoder, Encoder) else None
         if self.aux_encoder is None and aux_encoder != "":
             options["aux_encoder"] = aux_encoder or "none"

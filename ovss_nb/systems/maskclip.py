@@ -48,8 +48,7 @@ def described_background(vocabulary: Vocabulary, words: Sequence[str]) -> dict[s
 
 def background_of(encoder: Encoder, words: Sequence[str]) -> Sequence[str]:  # none: the word itself
     "The words for a bare background: those given, but the default list only where the word was not taught."
-    taught = getattr(encoder, "knows_background", False)
-    return () if taught and tuple(words) == SURROUNDINGS else words
+    return () if encoder.knows_background and tuple(words) == SURROUNDINGS else words
 
 # %% ../../nbs/systems/05_maskclip.ipynb #65840c37
 class MaskCLIP(System):

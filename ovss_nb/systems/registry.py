@@ -275,9 +275,9 @@ def as_trained(
     weights: str | Path | None,  # of a trained system
 ) -> "Encoder":
     "The encoder, or its view without a fine map where a network was trained with that."
-    if not weights or not hasattr(encoder, "coarse"):
-        return encoder
     coarse = encoder.coarse()
+    if not weights or coarse is encoder:
+        return encoder
     return coarse if _trained_with(weights) == coarse.fingerprint else encoder
 
 # %% ../../nbs/systems/15_registry.ipynb #b1402f91
