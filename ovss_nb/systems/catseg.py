@@ -25,8 +25,7 @@ from ..core.options import Count, Index, OptionError, Positive, Range
 from ..core.vocabulary import Vocabulary
 from ..encoders.base import Encoder, ImageFeatures, as_vit
 from ..encoders.clip import CLIPEncoder
-from .base import EncodedImage
-from .maskclip import SURROUNDINGS, background_of, described_background
+from .base import SURROUNDINGS, EncodedImage, background_of, described_background
 from ovss_nb.systems.trained import (
     TrainedConfig,
     TrainedSystem,
