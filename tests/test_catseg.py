@@ -770,10 +770,14 @@ def test_residual_weights_carry_the_option_and_learn_from_zero(tmp_path):
     close(again.scores(encoded, text), system.scores(encoded, text).detach(), 1e-6)
 
 
-def test_a_finer_map_than_the_blocks():
-    "Guides are brought to the grid at which the network works; without `cost_grid`, that of the features."
-    system = CATSeg(small_clip(patch=8), **(SMALL | CORRECTION))
-    image = system.encode_image(np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8))
-    text = system.encode_text(["cat", "dog"])
-    image.views = replace(image.views, dense=F.interpolate(image.views.dense, scale_factor=2))
-    assert system.scores(image, text).shape == (2, 64, 64)
+def test_a_finer_map_is_brought_to_the_grid_of_the_blocks():
+    "Else a map of stride 8 would cost sixteen times the network's work; `cost_grid` says otherwise."
+    image = np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    sides = {}
+    for grid in (None, 16):
+        system = CATSeg(small_clip(patch=8), **(SMALL | CORRECTION | dict(residual=False, cost_grid=grid)))
+        encoded = system.encode_image(image)
+        encoded.views = replace(encoded.views, dense=F.interpolate(encoded.views.dense, scale_factor=2))
+        assert encoded.views.dense.shape[-2:] == (16, 16)
+        sides[grid] = system.scores(encoded, system.encode_text(["cat", "dog"])).shape[-1]
+    assert sides == {None: 32, 16: 64}

@@ -79,7 +79,8 @@ class CATSegConfig(TrainedConfig):
     residual: bool = False
     residual_scale: Positive = 20.0  # of these cosines, at the start
     background_words: tuple[str, ...] = SURROUNDINGS  # with `residual`, as for `maskclip`
-    # locations per (shorter) side at which the network works, if the encoder's map is finer; None: on that
+    # locations per (shorter) side at which the network works, if the encoder's map is finer; None: those of
+    # the encoder's blocks
     cost_grid: Count | None = None
     # a sigmoid for each word, as in the paper; or a softmax over all of them, words excluding each other
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -189,12 +190,13 @@ class CATSegNetwork(nn.Module):
     def forward(
         self,
         features: torch.Tensor,  # B x d x h x w
-        layers: list[torch.Tensor],  # B x C x ... each; brought to the grid of the features
+        layers: list[torch.Tensor],  # B x C x ... each; brought to the grid on which the network works
         text: torch.Tensor,  # K x P x d
         pooling: str = "channels",  # see `cost_map`
         cosines: torch.Tensor | None = None,  # B x K x H x W, that are corrected with `residual`
     ) -> torch.Tensor:  # B x K logits at four times the network's grid, or twice that of the cosines
-        features = pooled_to(features, self.cost_grid)
+        blocks = [min(layer.shape[-2:]) for layer in layers]
+        features = pooled_to(features, self.cost_grid or min(blocks, default=None))
         grid = features.shape[-2:]
         guides = [enlarge(on_grid(layer, grid)) for enlarge, layer in zip(self.enlarge, layers)]
         logits = self.aggregation(features, text, guides, pooling=pooling)
