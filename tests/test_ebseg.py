@@ -708,6 +708,20 @@ def test_loss_falls():
         assert p.grad is not None and p.grad.any(), name
 
 
+def test_pixels_of_the_rest_are_no_class():
+    from ovss_nb.components.mask_losses import REST
+
+    system = small(keep_aspect=False)
+    pixels, labels = batch(system, 1)
+    images, text = system.encode_batch(pixels), system.encode_text(WORDS)
+    values = []
+    for label in (255, REST):
+        other = labels.clone()
+        other[:, -4:] = label
+        values.append(system.loss(images, other, text, torch.Generator().manual_seed(0))[0].item())
+    assert np.isfinite(values).all() and values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_words_of_the_training_are_remembered(tmp_path):
     system = small()
     assert "cat" in system.trained_words and "saxophone" not in system.trained_words

@@ -564,3 +564,62 @@ def test_weights_go_out_and_in(checkpoint, golden, tmp_path):
     save_file({"network.queries": torch.zeros(6, 24)}, tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match=r"does not fit.*\n\d+ missing"):
         SAN(tiny_clip(), weights=str(tmp_path / "part.safetensors"), **TINY)
+
+
+# ---- a correction of the baseline (ours)
+
+
+def corrected(name, encoder, **options):
+    "SAN or MROVSeg at a small size, whose masks correct the encoder's cosines."
+    from ovss_nb.systems.registry import create
+
+    more = dict(keep_aspect=False, residual=True) | options
+    if name == "san":
+        return create("san", encoder, cache=None, **SMALL | more)
+    small = dict(size=128, width=16, depth=3, heads=2, queries=5, channels=8, loss_points=64)
+    small |= dict(templates="single", weights="random", fused_layers=[1, 3, 4], pyramid=[2, 1, 0])
+    return create("mrovseg", encoder, cache=None, **small | dict(proposal_start=1) | more)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("name", ["san", "mrovseg"])
+def test_an_untrained_correction_labels_as_the_baseline(name, coarse, lite):
+    "A bare background means what it means to maskclip, for an encoder that was taught the word and one not."
+    from skimage import data
+    from ovss_nb.systems.registry import create
+
+    encoder, words = lite.coarse() if coarse else lite, ["cat", "coffee cup", "background"]
+    system = corrected(name, encoder)
+    plain = create("maskclip", encoder, cache=None, size=system.config.size, templates="single")
+    found, expected = system.segment(data.chelsea(), words), plain.segment(data.chelsea(), words)
+    assert (found.labels == expected.labels).mean() > 0.98
+    assert system.encode_text(words).words == plain.encode_text(words).words
+
+
+@pytest.mark.parametrize("name", ["san", "mrovseg"])
+def test_a_step_moves_the_gate_and_knows_the_rest(name, lite):
+    from ovss_nb.components.mask_losses import REST
+
+    system = corrected(name, lite)
+    system.network.requires_grad_(True)
+    text = system.encode_text(["cat", "cup", "background"])
+    side = system.config.size
+    labels = torch.zeros(1, side // 4, side // 4, dtype=torch.long)
+    labels[:, :8], labels[:, 8:12] = 1, REST
+    images = system.encode_batch(torch.from_numpy(pixels(side, side)).movedim(-1, 0)[None])
+    loss, numbers = system.loss(images, labels, text, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and numbers["words"] > 0
+    assert system.network.residual.gate.grad.abs() > 0 and float(system.network.residual.gate.detach()) == 0
+
+
+@pytest.mark.parametrize("name", ["san", "mrovseg"])
+def test_stored_features_of_a_correction_are_others(name, lite):
+    "Features stored without the encoder's own map are not taken for those with it."
+    with_map, without = corrected(name, lite), corrected(name, lite, residual=False)
+    assert with_map.cache_key() != without.cache_key()
+    image = with_map.encode_image(pixels(64, 64))
+    again = with_map.from_cache({key: array.clone() for key, array in with_map.to_cache(image).items()})
+    text = with_map.encode_text(["cat", "cup"])
+    assert torch.allclose(with_map.scores(again, text), with_map.scores(image, text), atol=1e-5)
+    assert "own" not in without.to_cache(without.encode_image(pixels(64, 64)))

@@ -14,9 +14,13 @@ from torch import distributed
 from torch.nn import functional as F
 
 # %% ../../nbs/components/14_mask_losses.ipynb #746bfc94
+REST = 254  # the label of pixels that are none of the words that a set teaches
+
+
 def mask_targets(
     labels: torch.Tensor,  # B x H x W class indices
     ignore: int = 255,  # the label that is no class
+    rest: int = REST,  # another one
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # per image: n class indices, and n x H x W bool
     """One binary mask for each class that is present; none for an image without labels.
 
@@ -27,7 +31,7 @@ def mask_targets(
     targets = []
     for image in labels:
         classes = image.unique()
-        classes = classes[classes != ignore].long()
+        classes = classes[(classes != ignore) & (classes != rest)].long()
         targets.append((classes, image == classes[:, None, None]))
     return targets
 
@@ -196,9 +200,6 @@ def mask_classification_loss(
     return loss, {name: float(part.detach()) for name, part in parts.items()}
 
 # %% ../../nbs/components/14_mask_losses.ipynb #13308648
-REST = 254  # the label of pixels that are none of the words that a set teaches
-
-
 def word_cross_entropy(
     logits: torch.Tensor,  # B x K x h x w
     labels: torch.Tensor,  # B x H x W class indices

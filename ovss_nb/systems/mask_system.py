@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 from ..core.images import fit_shortest, load_image
 from ..core.options import Count, Index, Positive
+from ..core.vocabulary import Vocabulary
 from ..components.cost_aggregation import CosineResidual
 from ..components.fusion import sample_regions
 from ..components.mask_classification import mask_scores
 from ..components.mask_losses import REST, mask_classification_loss, mask_targets, word_cross_entropy
 from ..encoders.base import Encoder
-from .base import EncodedImage
+from .base import SURROUNDINGS, EncodedImage, background_of, described_background
 from .trained import TrainedConfig, TrainedSystem, alike, as_array, normalize_batch
 from ..text.text_bank import TextBank
 
@@ -47,6 +48,7 @@ class MaskConfig(TrainedConfig):
     residual: bool = False
     residual_scale: Positive = 20.0  # of these cosines, at the start
     residual_weight: Positive = 5.0  # of the corrected map in the loss
+    background_words: tuple[str, ...] = SURROUNDINGS  # with `residual`, as for `maskclip`
 
 # %% ../../nbs/systems/03_mask_system.ipynb #90406bfb
 def first_block(
@@ -215,6 +217,11 @@ class MaskSystem(TrainedSystem):
             residual = MaskResidual(self.config.residual_scale).to(self.encoder.device)
             self.network.residual = residual.eval().requires_grad_(False)
 
+    def stand_ins(self, vocabulary: Vocabulary) -> dict[str, list[str]]:
+        "With `residual`, the words of a background, see `described_background`."
+        words = self.config.background_words if self.config.residual else ()
+        return described_background(vocabulary, background_of(self.encoder, words))
+
     # ---- images
 
     def padded_size(self, resized: tuple[int, int]) -> tuple[int, int]:
@@ -333,7 +340,7 @@ class MaskSystem(TrainedSystem):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         "Matched classes and masks, summed over the supervised layers; the numbers are those of the last."
         total, parts = 0, {}
-        targets = mask_targets(labels.masked_fill(labels == REST, 255))
+        targets = mask_targets(labels)
         for logits, masks in self.predict(images, text, every=True):
             loss, parts = mask_classification_loss(
                 logits, masks, targets, generator, self.config.loss_points, **self.loss_options()
@@ -351,6 +358,10 @@ class MaskSystem(TrainedSystem):
         return total, parts
 
     # ---- stored images
+
+    def own_key(self) -> dict[str, str]:
+        "What `cache_key` must say where the encoder's own map is stored, too."
+        return dict(own="encoder") if self.config.residual else {}
 
     def to_cache(self, image: MaskImage) -> dict[str, torch.Tensor]:
         "As every trained system's; with `residual`, the encoder's own map, too."

@@ -299,6 +299,7 @@ class MROVSeg(MaskSystem):
             reduction=c.reduction,
             layers=self.kept,
             start=self.proposal_start,
+            **self.own_key(),
         )
 
     def arrays_of(self, image: SlicedImage) -> dict[str, torch.Tensor]:

@@ -337,6 +337,7 @@ class SAN(MaskSystem):
             scale=self.config.encoder_scale,
             layers=layers,
             start=self.proposal_start,
+            **self.own_key(),
         )
 
     def arrays_of(self, image: SideImage) -> dict[str, torch.Tensor]:
